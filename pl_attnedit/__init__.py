@@ -1,0 +1,1 @@
+"""Give a trained Hugging Face language model a cheaper attention, and recover its quality by distillation."""
