@@ -1,0 +1,131 @@
+"""What every target is: a config dataclass and a module with Hugging Face's attention signature."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig
+
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.teachers import AttentionSpec, attention_spec
+
+if TYPE_CHECKING:
+    from pl_attnedit.attention.calibration import LayerStatistics
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """Base of the targets' configs. A config validates its own fields; `check` validates them against a teacher."""
+
+    type: ClassVar[str]  # name in the registry, in saved configs and in YAML
+    default_pattern: ClassVar[str]  # pattern of `edit_model` when the user gives none
+
+    def check(self, spec: AttentionSpec) -> None:
+        """Raises `UserError` where a field does not fit the teacher's attention."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": self.type, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> TargetConfig:
+        """From a plain mapping, e.g. out of a YAML or a saved config; unknown fields are errors."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise UserError(f"target {cls.type}: unknown field {name!r}; its fields are {', '.join(known)}")
+        try:
+            return cls(**fields)
+        except TypeError as error:  # a required field is missing
+            raise UserError(f"target {cls.type}: {error}; its fields are {', '.join(known)}") from error
+
+
+class Target(nn.Module, ABC):
+    """A replacement for one attention module of the teacher.
+
+    Called like a Hugging Face attention: `forward(hidden_states, position_embeddings=(cos, sin), attention_mask=...,
+    past_key_values=...)` with hidden_states (batch, time, hidden) returns (output (batch, time, hidden), None).
+    """
+
+    config_class: ClassVar[type[TargetConfig]]
+    needs_statistics: ClassVar[bool] = False  # whether `init_from` looks at calibration text
+
+    def __init__(self, target: TargetConfig, model_config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.target = target
+        self.spec = attention_spec(model_config)
+        self.layer_idx = layer_idx
+        target.check(self.spec)
+
+    @abstractmethod
+    def init_random(self, source: nn.Module) -> None:
+        """Random weights as in the paper; only `o_proj` is inherited from the teacher's attention `source`."""
+
+    @abstractmethod
+    def init_copy(self, source: nn.Module) -> None:
+        """The teacher's own weights; `UserError` where shapes do not allow it."""
+
+    @abstractmethod
+    def init_from(self, source: nn.Module, statistics: LayerStatistics | None) -> None:
+        """Calibrated init: what reproduces `source` best on the calibration text behind `statistics`."""
+
+    @abstractmethod
+    def cached_values_per_token(self, context: int) -> float:
+        """Values (not bytes) cached by this layer after `context` tokens, divided by `context`."""
+
+
+def positive(field: str, value: Any, *, optional: bool = False) -> None:
+    """Checks that a config field is a whole number of at least 1 (or None where `optional`)."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise invalid(field, value, "must be a whole number of at least 1" + (" or None" if optional else ""))
+
+
+def init_linear(linear: nn.Linear, std: float) -> None:
+    """Normal weights with standard deviation `std` (the model's `initializer_range`), zero bias."""
+    nn.init.normal_(linear.weight, std=std)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+@torch.no_grad()
+def copy_linear(target: nn.Linear, source: nn.Linear) -> None:
+    """Copies weight and bias, converting the dtype."""
+    target.weight.copy_(source.weight)
+    if target.bias is not None:
+        target.bias.copy_(source.bias)
+
+
+def as_bool_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """A mask of Hugging Face as (batch, 1, query, key) with True = visible; additive masks have 0 where visible."""
+    if attention_mask.dim() != 4:
+        raise UserError(
+            "attention implementation of the model: targets run on the masks of 'sdpa' or 'eager'; "
+            "load the model with attn_implementation='sdpa'"
+        )
+    return attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Scaled dot-product attention with grouped key and value heads.
+
+    query (batch, heads, queries, width), key and value (batch, kv_heads, keys, width), mask boolean and broadcastable
+    to (batch, heads, queries, keys) or None = causal. Returns (batch, queries, heads * value width).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None and 1 < queries < keys:  # a later chunk: causal from the end of the keys, not from their start
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=key.device).tril(keys - queries)
+    causal = mask is None and queries > 1
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+    return output.transpose(1, 2).flatten(2)

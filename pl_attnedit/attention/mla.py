@@ -1,0 +1,199 @@
+"""Multi-head latent attention of DeepSeek-V2/V3: keys and values of all heads from one small latent per token.
+
+Names, shapes and softmax scale are DeepSeek-V3's, the RoPE pairs interleaved as there, so that an export is a rename.
+Two paths give the same output: the expanded one rebuilds keys and values of every head (prefill, training), the absorbed
+one folds `kv_b_proj` into queries and output and attends to the latents themselves (decode).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedConfig
+
+from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, copy_linear, init_linear, positive
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.teachers import AttentionSpec
+
+if TYPE_CHECKING:
+    from pl_attnedit.attention.calibration import LayerStatistics
+
+
+@dataclass(frozen=True)
+class MLAConfig(TargetConfig):
+    """Multi-head latent attention. Widths are in values; None = the teacher's head dim.
+
+    Args:
+        kv_lora_rank: width of the latent that is cached for each token.
+        qk_rope_head_dim: width of the RoPE key that all heads share; even, cached beside the latent.
+        qk_nope_head_dim: width of the part of each query and key head that carries no position.
+        v_head_dim: width of a value head. The number of heads is what makes `o_proj` fit.
+        q_lora_rank: rank of a low-rank query projection; None = full rank.
+        latent_norm: RMSNorm on the latent, as in DeepSeek. Needed for export.
+    """
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    q_lora_rank: int | None = None
+    latent_norm: bool = True
+
+    type: ClassVar[str] = "mla"
+    default_pattern: ClassVar[str] = "S"
+
+    def __post_init__(self) -> None:
+        positive("kv_lora_rank", self.kv_lora_rank)
+        positive("qk_rope_head_dim", self.qk_rope_head_dim)
+        for field in ("qk_nope_head_dim", "v_head_dim", "q_lora_rank"):
+            positive(field, getattr(self, field), optional=True)
+        if self.qk_rope_head_dim % 2:
+            raise invalid("qk_rope_head_dim", self.qk_rope_head_dim, "must be even: RoPE rotates pairs")
+        if not isinstance(self.latent_norm, bool):
+            raise invalid("latent_norm", self.latent_norm, "must be true or false")
+
+    def check(self, spec: AttentionSpec) -> None:
+        if self.kv_lora_rank > spec.hidden_size:
+            raise invalid("kv_lora_rank", self.kv_lora_rank, f"must be at most the hidden size {spec.hidden_size}")
+        if self.qk_rope_head_dim > spec.head_dim:
+            raise invalid(
+                "qk_rope_head_dim", self.qk_rope_head_dim, f"must be at most the teacher's head dim {spec.head_dim}"
+            )
+        if self.q_lora_rank is not None and self.q_lora_rank > spec.hidden_size:
+            raise invalid("q_lora_rank", self.q_lora_rank, f"must be at most the hidden size {spec.hidden_size}")
+        inner = spec.num_heads * spec.head_dim
+        if self.v_head_dim is not None and inner % self.v_head_dim:
+            raise invalid("v_head_dim", self.v_head_dim, f"must divide the width {inner} of the inherited o_proj")
+
+
+class MLA(Target):
+    """See the module's text. `kv_a_proj_with_mqa` gives latent and RoPE key, `kv_b_proj` keys and values from the latent."""
+
+    config_class = MLAConfig
+    needs_statistics = True
+    target: MLAConfig
+
+    def __init__(self, target: MLAConfig, model_config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__(target, model_config, layer_idx)
+        spec = self.spec
+        inner = spec.num_heads * spec.head_dim
+        self.rank, self.rope_dim = target.kv_lora_rank, target.qk_rope_head_dim
+        self.nope_dim = target.qk_nope_head_dim or spec.head_dim
+        self.v_dim = target.v_head_dim or spec.head_dim
+        self.num_heads = inner // self.v_dim
+        self.scaling = (self.nope_dim + self.rope_dim) ** -0.5
+        query_width = self.num_heads * (self.nope_dim + self.rope_dim)
+        if target.q_lora_rank is None:
+            self.q_proj = nn.Linear(spec.hidden_size, query_width, bias=spec.qkv_bias)
+        else:
+            self.q_a_proj = nn.Linear(spec.hidden_size, target.q_lora_rank, bias=spec.qkv_bias)
+            self.q_a_layernorm = nn.RMSNorm(target.q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(target.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(spec.hidden_size, self.rank + self.rope_dim, bias=spec.qkv_bias)
+        self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=1e-6) if target.latent_norm else nn.Identity()
+        self.kv_b_proj = nn.Linear(self.rank, self.num_heads * (self.nope_dim + self.v_dim), bias=False)
+        self.o_proj = nn.Linear(inner, spec.hidden_size, bias=spec.o_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        mask = None if attention_mask is None else as_bool_mask(attention_mask)
+        rotation = self.rotation(*position_embeddings)
+        query_nope, query_rope = self.queries(hidden_states)
+        query_rope = rotate_pairs(query_rope, *rotation)
+        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.rank, self.rope_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent)[:, None]  # (batch, 1, time, rank), as a cache wants it
+        key_rope = rotate_pairs(key_rope[:, None], *rotation)
+        if past_key_values is not None:
+            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
+        path = self.absorbed if past_key_values is not None and hidden_states.shape[1] == 1 else self.expanded
+        return self.o_proj(path(query_nope, query_rope, latent, key_rope, mask)), None
+
+    def queries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, heads, time, nope) and (batch, heads, time, rope), not rotated yet."""
+        if self.target.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return query[..., : self.nope_dim], query[..., self.nope_dim :]
+
+    def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (batch, 1, time, rope / 2) of the RoPE key's frequencies out of the teacher's (batch, time, head_dim).
+
+        Every n-th of the teacher's frequencies. Where the RoPE width divides the head dim, these are the plain
+        frequencies theta^(-2i/rope) of a model with that width.
+        """
+        index = frequency_index(self.rope_dim, self.spec.head_dim).to(cos.device)
+        return cos[:, None, :, index], sin[:, None, :, index]
+
+    def expanded(
+        self,
+        query_nope: torch.Tensor,
+        query_rope: torch.Tensor,
+        latent: torch.Tensor,
+        key_rope: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention over rebuilt keys and values: (batch, queries, heads * v)."""
+        key_value = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        key_nope, value = key_value.split([self.nope_dim, self.v_dim], dim=-1)
+        key = torch.cat([key_nope, key_rope.expand(-1, self.num_heads, -1, -1)], dim=-1)
+        return attend(torch.cat([query_nope, query_rope], dim=-1), key, value, mask, self.scaling)
+
+    def absorbed(
+        self,
+        query_nope: torch.Tensor,
+        query_rope: torch.Tensor,
+        latent: torch.Tensor,
+        key_rope: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The same for one query token, over the latents themselves: (batch, 1, heads * v)."""
+        up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # (heads, nope + v, rank)
+        key_up, value_up = up.split([self.nope_dim, self.v_dim], dim=1)
+        query_latent = torch.einsum("bhtn,hnr->bhtr", query_nope, key_up)
+        # the heads of the one query take the place of query positions: one shared key head, nothing is copied per head
+        query = torch.cat([query_latent, query_rope], dim=-1).transpose(1, 2)
+        key = torch.cat([latent, key_rope], dim=-1)
+        output = nn.functional.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=self.scaling)
+        return torch.einsum("bthr,hvr->bthv", output, value_up).flatten(2)
+
+    def init_random(self, source: nn.Module) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module, self.spec.initializer_range)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        copy_linear(self.o_proj, source.o_proj)  # type: ignore[arg-type]
+
+    def init_copy(self, source: nn.Module) -> None:
+        raise UserError("init = 'copy': the teacher's projections do not fit MLA; use 'calibrated' or 'random'")
+
+    def init_from(self, source: nn.Module, statistics: LayerStatistics | None) -> None:
+        from pl_attnedit.attention.mla_init import calibrate  # needs linear algebra that running an MLA does not
+
+        assert statistics is not None
+        calibrate(self, source, statistics)
+
+    def cached_values_per_token(self, context: int) -> float:
+        return self.rank + self.rope_dim
+
+
+def frequency_index(rope_dim: int, head_dim: int) -> torch.Tensor:
+    """Which of the teacher's head_dim / 2 frequencies the rope_dim / 2 pairs of the RoPE key take."""
+    return torch.arange(rope_dim // 2) * head_dim // rope_dim
+
+
+def rotate_pairs(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on neighbouring pairs (DeepSeek's interleaved layout). states (..., time, rope), cos and sin (..., time, rope / 2)."""
+    even, odd = states[..., 0::2], states[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)

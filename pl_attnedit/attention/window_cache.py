@@ -1,0 +1,142 @@
+"""The rolling cache of a window layer: the sinks and the last `window - 1` tokens, whatever came before is freed."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from pl_attnedit.errors import UserError
+
+
+class SinkWindowLayer(DynamicLayer):
+    """A layer of HF's `DynamicCache` that keeps `sinks + window - 1` tokens.
+
+    keys and values are (batch, kv_heads, kept, head_dim); `columns` (batch or 1, kept) says which place in the text each
+    slot holds, -1 for an empty one. While nothing had to be dropped, all tokens are kept in order. Afterwards the first
+    `sinks` slots are the sinks, the others the last `window - 1` tokens. `get_seq_length` counts the whole text.
+    """
+
+    is_sliding = True
+    is_croppable = False
+
+    def __init__(self, window: int, sinks: int) -> None:
+        super().__init__()
+        self.window, self.sinks = window, sinks
+        self.cumulative_length = 0
+        self.columns: torch.Tensor | None = None
+        self.update_columns = torch.empty(1, 0, dtype=torch.long)  # the columns of what `update` returned last
+
+    def update(  # type: ignore[override]
+        self, key_states: torch.Tensor, value_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds new tokens and returns all that their queries may see: what was kept, then the new tokens.
+
+        attention_mask: the model's mask (batch, 1, queries, all tokens so far), True = visible; with padding it tells which tokens are
+        real, and so which are the sinks.
+        """
+        new = torch.arange(
+            self.cumulative_length, self.cumulative_length + key_states.shape[-2], device=key_states.device
+        )[None]
+        if self.columns is None:
+            self.lazy_initialization(key_states, value_states)
+            keys, values, columns = key_states, value_states, new
+        else:
+            keys = torch.cat([self.keys, key_states], dim=-2)
+            values = torch.cat([self.values, value_states], dim=-2)
+            columns = torch.cat([self.columns, new.expand(self.columns.shape[0], -1)], dim=-1)
+        self.cumulative_length += key_states.shape[-2]
+        self.update_columns = columns
+        self._keep(keys, values, columns, attention_mask)
+        return keys, values
+
+    def _keep(
+        self, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> None:
+        recent = self.window - 1
+        length = keys.shape[-2]
+        if length <= self.sinks + recent:
+            self.keys, self.values, self.columns = keys, values, columns
+            return
+        first_recent = length - recent
+        if attention_mask is None:
+            slots = torch.arange(self.sinks, device=keys.device)[None]
+            sink_columns = columns[:, : self.sinks]
+        else:
+            columns = columns.expand(keys.shape[0], -1)
+            real = attention_mask[:, 0, -1, :].expand(keys.shape[0], -1)
+            held = real.gather(-1, columns.clamp(min=0)) & (columns >= 0)
+            is_sink = held & (held.cumsum(-1) <= self.sinks)
+            # the sinks' slots in order; a sink that is still among the recent tokens is not kept twice
+            slots = torch.argsort((~is_sink).long(), dim=-1, stable=True)[:, : self.sinks]
+            taken = is_sink.gather(-1, slots) & (slots < first_recent)
+            sink_columns = columns.gather(-1, slots).masked_fill(~taken, -1)
+        index = slots[:, None, :, None]
+
+        def select(states: torch.Tensor) -> torch.Tensor:
+            sinks = states.gather(2, index.expand(states.shape[0], states.shape[1], -1, states.shape[3]))
+            return torch.cat([sinks, states[:, :, first_recent:]], dim=2)
+
+        self.keys, self.values = select(keys), select(values)
+        self.columns = torch.cat([sink_columns, columns[:, first_recent:]], dim=-1)
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask covers the whole text: the attention module picks the columns that are kept."""
+        return self.cumulative_length + query_length, 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.columns = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove == 0 or self.columns is None:
+            return
+        if self.cumulative_length > self.keys.shape[-2]:
+            raise UserError(
+                f"cache.crop({tokens_to_remove}): a window layer has already dropped tokens that the shorter text needs "
+                f"(window {self.window}, {self.cumulative_length} tokens seen); keep a copy of the cache instead"
+            )
+        super().crop(tokens_to_remove)
+        self.columns = self.columns[:, : -abs(tokens_to_remove)]
+        self.cumulative_length = self.keys.shape[-2]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select_columns(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select_columns(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.columns is not None and self.columns.shape[0] > 1:
+            self.columns = self.columns.repeat_interleave(repeats, dim=0)
+
+    def _select_columns(self, indices: torch.Tensor) -> None:
+        if self.columns is not None and self.columns.shape[0] > 1:
+            self.columns = self.columns[indices.to(self.columns.device)]
+
+
+def window_layer(cache: Cache, layer_idx: int, window: int, sinks: int) -> SinkWindowLayer:
+    """The window layer of a cache; in a fresh `DynamicCache` it takes the place of the layer HF put there.
+
+    HF creates caches in many places (generate, pipelines, the model itself), all of them from the config; swapping an
+    empty layer at its first use covers them all.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise UserError(
+            f"cache of type {type(cache).__name__}: window layers need a DynamicCache (the default of `generate`)"
+        )
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append(DynamicLayer())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, SinkWindowLayer):
+        return layer
+    if layer.is_initialized:
+        raise UserError(f"cache layer {layer_idx}: was filled by another model; start with an empty cache")
+    cache.layers[layer_idx] = fresh = SinkWindowLayer(window, sinks)
+    return fresh

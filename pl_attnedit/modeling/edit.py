@@ -1,0 +1,132 @@
+"""`edit_model`: from a trained model to a student with a cheaper attention. `load`: a saved student."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pl_attnedit.attention import Target, TargetConfig
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.modeling.calibrate import collect_statistics
+from pl_attnedit.modeling.hf import EDITED, EditedModelMixin, edited_config
+from pl_attnedit.modeling.plan import EditPlan
+from pl_attnedit.teachers import family_of
+
+Init = Literal["random", "copy", "calibrated"]
+
+
+def edit_model(
+    teacher: PreTrainedModel,
+    targets: TargetConfig | Mapping[str, TargetConfig],
+    *,
+    pattern: str | None = None,
+    layers: Sequence[int] | None = None,
+    init: Init = "calibrated",
+    calibration: Iterable[torch.Tensor] | None = None,
+) -> PreTrainedModel:
+    """A student with the teacher's trunk and new attention in the layers of the edit plan.
+
+    The trunk's modules (embeddings, norms, MLP, head, attention of full layers) are the teacher's own, shared, not
+    copied: one copy in memory. `unshare_trunk` gives the student its own before the trunk is trained.
+
+    Args:
+        teacher: a Hugging Face causal LM of a supported family.
+        targets: one target config, or a mapping of pattern letters to configs.
+        pattern: letters repeated over the layers, F = full layer. Default "S" for MLA, "SSSF" for GateSWA.
+        layers: explicit indices of the layers to edit instead of a pattern.
+        init: "random" as in the paper (`o_proj` inherited), "copy" of the teacher's weights where shapes allow,
+            "calibrated": what fits the calibration text best (for GateSWA this is the copy).
+        calibration: input ids, an iterable of (batch, time) int64 tensors; needed for a calibrated MLA.
+
+    Raises:
+        UserError: for anything above that does not fit the teacher.
+    """
+    if isinstance(teacher, EditedModelMixin):
+        raise UserError(f"teacher of type {type(teacher).__name__}: is a converted model already")
+    family = family_of(teacher.config)
+    family.check(teacher.config)
+    if not isinstance(teacher, family.model_class):
+        raise UserError(f"teacher of type {type(teacher).__name__}: must be a {family.model_class.__name__}")
+    if init not in ("random", "copy", "calibrated"):
+        raise invalid("init", init, "must be 'random', 'copy' or 'calibrated'")
+    plan = EditPlan.build(teacher.config.num_hidden_layers, targets, pattern, layers)
+    student = assemble(teacher, plan)
+    initialise(student, teacher, init, calibration)
+    return student
+
+
+def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
+    """A student that shares the teacher's trunk; the new attention modules hold uninitialised weights."""
+    config = edited_config(teacher.config, plan)
+    with torch.device("meta"):
+        student = EDITED[teacher.config.model_type][1](config)
+    parameter = next(teacher.parameters())
+    for name, module in teacher.model.named_children():
+        if name != "layers":
+            student.model.register_module(name, module)
+    student.lm_head = teacher.lm_head
+    for index, layer in enumerate(teacher.model.layers):
+        if plan.target_of(index) is None:
+            student.model.layers[index] = layer
+            continue
+        edited = student.model.layers[index]
+        for name, module in layer.named_children():
+            if name != "self_attn":
+                edited.register_module(name, module)
+        edited.self_attn.to_empty(device=parameter.device).to(parameter.dtype)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.train(teacher.training)
+
+
+def initialise(
+    student: PreTrainedModel, teacher: PreTrainedModel, init: Init, calibration: Iterable[torch.Tensor] | None
+) -> None:
+    """Fills the new attention modules of an assembled student."""
+    statistics: dict[int, Any] = {}
+    if init == "calibrated":
+        needed = [index for index, target in edited_attention(student).items() if target.needs_statistics]
+        if needed:
+            if calibration is None:
+                raise UserError("calibration: init 'calibrated' needs an iterable of input-id batches for this target")
+            statistics = collect_statistics(teacher, needed, calibration)
+    for index, target in edited_attention(student).items():
+        source = teacher.model.layers[index].self_attn
+        if init == "random":
+            target.init_random(source)
+        elif init == "copy":
+            target.init_copy(source)
+        else:
+            target.init_from(source, statistics.get(index))
+
+
+def edited_attention(student: PreTrainedModel) -> dict[int, Target]:
+    """The student's new attention modules by layer index."""
+    return {i: layer.self_attn for i, layer in enumerate(student.model.layers) if isinstance(layer.self_attn, Target)}
+
+
+def unshare_trunk(student: PreTrainedModel) -> None:
+    """Gives the student its own copy of everything it shares with the teacher, in place; needed to train the trunk."""
+    memo: dict[int, Any] = {id(module): module for module in edited_attention(student).values()}
+    copied: nn.Module = copy.deepcopy(student.model, memo)
+    head_tied = student.lm_head.weight is student.model.embed_tokens.weight
+    student.model = copied
+    student.lm_head = copy.deepcopy(student.lm_head)
+    if head_tied:
+        student.lm_head.weight = student.model.embed_tokens.weight
+
+
+def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A converted model from its folder, in eval mode. `kwargs` go to `from_pretrained` (dtype, device_map ...)."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise invalid("path", str(path), "must be the folder of a converted model (it has no config.json)")
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type not in {classes[0].model_type for classes in EDITED.values()}:
+        raise invalid("path", str(path), f"holds a model of type {config.model_type!r}, which is not a converted model")
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()

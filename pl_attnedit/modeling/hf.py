@@ -1,0 +1,79 @@
+"""Converted models as Hugging Face models: for each family a config and a model class of its own.
+
+`attnedit_llama` is `llama` with a field `attention_edit` (the edit plan) in its config; its model builds the family's own
+model and swaps the attention of the edited layers. Importing this module registers the classes, so that
+`AutoModelForCausalLM.from_pretrained`, `.generate` and `pipeline` work on saved models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from pl_attnedit.attention import TARGETS
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.modeling.plan import EditPlan
+from pl_attnedit.teachers import EDITED_PREFIX, FAMILIES, Family
+
+
+class EditedModelMixin:
+    """Swaps the attention modules that the config's edit plan names, before any weight is loaded."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        plan = EditPlan.from_dict(config.attention_edit)
+        if len(plan.letters) != config.num_hidden_layers:
+            raise invalid("attention_edit", plan.letters, f"needs a letter for each of {config.num_hidden_layers} layers")
+        for index in plan.edited_layers:
+            target = plan.target_of(index)
+            assert target is not None
+            layer = self.model.layers[index]  # type: ignore[attr-defined]
+            layer.self_attn = TARGETS[target.type](target, config, index)  # type: ignore[call-arg]
+
+    @property
+    def edit_plan(self) -> EditPlan:
+        """Which layer has which target."""
+        return EditPlan.from_dict(self.config.attention_edit)  # type: ignore[attr-defined]
+
+
+def _edited_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    name = "Edited" + family.model_class.__name__.removesuffix("ForCausalLM")
+    config_class = type(
+        f"{name}Config",
+        (family.config_class,),
+        {
+            "__module__": __name__,
+            "__doc__": f"Config of a converted {family.model_type} model; `attention_edit` is its edit plan.",
+            "__annotations__": {"attention_edit": dict | None},
+            "attention_edit": None,
+            "model_type": EDITED_PREFIX + family.model_type,
+        },
+    )
+    model_class = type(
+        f"{name}ForCausalLM",
+        (EditedModelMixin, family.model_class),
+        {"__module__": __name__, "__doc__": f"A converted {family.model_type} model.", "config_class": config_class},
+    )
+    return config_class, model_class
+
+
+EDITED: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {}
+for _family in FAMILIES.values():
+    EDITED[_family.model_type] = _config, _model = _edited_classes(_family)
+    globals()[_config.__name__], globals()[_model.__name__] = _config, _model  # so that they can be pickled by name
+    AutoConfig.register(_config.model_type, _config)
+    AutoModelForCausalLM.register(_config, _model)
+
+
+def edited_config(teacher_config: PreTrainedConfig, plan: EditPlan) -> PreTrainedConfig:
+    """The converted model's config: all of the teacher's fields and the edit plan."""
+    fields = teacher_config.to_dict()
+    if teacher_config.model_type not in EDITED:
+        raise UserError(f"teacher model type {teacher_config.model_type!r}: is already converted or unknown")
+    for name in ("model_type", "architectures", "transformers_version", "auto_map"):
+        fields.pop(name, None)
+    config_class, _ = EDITED[teacher_config.model_type]
+    config = config_class(**fields, attention_edit=plan.to_dict())
+    config._attn_implementation = teacher_config._attn_implementation
+    return config
