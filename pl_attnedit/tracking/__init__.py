@@ -1,0 +1,40 @@
+"""MLflow: runs that log in the background, the runs of a conversion, and what a run was made with."""
+
+import os
+
+# Before mlflow is imported for the first time: it sends usage data from then on.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+from pl_attnedit.tracking.client import connect, resolve_tracking_uri
+from pl_attnedit.tracking.config_callback import LogConfigCallback
+from pl_attnedit.tracking.conversion import (
+    ConversionRuns,
+    deliver_pending,
+    find_runs,
+    metric_history,
+    open_conversion,
+    start_child,
+    start_conversion,
+)
+from pl_attnedit.tracking.environment import environment, git_commit, log_config, log_environment
+from pl_attnedit.tracking.logger import TrackingLogger
+from pl_attnedit.tracking.run import TrackedRun
+
+__all__ = [
+    "ConversionRuns",
+    "LogConfigCallback",
+    "TrackedRun",
+    "TrackingLogger",
+    "connect",
+    "deliver_pending",
+    "environment",
+    "find_runs",
+    "git_commit",
+    "log_config",
+    "log_environment",
+    "metric_history",
+    "open_conversion",
+    "resolve_tracking_uri",
+    "start_child",
+    "start_conversion",
+]

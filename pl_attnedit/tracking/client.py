@@ -1,0 +1,82 @@
+"""Where MLflow is, and a first contact with it that fails within seconds when nobody answers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import requests
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from pl_attnedit.errors import UserError, invalid
+
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+EXPERIMENT = "pl_attnedit"
+
+KIND_TAG = "pl_attnedit.kind"
+PARENT_TAG = "mlflow.parentRunId"
+
+_ALLOWED = "give http(s)://host:port of a running MLflow server, or sqlite:///file.db"
+
+# MLflow's own defaults (120 s, seven retries with back-off) would hold a start up for many minutes. What is
+# sent while training runs is repeated by ourselves, see `delivery`. A user's own settings win.
+_HTTP_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+
+
+def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
+    """The given URI, else the environment's ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db`` (working folder).
+
+    Folders (Lightning's default ``./mlruns``) are refused, because MLflow >= 3.17 does.
+
+    Raises:
+        UserError: the URI is a folder, a ``file:`` URI, or empty.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_TRACKING_URI) if tracking_uri is None else tracking_uri
+    if ("://" not in uri and uri != "databricks") or uri.startswith("file:"):
+        raise invalid("tracking_uri", uri, f"MLflow no longer writes to folders; {_ALLOWED}")
+    return uri
+
+
+def connect(tracking_uri: str | None = None) -> MlflowClient:
+    """A client that has reached its server or opened its database once.
+
+    Raises:
+        UserError: nobody answers, the answer is no MLflow server's, or the database cannot be opened. Takes at
+            most about 20 s when packets get lost, and far less when the connection is refused.
+    """
+    uri = resolve_tracking_uri(tracking_uri)
+    for name, value in _HTTP_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    for noisy in ("mlflow.store.db.utils", "alembic"):  # a dozen lines of INFO when the database is created
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        if uri.startswith("sqlite:"):
+            _open_sqlite(uri)
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError, requests.RequestException, sqlite3.Error, OSError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise invalid("tracking_uri", uri, f"MLflow cannot be reached there ({reason}); {_ALLOWED}") from error
+    return client
+
+
+def _open_sqlite(uri: str) -> None:
+    """Fail at once where MLflow would retry for minutes: not a database, or a place that cannot be written."""
+    database = make_url(uri).database
+    if not database or database == ":memory:":
+        raise UserError(f"tracking_uri = {uri!r}: name a database file, e.g. {DEFAULT_TRACKING_URI}")
+    Path(database).parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(database, timeout=10)) as connection:
+        connection.execute("PRAGMA schema_version")
+    if not os.access(database, os.W_OK):
+        raise PermissionError(f"{database} is not writable")

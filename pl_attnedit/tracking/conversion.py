@@ -1,0 +1,192 @@
+"""The runs of one conversion: a parent, and a child for each stage and evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.tracking.client import EXPERIMENT, KIND_TAG, PARENT_TAG, connect, resolve_tracking_uri
+from pl_attnedit.tracking.run import TrackedRun
+from pl_attnedit.tracking.spool import Spool
+
+RUNS_FILE = "mlflow.json"
+SPOOL_FOLDER = "mlflow"
+
+
+@dataclass(frozen=True)
+class ConversionRuns:
+    """The MLflow runs of one conversion, as kept in ``<run folder>/mlflow.json``.
+
+    Attributes:
+        tracking_uri: where they are.
+        experiment: the experiment's name.
+        run_id: the parent run.
+        children: kind (``stage1``, ``stage2``, ``evaluation``) -> run id.
+        folder: the run folder; spool files are in its ``mlflow/``. Not saved.
+    """
+
+    tracking_uri: str
+    experiment: str
+    run_id: str
+    children: dict[str, str]
+    folder: Path = field(default=Path(), compare=False)
+
+    @property
+    def spool_dir(self) -> Path:
+        return self.folder / SPOOL_FOLDER
+
+    def run(self, kind: str | None = None) -> TrackedRun:
+        """The parent run (None) or a child, to write to."""
+        run_id = self.run_id if kind is None else self.children[kind]
+        return TrackedRun(run_id, self.spool_dir, tracking_uri=self.tracking_uri)
+
+
+def open_conversion(
+    folder: str | Path,
+    name: str,
+    tags: Mapping[str, Any],
+    *,
+    kinds: Iterable[str] = ("stage1", "stage2", "evaluation"),
+    tracking_uri: str | None = None,
+    experiment: str = EXPERIMENT,
+) -> ConversionRuns:
+    """Create the runs of a conversion, or, where ``folder`` has them from an earlier start, continue them.
+
+    The children are made now (SCHEDULED until they start), so that a server that goes away later stops nothing. What
+    an earlier process could not deliver is delivered first.
+
+    Args:
+        folder: the run folder.
+        name: the conversion's name; children are called ``<name>/<kind>``.
+        tags: teacher, target, recipe, pattern; set on the parent and on each child.
+        kinds: the children.
+        tracking_uri: see `resolve_tracking_uri`. A continued conversion stays where it began.
+        experiment: experiment name, created where missing.
+
+    Raises:
+        UserError: MLflow cannot be reached, or no longer has the runs named in the folder.
+    """
+    folder = Path(folder)
+    file = folder / RUNS_FILE
+    if file.exists():
+        return _continue_conversion(file, tracking_uri)
+    client = connect(tracking_uri)
+    parent = start_conversion(name, tags, client=client, experiment=experiment)
+    children = {kind: start_child(parent, kind, client=client) for kind in kinds}
+    runs = ConversionRuns(resolve_tracking_uri(tracking_uri), experiment, parent, children, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {key: value for key, value in asdict(runs).items() if key != "folder"}
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, file)
+    return runs
+
+
+def _continue_conversion(file: Path, tracking_uri: str | None) -> ConversionRuns:
+    try:
+        runs = ConversionRuns(**json.loads(file.read_text()), folder=file.parent)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} is not readable ({error}): delete it to begin new MLflow runs") from error
+    if tracking_uri is not None and tracking_uri != runs.tracking_uri:
+        raise invalid("tracking_uri", tracking_uri, f"{file.parent} was begun with {runs.tracking_uri} ({file})")
+    client = connect(runs.tracking_uri)
+    for run_id in (runs.run_id, *runs.children.values()):
+        try:
+            client.get_run(run_id)
+        except MlflowException as error:
+            raise UserError(
+                f"{file}: run {run_id} is not in {runs.tracking_uri}. Start in the folder where the conversion began, "
+                f"or delete {file} to begin new MLflow runs"
+            ) from error
+    deliver_pending(runs.spool_dir, tracking_uri=runs.tracking_uri)
+    return runs
+
+
+def start_conversion(name: str, tags: Mapping[str, Any], *, client: MlflowClient, experiment: str = EXPERIMENT) -> str:
+    """Create the parent run of a conversion, RUNNING. Returns its run id."""
+    tags = {key: str(value) for key, value in tags.items()}
+    run = client.create_run(experiment_id(client, experiment), tags={**tags, KIND_TAG: "conversion"}, run_name=name)
+    return str(run.info.run_id)
+
+
+def start_child(parent: str, kind: str, *, client: MlflowClient, status: str = "SCHEDULED") -> str:
+    """Create a child run with its parent's tags. Returns its run id."""
+    run = client.get_run(parent)
+    inherited = {key: value for key, value in run.data.tags.items() if not key.startswith(("mlflow.", "pl_attnedit."))}
+    child = client.create_run(
+        run.info.experiment_id,
+        tags={**inherited, KIND_TAG: kind, PARENT_TAG: parent},
+        run_name=f"{run.info.run_name}/{kind}",
+    )
+    client.update_run(child.info.run_id, status=status)
+    return str(child.info.run_id)
+
+
+def deliver_pending(spool_dir: str | Path, *, tracking_uri: str | None = None) -> int:
+    """Deliver what earlier processes have left in a spool folder. Returns the number of entries that remain.
+
+    Raises:
+        UserError: MLflow cannot be reached, or no longer has one of the runs.
+    """
+    remaining = 0
+    for path in sorted(Path(spool_dir).glob("*.jsonl")):
+        if len(Spool(path)):
+            run = TrackedRun(path.stem, spool_dir, tracking_uri=tracking_uri)
+            run.flush()
+            remaining += len(Spool(path))
+    return remaining
+
+
+def find_runs(
+    kind: str | None = None,
+    parent: str | None = None,
+    *,
+    tags: Mapping[str, str] | None = None,
+    tracking_uri: str | None = None,
+    experiment: str = EXPERIMENT,
+) -> list[Run]:
+    """Runs of the experiment, newest first: by kind (``conversion``, ``stage1`` ...), parent run id and tags."""
+    client = connect(tracking_uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return []
+    wanted = {KIND_TAG: kind, PARENT_TAG: parent, **(tags or {})}
+    terms = [f"tags.`{key}` = '{value}'" for key, value in wanted.items() if value is not None]
+    runs: list[Run] = []
+    token: str | None = None
+    while True:
+        page = client.search_runs(
+            [found.experiment_id], " and ".join(terms), order_by=["attributes.start_time DESC"], page_token=token
+        )
+        runs.extend(page)
+        if not (token := page.token):
+            return runs
+
+
+def metric_history(run_id: str, key: str, *, tracking_uri: str | None = None) -> list[tuple[int, float]]:
+    """All values of one metric, as (step, value), by step."""
+    history = connect(tracking_uri).get_metric_history(run_id, key)
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+def experiment_id(client: MlflowClient, name: str) -> str:
+    """The experiment's id; created where missing.
+
+    Raises:
+        UserError: an experiment of this name was deleted; MLflow keeps the name until it is purged.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        return str(client.create_experiment(name))
+    if experiment.lifecycle_stage == "deleted":
+        raise invalid("experiment", name, "was deleted in MLflow: restore it, or choose another name")
+    return str(experiment.experiment_id)

@@ -1,0 +1,154 @@
+"""Sends what a spool holds to MLflow, in the background, in order, again and again until it arrives."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH
+
+from pl_attnedit.tracking.spool import Operation, Spool
+
+GATHER_SECONDS = 1.0  # how long metrics are gathered before they are sent as one batch
+RETRY_SECONDS = (1.0, 10.0)  # first and longest pause between attempts while MLflow is away
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # sending the same again cannot help
+
+_open: dict[Path, Delivery] = {}
+_open_lock = threading.Lock()
+
+
+class Delivery(threading.Thread):
+    """The thread that empties one run's spool. Get it with `Delivery.of`, one per spool and process.
+
+    MLflow going away is one warning, and its return one message; training goes on meanwhile.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str, path: Path) -> None:
+        super().__init__(name=f"mlflow-{run_id[:8]}", daemon=True)
+        self.run_id = run_id
+        self.spool = Spool(path)
+        self._client = client
+        self._wake = threading.Condition()
+        self._hurry = threading.Event()  # somebody waits in `flush`
+        self._lost_since: float | None = None
+
+    @classmethod
+    def of(cls, client: MlflowClient, run_id: str, folder: Path) -> Delivery:
+        """The running delivery of ``<folder>/<run_id>.jsonl``; it starts with what an earlier process left there."""
+        path = folder.resolve() / f"{run_id}.jsonl"
+        with _open_lock:
+            if path not in _open:
+                _open[path] = cls(client, run_id, path)
+                _open[path].start()
+            return _open[path]
+
+    def add(self, operation: Operation) -> None:
+        """Queue one operation; returns at once."""
+        self.spool.append(operation)
+        with self._wake:
+            self._wake.notify_all()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything has arrived, at most ``timeout`` seconds. Returns whether it has."""
+        self._hurry.set()
+        with self._wake:
+            self._wake.notify_all()
+            return self._wake.wait_for(lambda: len(self.spool) == 0, timeout)
+
+    def run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: len(self.spool) > 0)
+            self._rest(GATHER_SECONDS)
+            failures = 0
+            while (error := self._deliver()) is not None:
+                failures += 1
+                if failures == 2:  # one alone may be a busy database
+                    self._report_loss(error)
+                self._rest(min(RETRY_SECONDS[0] * 2 ** (failures - 1), RETRY_SECONDS[1]))
+
+    def _rest(self, seconds: float) -> None:
+        """Pause, unless somebody waits for the result."""
+        self._hurry.wait(seconds)
+        self._hurry.clear()
+
+    def _deliver(self) -> Exception | None:
+        """Send everything that is queued, in batches. The error where MLflow could not be reached."""
+        limit = 256
+        while batch := _batch(self.spool.head(limit)):
+            try:
+                _send(self._client, self.run_id, batch)
+            except Exception as error:
+                if not _refused(error):
+                    return error
+                if len(batch) > 1:
+                    limit = 1  # find the one that is refused
+                    continue
+                rank_zero_warn(f"MLflow run {self.run_id} refuses {_short(batch[0])}: {error}. It is left out.")
+            self._report_recovery()
+            self.spool.confirm(batch)
+            with self._wake:
+                self._wake.notify_all()
+        return None
+
+    def _report_loss(self, error: Exception) -> None:
+        self._lost_since = time.monotonic()
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        rank_zero_warn(
+            f"MLflow does not take what run {self.run_id} logs ({reason}). Work goes on; metrics are kept in "
+            f"{self.spool.path} and delivered when MLflow is back."
+        )
+
+    def _report_recovery(self) -> None:
+        if self._lost_since is not None:
+            away = time.monotonic() - self._lost_since
+            self._lost_since = None
+            rank_zero_info(f"MLflow is back after {away:.0f} s; delivering {len(self.spool)} kept entries.")
+
+
+def _batch(operations: list[Operation]) -> list[Operation]:
+    """The leading operations that travel together: metrics up to MLflow's limit per request, anything else alone."""
+    batch: list[Operation] = []
+    values = 0
+    for operation in operations:
+        if operation["op"] != "metrics":
+            return batch or [operation]
+        values += len(operation["values"])
+        if batch and values > MAX_METRICS_PER_BATCH:
+            return batch
+        batch.append(operation)
+    return batch
+
+
+def _send(client: MlflowClient, run_id: str, batch: list[Operation]) -> None:
+    first = batch[0]
+    if first["op"] == "metrics":
+        metrics = [Metric(k, v, op["time"], op["step"]) for op in batch for k, v in op["values"].items()]
+        client.log_batch(run_id, metrics=metrics, synchronous=True)
+    elif first["op"] == "params":
+        client.log_batch(run_id, params=[Param(k, v) for k, v in first["values"].items()], synchronous=True)
+    elif first["op"] == "tags":
+        client.log_batch(run_id, tags=[RunTag(k, v) for k, v in first["values"].items()], synchronous=True)
+    elif first["op"] == "text":
+        client.log_text(run_id, first["text"], first["name"])
+    elif first["op"] == "file":
+        client.log_artifact(run_id, first["path"], first["folder"])
+    elif first["status"] == "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+    else:
+        client.set_terminated(run_id, status=first["status"], end_time=first["time"])
+
+
+def _refused(error: Exception) -> bool:
+    return isinstance(error, FileNotFoundError) or (
+        isinstance(error, MlflowException) and error.error_code in _REFUSALS
+    )
+
+
+def _short(operation: Operation) -> str:
+    return str({key: value for key, value in operation.items() if key != "n"})[:200]

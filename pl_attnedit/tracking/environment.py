@@ -1,0 +1,87 @@
+"""What a run was made with: code, packages, machine, data, teacher, settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pl_attnedit.tracking.run import TrackedRun
+
+_PACKAGES = ("pl_attnedit", "torch", "lightning", "transformers", "mlflow", "lm-eval", "datasets", "safetensors")
+
+
+def log_environment(
+    run: TrackedRun,
+    *,
+    config: Mapping[str, Any] | None = None,
+    data_fingerprint: str | None = None,
+    teacher_fingerprint: str | None = None,
+    folder: str | Path = ".",
+) -> None:
+    """Log what is needed to repeat a run.
+
+    Tags ``git_commit`` (with ``-dirty`` where files differ; absent outside a repository), ``data_fingerprint``,
+    ``teacher_fingerprint``; artifact ``environment.json`` (Python, packages, machine); the config, see `log_config`.
+
+    Args:
+        run: the run to write to.
+        config: the resolved settings.
+        data_fingerprint, teacher_fingerprint: as computed by the data module and the teacher source.
+        folder: the folder whose git commit counts, by default the working folder.
+    """
+    tags = {
+        "git_commit": git_commit(folder),
+        "data_fingerprint": data_fingerprint,
+        "teacher_fingerprint": teacher_fingerprint,
+    }
+    run.set_tags({key: value for key, value in tags.items() if value is not None})
+    run.log_text(json.dumps(environment(), indent=2) + "\n", "environment.json")
+    if config is not None:
+        log_config(run, config)
+
+
+def log_config(run: TrackedRun, config: Mapping[str, Any], name: str = "config.yaml") -> None:
+    """Log settings in full as an artifact, and one by one as parameters under dotted names."""
+    run.log_text(yaml.safe_dump(dict(config), sort_keys=False), name)
+    run.log_params(config)
+
+
+def environment() -> dict[str, Any]:
+    """Python, package versions, processor count and accelerators of this machine, ready for JSON."""
+    packages = {}
+    for package in _PACKAGES:
+        try:
+            packages[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            packages[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": packages,
+    }
+
+
+def git_commit(folder: str | Path = ".") -> str | None:
+    """The commit checked out in ``folder``, with ``-dirty`` where tracked files differ; None outside a repository."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}-dirty" if changes else commit
+
+
+def _git(folder: str | Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()

@@ -1,0 +1,213 @@
+"""Runs, their spool and the runs of a conversion, over a sqlite database."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pl_attnedit.errors import UserError
+from pl_attnedit.tracking import (
+    TrackedRun,
+    connect,
+    deliver_pending,
+    environment,
+    find_runs,
+    git_commit,
+    log_environment,
+    metric_history,
+    open_conversion,
+    resolve_tracking_uri,
+    start_child,
+    start_conversion,
+)
+from pl_attnedit.tracking.run import status_of
+from pl_attnedit.tracking.spool import Spool
+
+
+def new_run(database: str, name: str) -> str:
+    return start_conversion(name, {}, client=connect(database), experiment=name)
+
+
+def test_the_uri_is_the_argument_then_the_environment_then_a_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_tracking_uri() == "sqlite:///mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
+    assert resolve_tracking_uri() == "http://elsewhere:5000"
+    assert resolve_tracking_uri("sqlite:///x.db") == "sqlite:///x.db"
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:./mlruns", "file:///tmp/mlruns", ""])
+def test_folders_are_refused(uri: str) -> None:
+    with pytest.raises(UserError, match=r"tracking_uri = .*sqlite:///file.db"):
+        resolve_tracking_uri(uri)
+
+
+def test_a_file_that_is_no_database_and_an_unknown_scheme_are_errors(tmp_path: Path) -> None:
+    file = tmp_path / "notes.db"
+    file.write_text("not a database, but long enough to have a header of its own" * 10)
+    with pytest.raises(UserError, match=r"tracking_uri.*not a database"):
+        connect(f"sqlite:///{file}")
+    with pytest.raises(UserError, match=r"tracking_uri = 'ftp://x'.*cannot be reached"):
+        connect("ftp://x")
+
+
+def test_an_unknown_run_is_an_error(database: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run_id = '0123'.*must be a run of sqlite"):
+        TrackedRun("0123", tmp_path, tracking_uri=database)
+
+
+def test_a_reopened_run_goes_on_and_keeps_its_first_parameters(database: str, tmp_path: Path) -> None:
+    run_id = new_run(database, "reopened")
+
+    def fail() -> None:
+        with TrackedRun(run_id, tmp_path, tracking_uri=database) as run:
+            run.log_params({"lr": 1, "optim": {"name": "adamw"}})
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fail()
+    client = connect(database)
+    assert client.get_run(run_id).info.status == "FAILED"
+
+    again = TrackedRun(run_id, tmp_path, tracking_uri=database)
+    again.set_status("RUNNING")
+    with pytest.warns(UserWarning, match="keeps the first value.*lr: 1 -> 2"):
+        again.log_params({"lr": 2, "optim": {"name": "adamw"}, "new": True})
+    assert again.flush()
+    assert client.get_run(run_id).info.status == "RUNNING"
+    assert client.get_run(run_id).data.params == {"lr": "1", "optim.name": "adamw", "new": "True"}
+
+
+def test_an_entry_that_mlflow_refuses_is_left_out_with_a_warning(database: str, tmp_path: Path) -> None:
+    run = TrackedRun(new_run(database, "refused"), tmp_path, tracking_uri=database)
+    vanishing = tmp_path / "gone.txt"
+    vanishing.write_text("soon gone")
+    run.log_metrics({"loss": 1.0}, 1)
+    run.log_file(vanishing)
+    vanishing.unlink()
+    run.log_metrics({"loss": 2.0}, 2)
+    with pytest.warns(UserWarning, match=r"refuses .*gone\.txt"):
+        assert run.flush()
+    assert metric_history(run.run_id, "loss", tracking_uri=database) == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_full_disk_keeps_metrics_in_memory(database: str, tmp_path: Path) -> None:
+    run = TrackedRun(new_run(database, "full_disk"), tmp_path, tracking_uri=database)
+    run.log_metrics({"loss": 0.0}, 0)
+    assert run.flush()
+    journal = tmp_path / f"{run.run_id}.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 10, hard))  # a line is torn after 10 bytes
+    try:
+        with pytest.warns(UserWarning, match=r"cannot be written .*kept in memory only"):
+            run.log_metrics({"loss": 1.0}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run.log_metrics({"loss": 2.0}, 2)
+    assert run.flush()
+    assert metric_history(run.run_id, "loss", tracking_uri=database) == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    assert Spool(journal).logged_steps == {"loss": 2}  # the torn line did not spoil the one after it
+
+
+def exit_of_the_trainer() -> BaseException:
+    """Ctrl-C as it leaves the Trainer."""
+    error = SystemExit(1)
+    error.__context__ = KeyboardInterrupt()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, "FINISHED"),
+        (ValueError(), "FAILED"),
+        (SystemExit(1), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (exit_of_the_trainer(), "KILLED"),
+    ],
+)
+def test_final_status(error: BaseException | None, status: str) -> None:
+    assert status_of(error) == status
+
+
+def test_a_conversion_has_a_parent_and_children_that_can_be_found(database: str, tmp_path: Path) -> None:
+    tags = {"teacher": "smollm2", "target": "gate_swa", "recipe": "quickstart", "pattern": "SSSF"}
+    runs = open_conversion(tmp_path / "a", "first", tags, tracking_uri=database, experiment="found")
+    other = open_conversion(
+        tmp_path / "b", "second", tags | {"target": "mla"}, tracking_uri=database, experiment="found"
+    )
+
+    def find(**what: object) -> list[str]:
+        return [run.info.run_id for run in find_runs(**what, tracking_uri=database, experiment="found")]  # type: ignore[arg-type]
+
+    assert set(find(kind="conversion")) == {runs.run_id, other.run_id}
+    assert set(find(parent=runs.run_id)) == set(runs.children.values())
+    assert find(kind="stage1", parent=runs.run_id) == [runs.children["stage1"]]
+    assert set(find(tags={"target": "mla"})) == {other.run_id, *other.children.values()}
+    assert find_runs(tracking_uri=database, experiment="no such experiment") == []
+
+    client = connect(database)
+    stage = client.get_run(runs.children["stage1"])
+    assert stage.info.status == "SCHEDULED"
+    assert stage.info.run_name == "first/stage1"
+    assert tags.items() <= stage.data.tags.items()
+    assert client.get_run(runs.run_id).info.status == "RUNNING"
+    evaluation = start_child(runs.run_id, "evaluation", client=client, status="RUNNING")
+    assert evaluation in find(kind="evaluation", parent=runs.run_id)
+
+
+def test_a_conversion_is_continued_and_its_leftovers_delivered(database: str, tmp_path: Path) -> None:
+    runs = open_conversion(tmp_path, "c", {}, tracking_uri=database, experiment="continued")
+    with runs.run("stage1") as stage:
+        stage.log_metrics({"loss": 1.0}, 1)
+    (runs.spool_dir / f"{runs.children['stage2']}.jsonl").write_text(
+        json.dumps({"n": 1, "op": "metrics", "time": 5, "values": {"kl": 0.5}, "step": 7}) + "\n"
+    )
+    again = open_conversion(tmp_path, "c", {})
+    assert again == runs
+    assert metric_history(runs.children["stage2"], "kl", tracking_uri=database) == [(7, 0.5)]
+    assert deliver_pending(runs.spool_dir, tracking_uri=database) == 0
+
+
+def test_a_conversion_cannot_change_its_server_nor_lose_its_runs(database: str, tmp_path: Path) -> None:
+    runs = open_conversion(tmp_path, "c", {}, kinds=["stage1"], tracking_uri=database, experiment="moved")
+    with pytest.raises(UserError, match=r"tracking_uri = 'sqlite:///other.db'.*was begun with"):
+        open_conversion(tmp_path, "c", {}, tracking_uri="sqlite:///other.db")
+    file = tmp_path / "mlflow.json"
+    file.write_text(file.read_text().replace(runs.run_id, "0" * 32))
+    with pytest.raises(UserError, match=f"mlflow.json: run {'0' * 32} is not in"):
+        open_conversion(tmp_path, "c", {})
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"mlflow.json is not readable"):
+        open_conversion(tmp_path, "c", {})
+
+
+def test_the_environment_is_logged(database: str, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    git = ["git", "-C", str(repository), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    assert git_commit(repository) is None
+    (repository / "a").write_text("1")
+    for arguments in (["init", "-q"], ["add", "a"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *arguments], check=True)
+    commit = git_commit(repository)
+    assert commit is not None
+    assert len(commit) == 40
+    (repository / "a").write_text("2")
+    assert git_commit(repository) == f"{commit}-dirty"
+
+    with TrackedRun(new_run(database, "environment"), tmp_path / "spool", tracking_uri=database) as run:
+        log_environment(
+            run, config={"lr": {"peak": 1e-3}}, data_fingerprint="d1", teacher_fingerprint="t1", folder=repository
+        )
+    client = connect(database)
+    stored = client.get_run(run.run_id)
+    assert stored.data.params == {"lr.peak": "0.001"}
+    expected = {"git_commit": f"{commit}-dirty", "data_fingerprint": "d1", "teacher_fingerprint": "t1"}
+    assert expected.items() <= stored.data.tags.items()
+    assert {item.path for item in client.list_artifacts(run.run_id)} == {"config.yaml", "environment.json"}
+    assert environment()["packages"]["torch"] != "not installed"
