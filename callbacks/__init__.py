@@ -1,0 +1,22 @@
+"""Lightning callbacks. Import them as ``pl_attnedit.callbacks``."""
+
+from pl_attnedit.callbacks.checkpoint import (
+    AtomicCheckpointIO,
+    ResumableCheckpoint,
+    check_checkpoint,
+    latest_checkpoint,
+)
+from pl_attnedit.callbacks.nan_guard import NaNGuard, NonFiniteLossError
+from pl_attnedit.callbacks.progress import Progress
+from pl_attnedit.callbacks.throughput import Throughput
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "NaNGuard",
+    "NonFiniteLossError",
+    "Progress",
+    "ResumableCheckpoint",
+    "Throughput",
+    "check_checkpoint",
+    "latest_checkpoint",
+]

@@ -1,0 +1,132 @@
+"""How fast training is, what it waits for, and how much memory it takes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import Profiler
+from torch import Tensor
+
+_FETCH = "[_TrainingEpochLoop].train_dataloader_next"  # Lightning's name for taking the next batch
+
+
+class TokenMeter:
+    """Counts tokens and the seconds of training; the clock stands still while paused (validation)."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.tokens = 0
+        self._seconds = 0.0
+        self._since: float | None = time.perf_counter()
+
+    def pause(self) -> None:
+        self._seconds, self._since = self.seconds, None
+
+    def resume(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+
+def count_tokens(batch: Mapping[str, Tensor], trainer: Trainer) -> int:
+    """Tokens of this batch on all processes: ``input_ids`` (B, T), the same size everywhere."""
+    return batch["input_ids"].numel() * trainer.world_size
+
+
+class Throughput(Callback):
+    """Logs, every ``log_every_n_steps`` optimizer steps and as a mean over them:
+
+    - ``perf/tokens_per_second``: tokens of all processes per second, validation left out;
+    - ``perf/step_seconds``: seconds per optimizer step;
+    - ``perf/data_wait_seconds``: seconds per optimizer step that training stood still for the next batch;
+    - ``perf/peak_memory_bytes``: highest memory so far, of tensors on an accelerator, of the whole process on a CPU.
+    """
+
+    def __init__(self) -> None:
+        self._meter = TokenMeter()
+        self._fetch = _FetchTimer()
+        self._window_start = 0  # optimizer step
+        self._seen_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._fetch.inner, trainer.profiler = trainer.profiler, self._fetch  # type: ignore[attr-defined]
+        self._seen_step = trainer.global_step
+        self._begin_window(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._meter.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._meter.resume()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Mapping[str, Tensor], batch_idx: int
+    ) -> None:
+        self._meter.tokens += count_tokens(batch, trainer)
+        stepped = trainer.global_step != self._seen_step
+        self._seen_step = trainer.global_step
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if stepped and trainer.global_step % interval == 0:
+            steps, seconds = trainer.global_step - self._window_start, self._meter.seconds
+            metrics = {
+                "perf/tokens_per_second": self._meter.tokens / seconds,
+                "perf/step_seconds": seconds / steps,
+                "perf/data_wait_seconds": self._fetch.seconds / steps,
+                "perf/peak_memory_bytes": float(peak_memory_bytes(pl_module.device)),
+            }
+            pl_module.log_dict(metrics, batch_size=1)
+            self._begin_window(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._give_profiler_back(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._give_profiler_back(trainer)
+
+    def _give_profiler_back(self, trainer: Trainer) -> None:
+        if trainer.profiler is self._fetch:  # type: ignore[attr-defined]
+            trainer.profiler = self._fetch.inner  # type: ignore[attr-defined]
+
+    def _begin_window(self, trainer: Trainer) -> None:
+        self._meter.reset()
+        self._fetch.seconds = 0.0
+        self._window_start = trainer.global_step
+
+
+class _FetchTimer(Profiler):
+    """Stands in for the Trainer's profiler, and measures how long the Trainer waits for the next batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: Profiler
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def start(self, action_name: str) -> None:
+        self.inner.start(action_name)
+        if action_name == _FETCH:
+            self._since = time.perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        if action_name == _FETCH:
+            self.seconds += time.perf_counter() - self._since
+        self.inner.stop(action_name)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory so far: allocated by tensors on an accelerator, resident in this process on a CPU."""
+    if device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return int(torch.get_device_module(device).max_memory_allocated(device))
