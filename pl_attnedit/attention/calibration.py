@@ -1,9 +1,111 @@
-"""What the calibrated init knows of a teacher's attention: second moments over the calibration text."""
+"""What the calibrated init knows of a teacher's attention: second moments, streamed over the calibration text.
+
+No activation is kept: the memory depends on the model's width only, not on the number of tokens.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
+
+from pl_attnedit.teachers import AttentionSpec, apply_rotary, project_qkv
+
+SINK_COLUMNS = 4  # first tokens, left out of the distances: they are attended from everywhere for no positional reason
+WEIGHT_FLOOR = 0.1  # share of the plain mean in the weighted moments, so that no token is ignored
 
 
 class LayerStatistics:
-    """Placeholder for the experiments."""
+    """Moments of one layer: inputs x (with a constant 1 appended), queries, keys and values before RoPE.
+
+    `plain` moments weigh all tokens alike (queries). `weighted` ones weigh a token by the squared attention it receives,
+    which is what an error in its key or value does to the output (keys, values). All are float64 means.
+    """
+
+    def __init__(self, spec: AttentionSpec, rotary: nn.Module, context: int) -> None:
+        """rotary: the teacher's rotary embedding; context: tokens per calibration sequence."""
+        self.spec = spec
+        self.frequencies: torch.Tensor = rotary.inv_freq.double()  # type: ignore[operator,union-attr]
+        self.rope_scale = float(rotary.attention_scaling) ** 2  # type: ignore[arg-type]  # YaRN's factor on scores
+        device = self.frequencies.device
+        width = spec.hidden_size + 1
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self.tokens = 0
+        self.weight = 0.0
+        self._plain_xx, self._weighted_xx = zeros(width, width), zeros(width, width)
+        self._xq = zeros(width, spec.num_heads * spec.head_dim)
+        kv_width = 2 * spec.num_kv_heads * spec.head_dim
+        self._plain_xkv, self._weighted_xkv = zeros(width, kv_width), zeros(width, kv_width)
+        self._distance = zeros(context)
+
+    @torch.no_grad()
+    def update(
+        self, attention: nn.Module, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Adds one batch. hidden_states (batch, time, hidden) are the inputs of the teacher's `attention`."""
+        query, key, value = project_qkv(attention, hidden_states, self.spec.head_dim)
+        received = self._attention_received(query, key, position_embeddings)
+        x = torch.cat([hidden_states, torch.ones_like(hidden_states[..., :1])], dim=-1).flatten(0, 1).float()
+        q = query.transpose(1, 2).flatten(2).flatten(0, 1).float()
+        kv = torch.cat([key, value], dim=1).transpose(1, 2).flatten(2).flatten(0, 1).float()
+        weighted = x * received.flatten()[:, None]
+        self._plain_xx += x.T @ x
+        self._weighted_xx += weighted.T @ x
+        self._xq += x.T @ q
+        self._plain_xkv += x.T @ kv
+        self._weighted_xkv += weighted.T @ kv
+        self.tokens += x.shape[0]
+        self.weight += received.sum().item()
+
+    def _attention_received(
+        self, query: torch.Tensor, key: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Sum over queries of the squared probability that each token gets, mean over heads: (batch, time).
+
+        Also adds the attention by distance. One key head at a time, so that the scores stay small.
+        """
+        query, key = apply_rotary(query, key, *position_embeddings)
+        groups, time = query.shape[1] // key.shape[1], query.shape[2]
+        future = torch.ones(time, time, dtype=torch.bool, device=query.device).triu(1)
+        at = torch.arange(time, device=query.device)
+        distance = (at[:, None] - at[None, :]).clamp(min=0)
+        received = torch.zeros(query.shape[0], time, device=query.device)
+        by_pair = torch.zeros(time, time, device=query.device)
+        for head in range(key.shape[1]):
+            scores = query[:, head * groups : (head + 1) * groups] @ key[:, head : head + 1].transpose(-1, -2)
+            scores = (scores.float() * self.spec.scaling).masked_fill(future, float("-inf")).softmax(-1)
+            by_pair += scores.sum((0, 1))
+            received += scores.square().sum((1, 2))
+        by_pair[:, :SINK_COLUMNS] = 0
+        self._distance.scatter_add_(0, distance.flatten(), by_pair.flatten().double())
+        return received / query.shape[1]
+
+    @property
+    def plain_xx(self) -> torch.Tensor:
+        """(hidden + 1, hidden + 1) second moment of the inputs."""
+        return self._plain_xx / self.tokens
+
+    @property
+    def weighted_xx(self) -> torch.Tensor:
+        """(hidden + 1, hidden + 1), tokens weighted by the attention they receive."""
+        return self._mix(self._weighted_xx, self._plain_xx)
+
+    @property
+    def xq(self) -> torch.Tensor:
+        """(hidden + 1, heads * head_dim) inputs against queries."""
+        return self._xq / self.tokens
+
+    @property
+    def weighted_xkv(self) -> torch.Tensor:
+        """(hidden + 1, 2 * kv_heads * head_dim) inputs against keys, then values, weighted."""
+        return self._mix(self._weighted_xkv, self._plain_xkv)
+
+    @property
+    def distance(self) -> torch.Tensor:
+        """(context,) share of the attention by distance between query and key, sums to 1."""
+        return self._distance / self._distance.sum()
+
+    def _mix(self, weighted: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+        return weighted / self.weight + WEIGHT_FLOOR * plain / self.tokens

@@ -8,7 +8,7 @@ one folds `kv_b_proj` into queries and output and attends to the latents themsel
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ class MLAConfig(TargetConfig):
         v_head_dim: width of a value head. The number of heads is what makes `o_proj` fit.
         q_lora_rank: rank of a low-rank query projection; None = full rank.
         latent_norm: RMSNorm on the latent, as in DeepSeek. Needed for export.
+        rope_frequencies: which of the teacher's frequencies the RoPE key has. "high" = the fastest ones; what turns
+            slower is treated as not turning. "spread" = every n-th over the whole range, for calibration texts much
+            shorter than the context to be served.
     """
 
     kv_lora_rank: int
@@ -41,6 +44,7 @@ class MLAConfig(TargetConfig):
     v_head_dim: int | None = None
     q_lora_rank: int | None = None
     latent_norm: bool = True
+    rope_frequencies: Literal["high", "spread"] = "high"
 
     type: ClassVar[str] = "mla"
     default_pattern: ClassVar[str] = "S"
@@ -54,6 +58,8 @@ class MLAConfig(TargetConfig):
             raise invalid("qk_rope_head_dim", self.qk_rope_head_dim, "must be even: RoPE rotates pairs")
         if not isinstance(self.latent_norm, bool):
             raise invalid("latent_norm", self.latent_norm, "must be true or false")
+        if self.rope_frequencies not in ("high", "spread"):
+            raise invalid("rope_frequencies", self.rope_frequencies, "must be 'high' or 'spread'")
 
     def check(self, spec: AttentionSpec) -> None:
         if self.kv_lora_rank > spec.hidden_size:
@@ -126,13 +132,18 @@ class MLA(Target):
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return query[..., : self.nope_dim], query[..., self.nope_dim :]
 
-    def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (batch, 1, time, rope / 2) of the RoPE key's frequencies out of the teacher's (batch, time, head_dim).
+    def frequency_index(self) -> torch.Tensor:
+        """Which of the teacher's head_dim / 2 frequencies the rope / 2 pairs of the RoPE key have.
 
-        Every n-th of the teacher's frequencies. Where the RoPE width divides the head dim, these are the plain
-        frequencies theta^(-2i/rope) of a model with that width.
+        "high" gives the plain frequencies of a model of this RoPE width with base theta^(rope / head_dim), "spread" those
+        with base theta where the width divides the head dim.
         """
-        index = frequency_index(self.rope_dim, self.spec.head_dim).to(cos.device)
+        index = torch.arange(self.rope_dim // 2)
+        return index if self.target.rope_frequencies == "high" else index * self.spec.head_dim // self.rope_dim
+
+    def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (batch, 1, time, rope / 2) of the RoPE key's pairs out of the teacher's (batch, time, head_dim)."""
+        index = self.frequency_index().to(cos.device)
         return cos[:, None, :, index], sin[:, None, :, index]
 
     def expanded(
@@ -188,12 +199,7 @@ class MLA(Target):
         return self.rank + self.rope_dim
 
 
-def frequency_index(rope_dim: int, head_dim: int) -> torch.Tensor:
-    """Which of the teacher's head_dim / 2 frequencies the rope_dim / 2 pairs of the RoPE key take."""
-    return torch.arange(rope_dim // 2) * head_dim // rope_dim
-
-
 def rotate_pairs(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on neighbouring pairs (DeepSeek's interleaved layout). states (..., time, rope), cos and sin (..., time, rope / 2)."""
+    """RoPE on neighbouring pairs, DeepSeek's layout: states (..., time, rope), cos and sin (..., time, rope / 2)."""
     even, odd = states[..., 0::2], states[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)

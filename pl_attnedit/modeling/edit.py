@@ -19,6 +19,7 @@ from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import family_of
 
 Init = Literal["random", "copy", "calibrated"]
+INITS: tuple[str, ...] = ("random", "copy", "calibrated")
 
 
 def edit_model(
@@ -47,18 +48,23 @@ def edit_model(
     Raises:
         UserError: for anything above that does not fit the teacher.
     """
+    check_teacher(teacher)
+    if init not in INITS:
+        raise invalid("init", init, f"must be one of {', '.join(INITS)}")
+    plan = EditPlan.build(teacher.config.num_hidden_layers, targets, pattern, layers)
+    student = assemble(teacher, plan)
+    initialise(student, teacher, init, calibration)
+    return student
+
+
+def check_teacher(teacher: PreTrainedModel) -> None:
+    """Raises `UserError` for a model that cannot be converted."""
     if isinstance(teacher, EditedModelMixin):
         raise UserError(f"teacher of type {type(teacher).__name__}: is a converted model already")
     family = family_of(teacher.config)
     family.check(teacher.config)
     if not isinstance(teacher, family.model_class):
         raise UserError(f"teacher of type {type(teacher).__name__}: must be a {family.model_class.__name__}")
-    if init not in ("random", "copy", "calibrated"):
-        raise invalid("init", init, "must be 'random', 'copy' or 'calibrated'")
-    plan = EditPlan.build(teacher.config.num_hidden_layers, targets, pattern, layers)
-    student = assemble(teacher, plan)
-    initialise(student, teacher, init, calibration)
-    return student
 
 
 def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:

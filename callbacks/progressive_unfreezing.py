@@ -1,0 +1,80 @@
+"""Which edited layers, or which parts of the student, train when."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn import Parameter
+
+from pl_attnedit.errors import invalid
+
+Order = Literal["all", "bottom_up", "top_down", "parts"]
+ORDERS = ("all", "bottom_up", "top_down", "parts")
+
+
+class ProgressiveUnfreezing(Callback):
+    """Unfreezes a group every `steps_per_group` optimiser steps; what was unfrozen stays so.
+
+    The state is a function of `global_step`, so a resumed run goes on as if it had never stopped. A parameter that is held
+    back keeps `requires_grad` and only loses its gradient before the optimiser step: under DDP a parameter that is
+    unfrozen after wrapping would never be reduced.
+
+    Args:
+        order: "bottom_up" or "top_down" over the edited layers, a list of layer indices in the order wanted (e.g. by
+            sensitivity), "parts" = the new attention, then all norms, then the rest of the trunk, "all" = no holding back.
+        layers_per_group: edited layers that are unfrozen together; "parts" has groups of its own.
+        steps_per_group: optimiser steps between two groups.
+    """
+
+    def __init__(
+        self, order: Order | list[int] = "bottom_up", layers_per_group: int = 1, steps_per_group: int = 100
+    ) -> None:
+        if not isinstance(order, list) and order not in ORDERS:
+            raise invalid("order", order, f"must be one of {', '.join(ORDERS)} or a list of layer indices")
+        if layers_per_group < 1:
+            raise invalid("layers_per_group", layers_per_group, "must be at least 1")
+        if steps_per_group < 1:
+            raise invalid("steps_per_group", steps_per_group, "must be at least 1")
+        self.order, self.layers_per_group, self.steps_per_group = order, layers_per_group, steps_per_group
+        self._groups: list[list[Parameter]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._groups = self._by_parts(pl_module) if self.order == "parts" else self._by_layers(pl_module)
+
+    def unfrozen_groups(self, global_step: int) -> int:
+        """How many groups train at an optimiser step."""
+        return min(1 + global_step // self.steps_per_group, len(self._groups))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        unfrozen = self.unfrozen_groups(trainer.global_step)
+        pl_module.log("train/unfrozen_groups", float(unfrozen))
+        for group in self._groups[unfrozen:]:
+            for parameter in group:
+                parameter.grad = None
+
+    def _by_layers(self, pl_module: Any) -> list[list[Parameter]]:
+        modules = pl_module.layer_modules()
+        order = list(modules)
+        if self.order == "top_down":
+            order.reverse()
+        elif isinstance(self.order, list):
+            if sorted(self.order) != order:
+                raise invalid("order", self.order, f"must list each edited layer once: {order}")
+            order = self.order
+        size = len(order) if self.order == "all" else self.layers_per_group
+        return [
+            [p for index in order[start : start + size] for p in modules[index].parameters()]
+            for start in range(0, len(order), size)
+        ]
+
+    def _by_parts(self, pl_module: Any) -> list[list[Parameter]]:
+        attention = {id(p): p for module in pl_module.layer_modules().values() for p in module.parameters()}
+        norms: dict[int, Parameter] = {}
+        rest: dict[int, Parameter] = {}
+        for name, parameter in pl_module.named_parameters():
+            if id(parameter) not in attention:
+                (norms if "norm" in name else rest)[id(parameter)] = parameter
+        if not rest:
+            raise invalid("order", self.order, "needs a module that trains the trunk: set `train: all` in stage 2")
+        return [list(attention.values()), list(norms.values()), list(rest.values())]

@@ -1,0 +1,74 @@
+"""Stage 2: the whole student learns the teacher's next-token distributions."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from pl_attnedit.distillation.base import Batch, DistillationModule
+from pl_attnedit.distillation.losses import chunked_kl, cosine_distance
+from pl_attnedit.errors import invalid
+
+Trainable = Literal["attention", "all"]
+
+
+class ModelDistillation(DistillationModule):
+    """Forward KL(teacher || student) at temperature 1, mean over the tokens that count, on the student's own path.
+
+    Args:
+        train: "attention" = the new attention modules; the trunk stays shared with the teacher. "all" = the trunk too;
+            `ProgressiveUnfreezing` may hold parts of it back.
+        feature_weight: weight of the feature matching term, the mean over layers of 1 - cosine between the hidden states
+            of student and teacher; 0 = off.
+        All others: see `DistillationModule`.
+    """
+
+    stage = "stage2"
+
+    def __init__(
+        self,
+        *args: Any,
+        train: Trainable = "attention",
+        feature_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if train not in ("attention", "all"):
+            raise invalid("train", train, "must be 'attention' or 'all'")
+        if feature_weight < 0:
+            raise invalid("feature_weight", feature_weight, "must be at least 0")
+        self.save_hyperparameters("train", "feature_weight")
+        self.train_parts = train
+
+    def prepare_training(self) -> None:
+        if self.train_parts == "all":
+            self.unshare()
+        else:
+            super().prepare_training()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        match_features = self.hparams["feature_weight"] > 0
+        with torch.no_grad():
+            teacher, teacher_layers = self._hidden(self.teacher, batch, match_features)
+        student, student_layers = self._hidden(self.student, batch, match_features)
+        loss = chunked_kl(student, teacher, self.student.lm_head, self.teacher.lm_head, batch["loss_mask"])
+        self.log("train/kl", loss.detach())
+        if match_features:
+            distances = [cosine_distance(s, t) for s, t in zip(student_layers, teacher_layers, strict=True)]
+            feature = torch.stack(distances).mean()
+            self.log("train/feature", feature.detach())
+            loss = loss + self.hparams["feature_weight"] * feature
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return {"loss": loss}
+
+    @staticmethod
+    def _hidden(model: Any, batch: Batch, layers: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Last hidden states after the final norm and, if asked for, those after each layer: (batch, time, hidden)."""
+        output = model.model(
+            input_ids=batch["input_ids"],
+            position_ids=batch.get("position_ids"),
+            use_cache=False,
+            output_hidden_states=layers,
+        )
+        return output.last_hidden_state, output.hidden_states[1:] if layers else ()
