@@ -104,7 +104,8 @@ class TrackingLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         run, step = self._running(), step or 0
-        new = {key: value for key, value in metrics.items() if step > self._already_logged.get(key, -1)}
+        # Lightning adds "epoch" to everything it logs; steps are the only axis here.
+        new = {k: v for k, v in metrics.items() if step > self._already_logged.get(k, -1) and k != "epoch"}
         if new:
             run.log_metrics(new, step)
 

@@ -77,17 +77,18 @@ def test_a_logged_run_arrives_with_params_artifacts_and_odd_numbers(server: Mlfl
 def test_training_survives_a_killed_server_and_every_metric_arrives_once(server: MlflowServer, tmp_path: Path) -> None:
     steps = 40
     logger = TrackingLogger(server.uri, "killed", spool_dir=tmp_path)
-    module = Line(
-        {
-            8: lambda: logger.run.flush() and server.kill(),
-            # longer than the pause between two attempts, so that the loss is noticed
-            16: lambda: time.sleep(3),
-            24: server.start,
-        }
-    )
+
+    def notice() -> None:
+        time.sleep(3)  # longer than the pause between two attempts
+        assert not logger.run.flush(0.1)
+
+    module = Line({8: lambda: logger.run.flush() and server.kill(), 16: notice, 24: server.start})
     with pytest.warns(UserWarning, match="does not take what run") as caught:
         trainer(steps, logger).fit(module, batches(steps))
-    assert sum("does not take what run" in str(w.message) for w in caught) == 1
+    messages = [str(warning.message) for warning in caught]
+    assert sum("does not take what run" in message for message in messages) == 1
+    left = [message for message in messages if "have not reached" in message]
+    assert f"{server.uri}. They are kept in {tmp_path}/{logger.run_id}.jsonl" in left[0]
 
     server.wait()
     assert logger.run.flush(60)
