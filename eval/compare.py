@@ -1,0 +1,142 @@
+"""Conversions side by side: one row each, with every evaluated difference and its interval."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pl_attnedit.errors import invalid
+from pl_attnedit.eval.records import Conversion, eval_metrics, find_conversions
+from pl_attnedit.tracking.client import EXPERIMENT
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One conversion; None where MLflow has no value (yet)."""
+
+    run_id: str
+    name: str
+    recipe: str | None
+    teacher: str | None
+    target: str | None
+    pattern: str | None
+    tokens: float | None
+    kv_budget: float | None
+    kl_before: float | None
+    kl_after_stage1: float | None
+    kl_after_stage2: float | None
+    top1_after: float | None
+    ppl_teacher: float | None
+    ppl_student: float | None
+    # "task/metric" -> teacher, student, difference, ci_low, ci_high
+    differences: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def kl_after(self) -> float | None:
+        """KL(teacher || student) in nats per token after the last stage that was run."""
+        return self.kl_after_stage1 if self.kl_after_stage2 is None else self.kl_after_stage2
+
+
+def compare_runs(
+    runs: Sequence[str] | str | None = None, tracking_uri: str | None = None, experiment: str = EXPERIMENT
+) -> list[ComparisonRow]:
+    """The conversions `runs`: run ids, an MLflow search filter, or None for all; see `find_conversions`."""
+    return [comparison_row(conversion) for conversion in find_conversions(runs, tracking_uri, experiment)]
+
+
+def comparison_row(conversion: Conversion) -> ComparisonRow:
+    """What a conversion's runs say about it."""
+    evaluation = conversion.evaluation
+    found = {} if evaluation is None else eval_metrics(evaluation)
+    tags = {name: conversion.tag(name) for name in ("recipe", "teacher", "target", "pattern")}
+    names = ("kl_before", "kl_after_stage1", "kl_after_stage2", "top1_after", "ppl_teacher", "ppl_student")
+    return ComparisonRow(
+        run_id=conversion.run_id,
+        name=conversion.name,
+        tokens=conversion.tokens,
+        kv_budget=conversion.kv_budget,
+        differences={f"{task}/{metric}": fields for (task, metric), fields in sorted(found.items())},
+        **tags,  # type: ignore[arg-type]
+        **{name: conversion.number(name) for name in names},  # type: ignore[arg-type]
+    )
+
+
+def format_rows(rows: Sequence[ComparisonRow], style: str = "text") -> str:
+    """The rows as aligned ``text``, ``markdown``, ``csv`` or ``json``; csv and json keep all digits.
+
+    Raises:
+        UserError: another style.
+    """
+    if style not in STYLES:
+        raise invalid("style", style, f"must be one of {', '.join(STYLES)}")
+    return STYLES[style](rows)
+
+
+def _cells(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells for people; a difference never comes without its interval."""
+    measured = sorted({key for row in rows for key in row.differences})
+    header = ["conversion", "recipe", "target", "pattern", "tokens", "KV", "KL before", "KL after", "top-1"]
+    table = []
+    for row in rows:
+        cells = [row.name, row.recipe or "-", row.target or "-", row.pattern or "-", _number(row.tokens, ",.0f")]
+        cells += [_number(row.kv_budget, ".1%"), _number(row.kl_before, ".3f"), _number(row.kl_after, ".3f")]
+        cells += [_number(row.top1_after, ".1%")]
+        for key in measured:
+            found = row.differences.get(key)
+            cells.append("-" if found is None else _with_interval(found))
+        table.append([*cells, row.run_id])
+    return [*header, *(f"{key} [95%]" for key in measured), "run"], table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _with_interval(fields: dict[str, float]) -> str:
+    difference, low, high = (fields[name] for name in ("difference", "ci_low", "ci_high"))
+    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _text(rows: Sequence[ComparisonRow]) -> str:
+    header, table = _cells(rows)
+    widths = [max(map(len, column)) for column in zip(header, *table)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip() for cells in [header, *table]]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]]) + "\n"
+
+
+def _markdown(rows: Sequence[ComparisonRow]) -> str:
+    header, table = _cells(rows)
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in [header, *table]]
+    lines.insert(1, ["---"] * len(header))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _csv(rows: Sequence[ComparisonRow]) -> str:
+    flat: list[dict[str, Any]] = []
+    for row in rows:
+        values = asdict(row)
+        for key, fields in values.pop("differences").items():
+            values.update({f"{key}/{name}": value for name, value in fields.items()})
+        flat.append(values)
+    columns = dict.fromkeys(key for values in flat for key in values)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
+
+
+def _json(rows: Sequence[ComparisonRow]) -> str:
+    return json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False) + "\n"
+
+
+STYLES: dict[str, Callable[[Sequence[ComparisonRow]], str]] = {
+    "text": _text,
+    "markdown": _markdown,
+    "csv": _csv,
+    "json": _json,
+}

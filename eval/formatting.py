@@ -1,0 +1,106 @@
+"""Numbers as people read them; None is shown as a dash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from markupsafe import Markup
+
+NONE = "–"
+MINUS = "−"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """Three significant digits: 0.0941, 16.8, 1,840."""
+    if value is None:
+        return NONE
+    if abs(value) >= 10**digits:
+        return f"{value:,.0f}".replace("-", MINUS)
+    return _digits(value, digits).replace("-", MINUS)
+
+
+def _digits(value: float, digits: int, sign: str = "") -> str:
+    """With trailing zeros, so that columns compare; plain decimals down to 0.0001."""
+    return f"{value:{sign}#.{digits}g}".removesuffix(".")
+
+
+def kl(value: float | None) -> str:
+    """Nats per token with three decimals, more where it is very small."""
+    return NONE if value is None else f"{value:.3f}" if abs(value) >= 0.01 else significant(value)
+
+
+def percent(value: float | None) -> str:
+    """0.274 as 27.4%."""
+    return NONE if value is None else f"{value:.1%}"
+
+
+def count(value: float | None) -> str:
+    """Large counts in short: 1.43M, 614k, 48."""
+    if value is None:
+        return NONE
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:,.0f}"
+
+
+def context_length(tokens: float | None) -> str:
+    """32768 as 32k."""
+    if tokens is None:
+        return NONE
+    return f"{tokens / 1024:.0f}k" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:,.0f}"
+
+
+def whole(value: float | None) -> str:
+    """46,080."""
+    return NONE if value is None else f"{value:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """742 as 12 min."""
+    if seconds is None:
+        return NONE
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def p_value(value: float) -> str:
+    """0.0078, <0.001."""
+    return "<0.001" if value < 0.001 else f"{value:.2g}" if value < 0.995 else "1"
+
+
+def percentage_metric(metric: str) -> bool:
+    """Whether a metric of lm-eval is a share of right answers."""
+    return metric.startswith(("acc", "exact_match", "em"))
+
+
+def value_of(metric: str, value: float) -> str:
+    """A metric's value: accuracies in percent, others with three significant digits."""
+    return percent(value) if percentage_metric(metric) else significant(value, 4 if value < 10 else 3)
+
+
+def points_or_value(metric: str, difference: float) -> str:
+    """A signed difference: of accuracies in percentage points."""
+    if difference == 0:
+        return "0"
+    text = f"{100 * difference:+.1f}" if percentage_metric(metric) else _digits(difference, 3, "+")
+    return text.replace("-", MINUS)
+
+
+def breakable(name: str) -> Markup:
+    """A name that may be broken after its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "significant": significant,
+    "kl": kl,
+    "percent": percent,
+    "count": count,
+    "context_length": context_length,
+    "whole": whole,
+    "duration": duration,
+    "p_value": p_value,
+    "breakable": breakable,
+}

@@ -1,0 +1,180 @@
+"""Evaluation tasks made from any local text, in lm-eval's own format, so that they need no network.
+
+`build_offline_tasks` writes a folder that `evaluate_pair` (or ``lm_eval --include_path FOLDER``) reads. It holds
+
+- ``heldout_perplexity``: passages of the documents, for rolling perplexity;
+- ``heldout_cloze``: a context, its true continuation, and three other continuations from elsewhere in the same
+  document. Topic and vocabulary do not give the answer away: the context has to be read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from pl_attnedit.errors import invalid
+
+PERPLEXITY_TASK = "heldout_perplexity"
+CLOZE_TASK = "heldout_cloze"
+OFFLINE_TASKS = (PERPLEXITY_TASK, CLOZE_TASK)
+N_CHOICES = 4
+MIN_SAMPLES = 2  # fewer have no interval
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def build_offline_tasks(
+    documents: Sequence[str],
+    folder: str | Path,
+    *,
+    n_documents: int = 8,
+    n_cloze: int = 48,
+    document_chars: int = 1600,
+    context_chars: int = 480,
+    continuation_chars: int = 44,
+    seed: int = 0,
+) -> Path:
+    """Write `OFFLINE_TASKS` made from `documents` into `folder` and return the folder.
+
+    The same arguments always give the same samples. Samples are spread over the documents: no document gives a second
+    one before every document that is long enough has given its first.
+
+    Args:
+        documents: held-out texts, whose words are separated by spaces.
+        n_documents: passages for the perplexity, at most; fewer where the text is short (a warning says so).
+        n_cloze: cloze questions, at most, likewise.
+        document_chars: length of a passage in characters (English has about four to a token).
+        context_chars, continuation_chars: lengths of a question's context and of each of its choices in characters.
+        seed: chooses the passages, the questions, the wrong continuations and the place of the right one.
+
+    Raises:
+        UserError: a size below 1, or text too short for two samples of a task.
+    """
+    sizes = {
+        "n_documents": n_documents,
+        "n_cloze": n_cloze,
+        "document_chars": document_chars,
+        "context_chars": context_chars,
+        "continuation_chars": continuation_chars,
+    }
+    for field, value in sizes.items():
+        if value < 1:
+            raise invalid(field, value, "must be at least 1")
+    rng = random.Random(seed)
+    texts = [stripped for text in documents if (stripped := text.strip())]
+    passages = [[{"text": passage} for passage in _passages(text, document_chars)] for text in texts]
+    questions = [_questions(text, context_chars, continuation_chars, rng) for text in texts]
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_task(
+        folder,
+        PERPLEXITY_TASK,
+        _choose(PERPLEXITY_TASK, passages, n_documents, rng),
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="text",
+        metric_list=[{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+    )
+    _write_task(
+        folder,
+        CLOZE_TASK,
+        _choose(CLOZE_TASK, questions, n_cloze, rng),
+        output_type="multiple_choice",
+        doc_to_text="context",
+        doc_to_target="answer",
+        doc_to_choice="choices",
+        metric_list=[{"metric": name} for name in ("acc", "acc_norm")],
+    )
+    return folder
+
+
+def _passages(text: str, length: int) -> list[str]:
+    """Consecutive passages of at most `length` characters that end at white space; a short remainder is left out."""
+    passages, start = [], 0
+    while len(text) - start >= length:
+        end = start + length
+        if end < len(text):
+            end = max(text.rfind(" ", start, end), text.rfind("\n", start, end))
+        if end <= start:  # one word longer than a whole passage
+            end = start + length
+        passages.append(text[start:end].strip())
+        start = end + 1
+    return [passage for passage in passages if passage]
+
+
+def _questions(text: str, context_chars: int, continuation_chars: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Cloze questions whose contexts do not overlap, in the order of the text."""
+    # Everything starts and ends at a single space between words: lm-eval joins context and choice by one space, so
+    # the true continuation reads exactly as in the text.
+    spaces = [match.start() for match in re.finditer(r"(?<=\S) (?=\S)", text)]
+
+    def span(first: int, length: int) -> tuple[int, int] | None:
+        """From the space `first` to the last space within `length` characters after it."""
+        last = bisect_right(spaces, spaces[first] + length) - 1
+        return (first, last) if last > first and spaces[first] + length <= len(text) else None
+
+    def words(first: int, last: int) -> str:
+        return text[spaces[first] + 1 : spaces[last]]
+
+    questions, first = [], 0
+    while first < len(spaces):
+        context = span(first, context_chars)
+        truth = context and span(context[1], continuation_chars)
+        if not context or not truth:
+            break
+        outside = [i for i in range(len(spaces)) if i > truth[1] or spaces[i] + continuation_chars < spaces[first]]
+        choices = [words(*truth)]
+        for candidate in rng.sample(outside, len(outside)):
+            other = span(candidate, continuation_chars)
+            if other and not any(words(*other) in choice or choice in words(*other) for choice in choices):
+                choices.append(words(*other))
+            if len(choices) == N_CHOICES:
+                break
+        if len(choices) == N_CHOICES:
+            answer = rng.randrange(N_CHOICES)
+            choices[0], choices[answer] = choices[answer], choices[0]
+            questions.append({"context": words(*context), "choices": choices, "answer": answer})
+        first = bisect_left(spaces, spaces[truth[1]])
+    return questions
+
+
+def _choose(task: str, per_document: list[list[T]], count: int, rng: random.Random) -> list[T]:
+    """`count` samples, taken in turns from the documents, both in random order."""
+
+    def turns() -> Iterator[T]:
+        pools = [rng.sample(pool, len(pool)) for pool in rng.sample(per_document, len(per_document))]
+        while pools := [pool for pool in pools if pool]:
+            yield from [pool.pop() for pool in pools]
+
+    chosen = list(islice(turns(), count))
+    if len(chosen) < MIN_SAMPLES:
+        raise invalid("documents", f"{len(per_document)} texts", f"too short for {MIN_SAMPLES} samples of {task}")
+    if len(chosen) < count:
+        log.warning("%s: the documents give only %d of %d samples", task, len(chosen), count)
+    return chosen
+
+
+def _write_task(folder: Path, task: str, samples: Sequence[Any], **settings: Any) -> None:
+    data = folder / f"{task}.jsonl"
+    data.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
+    config = {
+        "task": task,
+        "dataset_path": "json",
+        # Absolute: lm-eval looks relative names up in the working folder, not beside this file.
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "num_fewshot": 0,
+        **settings,
+        "metadata": {"version": 1.0},
+    }
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,125 @@
+"""Conversions read back from MLflow, and their table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from fake_conversions import CONTINUATIONS, fake_result, log_fake_conversion
+
+from pl_attnedit.errors import UserError
+from pl_attnedit.eval.compare import compare_runs, format_rows
+from pl_attnedit.eval.records import find_conversions, load_json, log_evaluation
+from pl_attnedit.tracking import TrackedRun, connect, start_child
+
+KEYS = {f"heldout_cloze/{m}" for m in ("acc", "acc_norm")} | {
+    f"heldout_perplexity/{m}" for m in ("bits_per_byte", "word_perplexity")
+}
+
+
+def test_rows_hold_what_was_logged(store: tuple[str, list[str]]) -> None:
+    uri, ids = store
+    row, stopped = compare_runs([ids[0], ids[-1]], uri)
+    assert (row.run_id, row.name, row.recipe, row.target, row.pattern) == (
+        ids[0],
+        "quickstart",
+        "quickstart",
+        "gate_swa",
+        "SSSF",
+    )
+    assert row.tokens == 614_400 + 819_200
+    assert row.kv_budget == pytest.approx(0.27)
+    assert (row.kl_before, row.kl_after, row.top1_after) == (0.166, 0.094, pytest.approx(0.826))
+    assert row.differences.keys() == KEYS
+    logged = fake_result(0.094).tasks[0]
+    assert row.differences["heldout_perplexity/word_perplexity"] == {
+        "teacher": logged.teacher,
+        "student": logged.student,
+        "difference": logged.difference,
+        "ci_low": logged.ci_low,
+        "ci_high": logged.ci_high,
+    }
+    assert stopped.tokens is stopped.kv_budget is stopped.kl_after is None
+    assert stopped.differences == {}
+
+
+def test_selections(store: tuple[str, list[str]]) -> None:
+    uri, ids = store
+    assert [row.run_id for row in compare_runs(None, uri)] == ids[::-1]
+    assert [row.run_id for row in compare_runs("tags.target = 'mla'", uri)] == [ids[2], ids[1]]
+    assert [row.name for row in compare_runs("metrics.kl_after_stage2 < 0.06", uri)] == ["window_256"]
+    assert compare_runs("tags.target = 'nothing'", uri) == []
+    assert compare_runs([], uri) == []
+
+
+def test_mistakes(store: tuple[str, list[str]]) -> None:
+    uri, ids = store
+    with pytest.raises(UserError, match="run id = 'nobody'"):
+        compare_runs(["nobody"], uri)
+    child = find_conversions([ids[0]], uri)[0].children["stage1"][0].info.run_id
+    with pytest.raises(UserError, match=r"must be a conversion's parent run, but its .* is 'stage1'"):
+        compare_runs([child], uri)
+    with pytest.raises(UserError, match="search filter 'target == mla'"):
+        compare_runs("target == mla", uri)
+    with pytest.raises(UserError, match="experiment = 'elsewhere'"):
+        compare_runs(None, uri, experiment="elsewhere")
+    with pytest.raises(UserError, match="style = 'html': must be one of text, markdown, csv, json"):
+        format_rows([], "html")
+
+
+def test_tables_show_no_difference_without_its_interval(store: tuple[str, list[str]]) -> None:
+    uri, _ = store
+    rows = compare_runs(None, uri)
+    text = format_rows(rows).splitlines()
+    assert "heldout_cloze/acc [95%]" in text[0]
+    column = text[0].index("heldout_cloze/acc [95%]")
+    assert [line[column:][:23].strip() for line in text[2:]] == ["-", *["-0.021 [-0.109, +0.055]"] * 4]
+    assert "27.0%" in text[-1]
+    markdown = format_rows(rows, "markdown").splitlines()
+    assert len(markdown) == 7
+    assert len({line.count("|") for line in markdown}) == 1
+    assert "| -0.021 [-0.109, +0.055] |" in markdown[-1]
+
+
+def test_exports_keep_all_digits(store: tuple[str, list[str]]) -> None:
+    rows = compare_runs(store[1][:1], store[0])
+    (exported,) = json.loads(format_rows(rows, "json"))
+    assert exported["differences"]["heldout_cloze/acc"]["ci_low"] == -0.109
+    (line,) = csv.DictReader(io.StringIO(format_rows(rows, "csv")))
+    assert float(line["kl_after_stage1"]) == 0.121
+    assert float(line["heldout_cloze/acc/ci_high"]) == 0.055
+
+
+def test_markdown_escapes(store: tuple[str, list[str]], tmp_path: Path) -> None:
+    run_id = log_fake_conversion(store[0], tmp_path, "a|b\nc", complete=False, tags={"hidden": "yes"})
+    try:
+        row = format_rows(compare_runs([run_id], store[0]), "markdown").splitlines()[2]
+        assert row.startswith("| a\\|b c |")
+    finally:
+        connect(store[0]).delete_run(run_id)
+
+
+def test_the_latest_evaluation_counts(store: tuple[str, list[str]], tmp_path: Path) -> None:
+    uri, ids = store
+    client = connect(uri)
+    samples = tmp_path / "samples_heldout_cloze_teacher.jsonl"
+    samples.write_text("{}\n")
+    result = fake_result(0.5)
+    result.samples.append(samples)
+    with TrackedRun(start_child(ids[3], "evaluation", client=client), tmp_path, tracking_uri=uri) as run:
+        log_evaluation(result, run, CONTINUATIONS[:1])
+    start_child(ids[3], "evaluation", client=client)  # one that has not started
+    (conversion,) = find_conversions([ids[3]], uri)
+    for added in conversion.children["evaluation"][1:]:
+        client.delete_run(added.info.run_id)
+    evaluation = conversion.evaluation
+    assert evaluation is not None
+    assert evaluation.info.run_id == run.run_id
+    assert evaluation.data.metrics["eval/heldout_perplexity/word_perplexity/difference"] == result.tasks[0].difference
+    assert load_json(client, evaluation, "results.json") == json.loads(result.to_json())
+    assert load_json(client, evaluation, "continuations.json") == CONTINUATIONS[:1]
+    assert load_json(client, evaluation, "nothing.json") is None
+    assert [file.path for file in client.list_artifacts(run.run_id, "samples")] == [f"samples/{samples.name}"]

@@ -1,0 +1,93 @@
+"""Tasks generated from text: deterministic, truthful, spread over the documents."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pl_attnedit.errors import UserError
+from pl_attnedit.eval.tasks import CLOZE_TASK, OFFLINE_TASKS, PERPLEXITY_TASK, build_offline_tasks
+
+SIZES: dict[str, Any] = {"n_documents": 6, "n_cloze": 12, "document_chars": 300, "context_chars": 120}
+
+
+def read(folder: Path, task: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+
+
+def test_same_arguments_same_samples(documents: list[str], tmp_path: Path) -> None:
+    folders = [
+        build_offline_tasks(documents, tmp_path / name, **SIZES, seed=seed) for name, seed in zip("abc", (3, 3, 4))
+    ]
+    first, again, other = ([(folder / f"{task}.jsonl").read_text() for task in OFFLINE_TASKS] for folder in folders)
+    assert first == again
+    assert all(a != b for a, b in zip(first, other))
+
+
+def test_true_continuation_is_the_documents(documents: list[str], tmp_path: Path) -> None:
+    questions = read(build_offline_tasks(documents, tmp_path, **SIZES), CLOZE_TASK)
+    assert len(questions) == 12
+    assert len({question["answer"] for question in questions}) > 1, "the right choice must not have a fixed place"
+    for question in questions:
+        context, choices, answer = question["context"], question["choices"], question["answer"]
+        home = next(document for document in documents if context in document)
+        assert f"{context} {choices[answer]}" in home
+        assert len(choices) == 4
+        assert len(set(choices)) == 4
+        for i, choice in enumerate(choices):
+            assert f" {choice} " in home, "a choice starts and ends where a word does"
+            assert len(choice) <= 44
+            if i != answer:
+                assert choice not in f"{context} {choices[answer]}", "wrong continuations come from elsewhere"
+        assert 80 < len(context) <= 120
+
+
+def test_samples_are_spread_over_the_documents(documents: list[str], tmp_path: Path) -> None:
+    folder = build_offline_tasks(documents, tmp_path, **SIZES)
+    for task, field, each in ((CLOZE_TASK, "context", 2), (PERPLEXITY_TASK, "text", 1)):
+        homes = [next(i for i, d in enumerate(documents) if sample[field] in d) for sample in read(folder, task)]
+        assert Counter(homes) == dict.fromkeys(range(6), each)
+
+
+def test_passages_end_at_white_space(documents: list[str], tmp_path: Path) -> None:
+    texts = ["one two three four five six seven", "x" * 45, *documents]
+    folder = build_offline_tasks(texts, tmp_path, document_chars=10, n_documents=10_000)
+    passages = {sample["text"] for sample in read(folder, PERPLEXITY_TASK)}
+    assert {"one two", "three", "four five"} < passages
+    assert "x" * 10 in passages
+    assert all(len(passage) <= 10 for passage in passages)
+
+
+def test_task_files_name_their_data(documents: list[str], tmp_path: Path) -> None:
+    folder = build_offline_tasks(documents, tmp_path / "new" / "tasks", **SIZES)
+    for task in OFFLINE_TASKS:
+        config = yaml.safe_load((folder / f"{task}.yaml").read_text())
+        assert config["task"] == task
+        assert Path(config["dataset_kwargs"]["data_files"]["test"]).samefile(folder / f"{task}.jsonl")
+
+
+def test_fewer_samples_than_asked_are_said(
+    documents: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        build_offline_tasks(documents[:2], tmp_path, **{**SIZES, "n_documents": 500})
+    assert f"{PERPLEXITY_TASK}: the documents give only" in caplog.text
+
+
+@pytest.mark.parametrize("documents_", [[], ["too short"], ["word " * 2000]])
+def test_too_little_text(documents_: list[str], tmp_path: Path) -> None:
+    # The last one is long, but all its continuations are the same.
+    with pytest.raises(UserError, match=r"documents = .* texts.*too short"):
+        build_offline_tasks(documents_, tmp_path, **SIZES)
+
+
+@pytest.mark.parametrize("field", ["n_documents", "n_cloze", "document_chars", "context_chars", "continuation_chars"])
+def test_sizes_below_one(field: str, documents: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{field} = 0: must be at least 1"):
+        build_offline_tasks(documents, tmp_path, **{field: 0})
