@@ -8,6 +8,8 @@ from pl_attnedit.callbacks.checkpoint import (
 )
 from pl_attnedit.callbacks.nan_guard import NaNGuard, NonFiniteLossError
 from pl_attnedit.callbacks.progress import Progress
+from pl_attnedit.callbacks.progressive_unfreezing import ProgressiveUnfreezing
+from pl_attnedit.callbacks.teacher_forcing import TeacherForcing
 from pl_attnedit.callbacks.throughput import Throughput
 
 __all__ = [
@@ -15,7 +17,9 @@ __all__ = [
     "NaNGuard",
     "NonFiniteLossError",
     "Progress",
+    "ProgressiveUnfreezing",
     "ResumableCheckpoint",
+    "TeacherForcing",
     "Throughput",
     "check_checkpoint",
     "latest_checkpoint",

@@ -19,6 +19,7 @@ from pl_attnedit.modeling.edit import INITS, Init, assemble, check_teacher, init
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 
 Batch = dict[str, torch.Tensor]
+TeacherHidden = dict[tuple[str, int], torch.Tensor]  # by data fingerprint and validation batch, in host memory
 
 
 class DistillationModule(LightningModule):
@@ -63,6 +64,7 @@ class DistillationModule(LightningModule):
         nmse_batches: int = 2,
     ) -> None:
         super().__init__()
+        self.target_configs = parse_targets(targets)
         self.save_hyperparameters()
         if init not in INITS:
             raise invalid("init", init, f"must be one of {', '.join(INITS)}")
@@ -70,15 +72,14 @@ class DistillationModule(LightningModule):
             raise invalid("dtype", dtype, "must be a torch dtype such as float32 or bfloat16")
         if learning_rate <= 0:
             raise invalid("learning_rate", learning_rate, "must be positive")
-        self.target_configs = parse_targets(targets)
         # held in a tuple, which nn.Module does not look into: (teacher, student)
         self._held: tuple[PreTrainedModel, PreTrainedModel] | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.fingerprint: str | None = None
         self.fidelity = Fidelity()
         self.layer_nmse: LayerNMSE | None = None
-        self._teacher_hidden: dict[int, torch.Tensor] = {}
-        self._validated_on: str | None = None
+        # the teacher's last hidden states on the held-out text, the same at every validation
+        self.teacher_hidden: TeacherHidden = {}
 
     # building
 
@@ -187,24 +188,21 @@ class DistillationModule(LightningModule):
 
     # validation
 
-    def on_validation_epoch_start(self) -> None:
-        # the teacher's last hidden states are the same every time: kept, in host memory, for the next validation
-        key = getattr(getattr(self.trainer, "datamodule", None), "fingerprint", None)
-        if key is None or key != self._validated_on:
-            self._teacher_hidden.clear()
-        self._validated_on = key
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        measure_layers = batch_idx < self.hparams["nmse_batches"]
-        if measure_layers or batch_idx not in self._teacher_hidden:
+        data = getattr(self.trainer, "datamodule", None)
+        key = (getattr(data, "fingerprint", ""), batch_idx) if self.trainer.world_size == 1 else None
+        if batch_idx < self.hparams["nmse_batches"]:
             with TeacherForced(self.teacher, self.layer_modules()) as forced:
-                hidden = last_hidden(self.teacher, batch)
-                if measure_layers:
-                    for place, (index, module) in enumerate(self.layer_modules().items()):
-                        assert self.layer_nmse is not None
-                        self.layer_nmse.update(place, forced.student_output(index, module), forced.target(index))
-            self._teacher_hidden[batch_idx] = hidden.cpu()
-        teacher_hidden = self._teacher_hidden[batch_idx].to(self.device)
+                teacher_hidden = last_hidden(self.teacher, batch)
+            assert self.layer_nmse is not None
+            for place, (index, module) in enumerate(self.layer_modules().items()):
+                self.layer_nmse.update(place, forced.student_output(index, module), forced.target(index))
+        elif key in self.teacher_hidden:
+            teacher_hidden = self.teacher_hidden[key].to(self.device)
+        else:
+            teacher_hidden = last_hidden(self.teacher, batch)
+        if key is not None and key[0]:
+            self.teacher_hidden[key] = teacher_hidden.cpu()
         student_hidden = last_hidden(self.student, batch)
         self.fidelity.update(
             student_hidden,
@@ -223,6 +221,7 @@ class DistillationModule(LightningModule):
         values["val/nmse"] = per_layer.mean()
         self.fidelity.reset()
         self.layer_nmse.reset()
+        self.log("step", float(self.global_step))  # Lightning's own count is one less here
         self.log_dict({name: value.float() for name, value in values.items()}, sync_dist=False)
 
     # checkpoints

@@ -33,6 +33,7 @@ class LayerwiseDistillation(DistillationModule):
         else:
             losses = OwnPath(self.student, modules, states, self.teacher_share).losses(batch, forced)
         loss = torch.stack(list(losses.values())).sum()
+        self.log("step", float(self.global_step + 1))  # of the optimiser step that this batch is for
         self.log("train/loss", loss.detach(), prog_bar=True)
         named = {f"layer_{index:02d}": value.detach() for index, value in losses.items()}
         self.log_dict({f"train/nmse/{name}": value for name, value in named.items()})

@@ -59,6 +59,7 @@ class ModelDistillation(DistillationModule):
             feature = torch.stack(distances).mean()
             self.log("train/feature", feature.detach())
             loss = loss + self.hparams["feature_weight"] * feature
+        self.log("step", float(self.global_step + 1))  # of the optimiser step that this batch is for
         self.log("train/loss", loss.detach(), prog_bar=True)
         return {"loss": loss}
 

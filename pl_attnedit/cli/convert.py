@@ -1,0 +1,26 @@
+"""`pl-attnedit convert`: a whole conversion from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from pl_attnedit.conversion import convert
+from pl_attnedit.recipe import Recipe, as_plain, recipe_parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = recipe_parser()
+    config = parser.parse_args(list(arguments))
+    plain = as_plain(parser, config)
+    ready = parser.instantiate_classes(config)
+    recipe = Recipe(**{field.name: getattr(ready, field.name) for field in fields(Recipe)})
+    summary = convert(recipe, dict(config.data), plain)
+    budget = summary["kv_bytes_per_token_student"] / summary["kv_bytes_per_token_teacher"]
+    print(
+        f"KL(teacher||student) {summary['kl_before']:.4f} -> {summary['kl_after_stage1']:.4f} -> "
+        f"{summary['kl_after_stage2']:.4f} nats per token, top-1 agreement {summary['top1_after']:.1%}, "
+        f"KV budget {budget:.1%} at {summary['kv_context']} tokens\n"
+        f"{recipe.runs}/{recipe.name}: student/, summary.json, report.html; MLflow run {summary['run_id']}"
+    )
+    return 0

@@ -1,0 +1,40 @@
+"""`pl-attnedit generate`: text from a converted model."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+from pl_attnedit.errors import invalid
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = ArgumentParser(prog="pl-attnedit generate", description="Greedy or sampled text from a converted model.")
+    parser.add_argument("model", help="folder of a converted model, e.g. runs/quickstart/student")
+    parser.add_argument("prompt", help="text to continue, or with --chat the user's message")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to generate (default 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    options = parser.parse_args(list(arguments))
+    if options.max_new_tokens < 1:
+        raise invalid("--max-new-tokens", options.max_new_tokens, "must be at least 1")
+    if options.temperature < 0:
+        raise invalid("--temperature", options.temperature, "must be at least 0")
+
+    from transformers import AutoTokenizer
+
+    from pl_attnedit import load
+
+    model = load(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if options.chat:
+        messages = [{"role": "user", "content": options.prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(options.prompt, return_tensors="pt")
+    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, **sampling)
+    print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return 0

@@ -1,0 +1,271 @@
+"""A whole conversion: init, stage 1, stage 2, saved student, evaluation, report.
+
+Every phase leaves its result in the run folder before the next begins, so a conversion that was stopped goes on with the
+phase it was in; within a stage, with the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pl_attnedit.callbacks import (
+    NaNGuard,
+    Progress,
+    ResumableCheckpoint,
+    Throughput,
+    check_checkpoint,
+    latest_checkpoint,
+)
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, ModelDistillation
+from pl_attnedit.distillation.base import TeacherHidden, parse_targets
+from pl_attnedit.eval.files import write_atomically
+from pl_attnedit.eval.continuations import greedy_continuations
+from pl_attnedit.eval.harness import evaluate_pair
+from pl_attnedit.eval.records import log_evaluation
+from pl_attnedit.eval.report import write_report
+from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
+from pl_attnedit.modeling import EditPlan, load
+from pl_attnedit.modeling.kv import kv_context, measure_cache
+from pl_attnedit.recipe import Recipe, StageRecipe
+from pl_attnedit.run_folder import RunFolder
+from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
+from pl_attnedit.tracking import ConversionRuns, TrackingLogger, log_environment, open_conversion
+
+STAGES: dict[str, type[DistillationModule]] = {"stage1": LayerwiseDistillation, "stage2": ModelDistillation}
+
+
+def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """Runs what is left of a conversion and returns its summary.
+
+    Args:
+        recipe: the recipe.
+        data_options: arguments of `TextDataModule` other than the tokenizer.
+        plain: the resolved recipe as plain data, for the run folder and MLflow.
+    """
+    targets = parse_targets(recipe.targets)
+    data = TextDataModule(tokenizer=recipe.teacher, **data_options)
+    resolve_teacher(recipe.teacher)  # a wrong name is an error before a run folder exists
+    folder = RunFolder(Path(recipe.runs) / recipe.name, plain)
+    kinds = {t.type for t in (targets.values() if isinstance(targets, dict) else [targets])}
+    tags = {
+        "teacher": recipe.teacher,
+        "target": "+".join(sorted(kinds)),
+        "recipe": recipe.name,
+        "pattern": recipe.pattern or "",
+    }
+    runs = open_conversion(folder.path, recipe.name, tags, tracking_uri=recipe.tracking_uri)
+    return Conversion(recipe, data, folder, runs, plain).run()
+
+
+class Conversion:
+    """The phases of one conversion over its run folder and its MLflow runs."""
+
+    def __init__(
+        self, recipe: Recipe, data: LightningDataModule, folder: RunFolder, runs: ConversionRuns, plain: dict[str, Any]
+    ) -> None:
+        self.recipe, self.data, self.folder, self.runs, self.plain = recipe, data, folder, runs, plain
+        self._teacher_hidden: TeacherHidden = {}
+
+    def run(self) -> dict[str, Any]:
+        with self.runs.run() as parent:
+            log_environment(
+                parent,
+                config=self.plain,
+                data_fingerprint=self.data.fingerprint,  # type: ignore[attr-defined]
+                teacher_fingerprint=teacher_fingerprint(resolve_teacher(self.recipe.teacher)),
+            )
+            self.phase("init", self.initialise)
+            self.phase("stage1", lambda: self.stage("stage1", self.recipe.stage1, "init"))
+            self.phase("stage2", lambda: self.stage("stage2", self.recipe.stage2, "stage1/student"))
+            self.phase("kv", self.measure)
+            self.phase("evaluation", self.evaluate)
+            summary = self.summary()
+            parent.set_tags({"pattern": summary["pattern"]})
+            parent.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
+            parent.log_file(self.folder.path / "summary.json")
+        self.say("report")
+        write_report([self.runs.run_id], self.folder.path / "report.html", self.runs.tracking_uri)
+        for leftover in ("init", "stage1/student"):
+            self.folder.remove(leftover)
+        return summary
+
+    def phase(self, name: str, work: Any) -> None:
+        if self.folder.done(name):
+            self.say(f"{name}: done before")
+            return
+        self.say(name)
+        self.folder.finish(name, work())
+
+    @staticmethod
+    def say(text: str) -> None:
+        print(f"== {text}", file=sys.stderr, flush=True)
+
+    # phases
+
+    def initialise(self) -> dict[str, float]:
+        """Builds the student and measures it untrained."""
+        seed_everything(self.recipe.seed, verbose=False)
+        module = self.module("stage1", self.recipe.stage1, None)
+        trainer = self.trainer("init", None)
+        found = self.validate(trainer, module)
+        self.folder.save_folder("init", lambda path: save_student(module, path))
+        return found
+
+    def stage(self, name: str, stage: StageRecipe, start: str) -> dict[str, float]:
+        """Trains one stage from its last checkpoint, or from the student in the folder `start`; saves and measures it."""
+        seed_everything(self.recipe.seed, verbose=False)
+        checkpoint = latest_checkpoint(self.folder.path / name)
+        module = self.module(name, stage, start)
+        if checkpoint is not None:
+            fingerprint = teacher_fingerprint(resolve_teacher(self.recipe.teacher))
+            check_checkpoint(checkpoint, stage=name, teacher=fingerprint)
+            self.say(f"{name}: goes on from {checkpoint.name}")
+        trainer = self.trainer(name, stage)
+        trainer.fit(module, self.data, ckpt_path=str(checkpoint) if checkpoint else None)
+        folder = "student" if name == "stage2" else f"{name}/student"
+        self.folder.save_folder(folder, lambda path: save_student(module, path))
+        found = self.validate(trainer, module)
+        self.runs.run(name).finish()
+        batch = trainer.num_devices * trainer.num_nodes * stage.accumulate
+        data = self.data
+        return found | {"tokens": stage.steps * batch * data.batch_size * data.seq_len}  # type: ignore[attr-defined]
+
+    def measure(self) -> dict[str, Any]:
+        """Cached bytes per token of teacher and student on their real caches."""
+        teacher, _ = self.load_teacher()
+        student = load(self.folder.path / "student")
+        context = kv_context(student)
+        return {
+            "kv_context": context,
+            "kv_bytes_per_token_teacher": measure_cache(teacher, context) / context,
+            "kv_bytes_per_token_student": measure_cache(student, context) / context,
+            "pattern": student.edit_plan.letters,
+        }
+
+    def evaluate(self) -> dict[str, Any]:
+        """Teacher and student answer the same tasks; the result goes to MLflow and into the run folder."""
+        teacher, tokenizer = self.load_teacher()
+        student = load(self.folder.path / "student")
+        options = self.recipe.evaluation
+        self.data.setup("validate")
+        out = self.folder.path / "eval"
+        tasks = build_offline_tasks(
+            self.data.held_out_texts(),  # type: ignore[attr-defined]
+            out / "tasks",
+            n_documents=options.documents,
+            n_cloze=options.cloze,
+            seed=self.recipe.seed,
+        )
+        result = evaluate_pair(
+            teacher,
+            student,
+            tokenizer,
+            OFFLINE_TASKS,
+            task_folder=tasks,
+            max_length=self.data.seq_len,  # type: ignore[attr-defined]
+            out_dir=out,
+        )
+        tokens = options.continuation_tokens
+        texts = greedy_continuations(teacher, student, tokenizer, max_new_tokens=tokens) if tokens else None
+        with self.runs.run("evaluation") as run:
+            log_evaluation(result, run, texts)
+        return json.loads(result.to_json())["tasks"]
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json: what the conversion cost and gained."""
+        progress = self.folder.progress
+        before, after1, after2 = progress["init"], progress["stage1"], progress["stage2"]
+        kv = progress["kv"]
+        summary = {
+            "recipe": self.recipe.name,
+            "run_id": self.runs.run_id,
+            "teacher": self.recipe.teacher,
+            "targets": self.plain["targets"],
+            "pattern": kv["pattern"],
+            "tokens_stage1": after1["tokens"],
+            "tokens_stage2": after2["tokens"],
+            "kl_before": before["val/kl"],
+            "kl_after_stage1": after1["val/kl"],
+            "kl_after_stage2": after2["val/kl"],
+            "top1_after": after2["val/top1"],
+            "ppl_teacher": after2["val/ppl_teacher"],
+            "ppl_student": after2["val/ppl_student"],
+            **{name: kv[name] for name in ("kv_context", "kv_bytes_per_token_teacher", "kv_bytes_per_token_student")},
+            "wall_seconds": progress["wall_seconds"],
+            "peak_rss_bytes": progress["peak_rss_bytes"],
+        }
+        write_atomically(self.folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    # parts of the phases
+
+    def module(self, name: str, stage: StageRecipe, start: str | None) -> DistillationModule:
+        recipe = self.recipe
+        return STAGES[name](
+            teacher=recipe.teacher,
+            targets=recipe.targets,
+            pattern=recipe.pattern,
+            layers=recipe.layers,
+            init=recipe.init,
+            calibration_tokens=recipe.calibration_tokens,
+            init_from=None if start is None else str(self.folder.path / start),
+            dtype=recipe.dtype,
+            learning_rate=stage.learning_rate,
+            warmup_steps=stage.warmup_steps,
+            **stage.options,
+        )
+
+    def trainer(self, name: str, stage: StageRecipe | None) -> Trainer:
+        options: dict[str, Any] = {
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            "callbacks": [Progress(name)],
+        }
+        if stage is None:
+            options |= {"logger": False, "enable_checkpointing": False}
+        else:
+            every = stage.validate_every
+            options |= {
+                "max_steps": stage.steps,
+                "accumulate_grad_batches": stage.accumulate,
+                "limit_val_batches": 1.0 if every else 0,
+                "val_check_interval": every * stage.accumulate if every else None,
+                "check_val_every_n_epoch": None if every else 1,
+                "logger": TrackingLogger(
+                    self.runs.tracking_uri, run_id=self.runs.children[name], spool_dir=self.runs.spool_dir
+                ),
+                "callbacks": [
+                    Progress(name),
+                    Throughput(),
+                    NaNGuard(),
+                    ResumableCheckpoint(self.folder.path / name),
+                    *stage.callbacks,
+                ],
+            }
+        return Trainer(**(options | self.recipe.trainer))
+
+    def validate(self, trainer: Trainer, module: DistillationModule) -> dict[str, float]:
+        """Held-out figures; the teacher's part is computed once per process."""
+        trainer.limit_val_batches = 1.0
+        module.teacher_hidden = self._teacher_hidden
+        [found] = trainer.validate(module, self.data, verbose=False)
+        return found
+
+    def load_teacher(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_teacher(self.recipe.teacher, dtype=getattr(torch, self.recipe.dtype))
+
+
+def save_student(module: DistillationModule, path: Path) -> None:
+    """The student as a Hugging Face folder with its tokenizer."""
+    assert module.tokenizer is not None
+    module.student.save_pretrained(path)
+    module.tokenizer.save_pretrained(path)

