@@ -166,5 +166,5 @@ class ResumableSampler(DistributedSampler[int]):
             if batch // self.batches_per_epoch != epoch:
                 epoch = batch // self.batches_per_epoch
                 order = epoch_order(self.n_sequences, self.seed, epoch)
-            place = (batch % self.batches_per_epoch * self.num_replicas) * self.batch_size
+            place = (batch % self.batches_per_epoch * self.num_replicas + self.rank) * self.batch_size
             yield from order[place : place + self.batch_size].tolist()

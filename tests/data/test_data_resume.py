@@ -1,0 +1,162 @@
+"""A resumed run sees the next batch and no other: real Trainers, interrupted everywhere, across the end of an epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.errors import UserError
+
+SILENT: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Recorder(LightningModule):
+    """Trains one number and remembers every batch."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[list[int]]] = []
+        self.fail_at = fail_at
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if len(self.seen) == self.fail_at:
+            raise RuntimeError("power cut")
+        self.seen.append(batch["input_ids"].tolist())
+        return (self.weight - 1) ** 2
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def make_data(tokenizer: Any, corpus: str, **options: Any) -> TextDataModule:
+    return TextDataModule(tokenizer, corpus, **{"seq_len": 32, "batch_size": 12, "val_sequences": 4, **options})
+
+
+def batches_per_epoch(tokenizer: Any, corpus: str) -> int:
+    return len(make_data(tokenizer, corpus).train_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_continues_with_the_next_batch(
+    tokenizer: Any, corpus: str, tmp_path: Path, workers: int, accumulate: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    per_epoch = batches_per_epoch(tokenizer, corpus)
+    assert 4 <= per_epoch <= 12
+    options = {**SILENT, "max_epochs": 2, "accumulate_grad_batches": accumulate, "default_root_dir": tmp_path}
+    save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = Recorder()
+    Trainer(**options, callbacks=[save]).fit(whole, make_data(tokenizer, corpus, num_workers=workers))
+    assert len(whole.seen) == 2 * per_epoch
+
+    steps_per_epoch = -(-per_epoch // accumulate)
+    for step in {1, steps_per_epoch - 1, steps_per_epoch, steps_per_epoch + 1}:  # before, at and after the epoch's end
+        epoch, in_epoch = divmod(step, steps_per_epoch)
+        consumed = epoch * per_epoch + in_epoch * accumulate
+        resumed = Recorder()
+        trainer = Trainer(**options, enable_checkpointing=False)
+        data = make_data(tokenizer, corpus, num_workers=workers)
+        trainer.fit(resumed, data, ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt")
+        assert resumed.seen == whole.seen[consumed:]
+    assert not any("not resumable" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("on_epoch_end", [False, True])
+def test_resume_from_validation_and_epoch_end_checkpoints(
+    tokenizer: Any, corpus: str, tmp_path: Path, on_epoch_end: bool
+) -> None:
+    options = {**SILENT, "max_epochs": 3, "val_check_interval": 2, "default_root_dir": tmp_path}
+    save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", save_top_k=-1, save_on_train_epoch_end=on_epoch_end)
+    whole = Recorder()
+    Trainer(**options, callbacks=[save]).fit(whole, make_data(tokenizer, corpus))
+    files = list((tmp_path / "ckpt").iterdir())
+    assert len(files) >= 3
+    for file in files:
+        resumed = Recorder()
+        trainer = Trainer(**options, enable_checkpointing=False)
+        trainer.fit(resumed, make_data(tokenizer, corpus), ckpt_path=file)
+        assert resumed.seen == whole.seen[int(file.stem.removeprefix("step=")) :], file
+
+
+def test_interrupted_batch_is_seen_again(tokenizer: Any, corpus: str, tmp_path: Path) -> None:
+    whole = Recorder()
+    Trainer(**SILENT, max_steps=8, enable_checkpointing=False).fit(whole, make_data(tokenizer, corpus))
+    broken = Recorder(fail_at=3)
+    rescue = OnExceptionCheckpoint(tmp_path, "rescue")
+    with pytest.raises(RuntimeError, match="power cut"):
+        Trainer(**SILENT, max_steps=8, callbacks=[rescue], default_root_dir=tmp_path).fit(
+            broken, make_data(tokenizer, corpus, num_workers=2)
+        )
+    resumed = Recorder()
+    trainer = Trainer(**SILENT, max_steps=8, enable_checkpointing=False)
+    trainer.fit(resumed, make_data(tokenizer, corpus), ckpt_path=tmp_path / "rescue.ckpt")
+    assert broken.seen + resumed.seen == whole.seen
+
+
+def test_short_lightning_epochs_go_through_the_whole_text(tokenizer: Any, corpus: str) -> None:
+    per_epoch = batches_per_epoch(tokenizer, corpus)
+    short, long = Recorder(), Recorder()
+    options = {**SILENT, "enable_checkpointing": False}
+    Trainer(**options, max_epochs=3, limit_train_batches=3).fit(short, make_data(tokenizer, corpus))
+    Trainer(**options, max_steps=9).fit(long, make_data(tokenizer, corpus))
+    assert short.seen == long.seen
+    assert len(long.seen) == 9 > per_epoch
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"seed": 1}, "seed"), ({"batch_size": 6}, "global_batch_size"), ({"seq_len": 16}, "fingerprint")],
+)
+def test_resume_with_other_data_is_refused(
+    tokenizer: Any, corpus: str, tmp_path: Path, change: dict[str, Any], field: str
+) -> None:
+    trainer = Trainer(**SILENT, max_steps=2, default_root_dir=tmp_path)
+    trainer.fit(Recorder(), make_data(tokenizer, corpus))
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    other = Trainer(**SILENT, max_steps=4, enable_checkpointing=False)
+    with pytest.raises(UserError, match=f"data's {field} was"):
+        other.fit(Recorder(), make_data(tokenizer, corpus, **change), ckpt_path=tmp_path / "two.ckpt")
+
+
+def test_datamodule_starts_afresh_with_a_new_trainer(tokenizer: Any, corpus: str) -> None:
+    data = make_data(tokenizer, corpus)
+    first, second = Recorder(), Recorder()
+    for recorder in (first, second):  # as stage 1 and stage 2 of a conversion
+        Trainer(**SILENT, max_steps=3, enable_checkpointing=False).fit(recorder, data)
+    assert first.seen == second.seen
+
+
+def test_two_processes_share_each_global_batch(tokenizer: Any, corpus: str, tmp_path: Path) -> None:
+    single = Recorder()
+    Trainer(**SILENT, max_steps=3, enable_checkpointing=False).fit(single, make_data(tokenizer, corpus))
+    options = {**SILENT, "devices": 2, "strategy": "ddp_fork", "max_steps": 3, "enable_checkpointing": False}
+    Trainer(**options).fit(RankRecorder(tmp_path), make_data(tokenizer, corpus, batch_size=6))
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert [one + other for one, other in zip(*ranks)] == single.seen
+
+
+class RankRecorder(Recorder):
+    """Leaves what its process has seen in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self) -> None:
+        torch.save(self.seen, self.folder / f"rank{self.global_rank}.pt")

@@ -1,0 +1,137 @@
+"""Every kind of source, and a clear error for everything that is wrong with one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from pl_attnedit.data import sources
+from pl_attnedit.data.sources import Source, open_source
+from pl_attnedit.errors import UserError
+
+CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+
+
+def read(source: str | Source) -> list[Any]:
+    return list(open_source(source).documents())
+
+
+def test_text_files_folders_and_globs(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("First.\n\nSecond paragraph.\n", "utf-8")
+    (tmp_path / "two.md").write_text("# Größe\n", "utf-8")
+    assert read(str(tmp_path / "one.txt")) == ["First.\n\nSecond paragraph."]
+    assert read(str(tmp_path)) == ["First.\n\nSecond paragraph.", "# Größe"]
+    assert read(str(tmp_path / "*.md")) == ["# Größe"]
+
+
+def test_long_text_file_becomes_passages(tmp_path: Path) -> None:
+    paragraphs = [f"Paragraph {i}. " + "word " * 400 for i in range(50)]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), "utf-8")
+    passages = read(str(tmp_path / "book.txt"))
+    assert len(passages) == 7
+    assert all(len(passage) >= sources.PASSAGE_CHARACTERS for passage in passages[:-1])
+    assert "\n\n".join(passages).split() == "\n\n".join(paragraphs).split()
+
+
+def test_columns_of_jsonl_and_parquet(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
+    rows = [{"text": "plain", "body": "other", "n": 1}, {"text": " ", "body": "more", "n": 2}]
+    jsonl, parquet = write_jsonl(rows), str(tmp_path / "data.parquet")
+    datasets.Dataset.from_list(rows).to_parquet(parquet)
+    for file in (jsonl, parquet):
+        assert read(file) == ["plain"]
+        assert read(Source(file, column="body")) == ["other", "more"]
+        with pytest.raises(UserError, match=r"column = 'nope': not in .*; its columns are text, body, n"):
+            read(Source(file, column="nope"))
+        with pytest.raises(UserError, match=r"column = 'n': must hold text or a list of messages, .* has int"):
+            read(Source(file, column="n"))
+
+
+def test_messages_are_found(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
+    parquet = str(tmp_path / "chat.parquet")
+    datasets.Dataset.from_list([{"messages": CHAT}]).to_parquet(parquet)
+    assert read(write_jsonl([{"messages": CHAT, "text": "not this"}])) == [CHAT]
+    assert read(parquet) == [CHAT]
+
+
+def test_unknown_columns_are_listed(write_jsonl: Callable[..., str]) -> None:
+    with pytest.raises(UserError, match=r"column = 'messages or text': not in .*; its columns are body"):
+        read(write_jsonl([{"body": "x"}]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "this file is empty"),
+        ("empty.jsonl", b"", "this file is empty"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), r"must be UTF-8 text: byte 3 is none"),
+        ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"must be UTF-8 text: line 2, byte 13 is none"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
+        ("list.jsonl", b'["a"]\n', "line 1 must be a JSON object"),
+        ("broken.parquet", b"PAR1 and nothing more", "cannot be read as parquet"),
+        ("data.csv", b"text\nx\n", r"must end in one of \.parquet, \.jsonl, \.txt, \.md"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read(str(tmp_path / name))
+    assert name in str(error.value)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    for name in (tmp_path / "none.txt", tmp_path / "none", "./none", "none.parquet", "builtins:"):
+        with pytest.raises(UserError, match=r"there is no such file; allowed: builtin: "):
+            open_source(str(name))
+    with pytest.raises(UserError, match="no file matches"):
+        open_source(str(tmp_path / "*.txt"))
+    with pytest.raises(UserError, match=r"this folder has no \.parquet"):
+        open_source(str(tmp_path))
+
+
+def test_identity_follows_the_content(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    one.write_text("same")
+    other.write_text("same")
+    assert open_source(str(one)).identity == open_source(str(other)).identity
+    other.write_text("different")
+    assert open_source(str(one)).identity != open_source(str(other)).identity
+
+
+def test_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> datasets.Dataset:
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list([{"text": "from the hub", "id": 1}])
+
+    monkeypatch.setattr(sources, "hub_snapshot", lambda *args, **kwargs: Path())
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read(Source("org/name", config="small", split="train[:1%]")) == ["from the hub"]
+    assert asked == [(("org/name", "small"), {"split": "train[:1%]"})]
+    with pytest.raises(UserError, match=r"column = 'body': not in org/name; its columns are text, id"):
+        open_source(Source("org/name", column="body"))
+
+
+def test_hub_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: Any, **kwargs: Any) -> datasets.Dataset:
+        raise ValueError('Unknown split "nope". Should be one of ["train"].')
+
+    monkeypatch.setattr(sources, "hub_snapshot", lambda *args, **kwargs: Path())
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match='cannot be loaded from the hub: Unknown split "nope"'):
+        open_source(Source("org/name", split="nope"))
+
+
+def test_unreachable_hub_says_what_was_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def snapshot_download(*args: Any, **kwargs: Any) -> str:
+        raise OSError("Got: ConnectError: Name or service not known\nmore")
+
+    monkeypatch.setattr("pl_attnedit.teachers.source.snapshot_download", snapshot_download)
+    with pytest.raises(
+        UserError, match=r"source = 'org/name': not found; tried .* hub .*ConnectError.*allowed: builtin:"
+    ):
+        open_source("org/name")
