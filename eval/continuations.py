@@ -10,14 +10,24 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pl_attnedit.errors import invalid
 
-# Knowledge, a list, a story, an explanation, code, and something to copy from the context.
+# Three short ones, where a window layer still sees everything, and three of 80 to 120 tokens whose beginning matters:
+# something to look up, a format to keep, a rule to follow.
 DEFAULT_PROMPTS = (
     "The capital of France is Paris. The capital of Japan is",
-    "A recipe for pancakes needs the following ingredients:",
     "Once upon a time, in a small village by the sea, there lived",
     "The difference between a list and a tuple in Python is that",
-    "def fibonacci(n):\n    ",
-    "Anna has a red bicycle, Ben a blue one and Clara a green one. The one who rides the blue bicycle is",
+    "Anna's bicycle is red and Ben's bicycle is blue. They live in a quiet street at the edge of the town, between the "
+    "old mill and the railway. Every morning they ride to school together, past the bakery, over the stone bridge and "
+    "along the river, where the heron stands in the shallow water. In the afternoon they come back the same way, and "
+    "on Fridays they stop at the library to return their books. Today it was raining hard and only one of them came by "
+    "bicycle. It was Anna, and everyone could see it from afar, because the colour of her bicycle is",
+    "Country: France\nCapital: Paris\nContinent: Europe\nLanguage: French\n\nCountry: Brazil\nCapital: Brasília\n"
+    "Continent: South America\nLanguage: Portuguese\n\nCountry: Egypt\nCapital: Cairo\nContinent: Africa\n"
+    "Language: Arabic\n\nCountry: Japan\nCapital: Tokyo\nContinent: Asia\nLanguage: Japanese\n\nCountry: Italy\n",
+    'def mean(values):\n    """Return the arithmetic mean of a list of numbers."""\n    if not values:\n'
+    '        raise ValueError("mean of an empty list")\n    return sum(values) / len(values)\n\n\n'
+    'def median(values):\n    """Return the middle value of a list of numbers."""\n    if not values:\n'
+    '        raise ValueError("median of an empty list")\n',
 )
 
 
@@ -26,7 +36,7 @@ def greedy_continuations(
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 24,
 ) -> list[dict[str, Any]]:
     """Greedy continuations of each prompt by both models.
 

@@ -90,8 +90,14 @@ def _section(client: MlflowClient, conversion: Conversion) -> dict[str, Any]:
         ],
         "evaluation": results and [_evaluation_row(row) for row in results["tasks"]],
         "settings": results and results["settings"],
-        "continuations": load_json(client, conversion.evaluation, CONTINUATIONS_FILE),
+        "continuations": _continuations(client, conversion),
     }
+
+
+def _continuations(client: MlflowClient, conversion: Conversion) -> list[dict[str, Any]] | None:
+    """Of the latest evaluation that has some: an evaluation repeated later may come without."""
+    found = (load_json(client, run, CONTINUATIONS_FILE) for run in reversed(conversion.children.get("evaluation", [])))
+    return next((continuations for continuations in found if continuations), None)
 
 
 def _loss_figure(client: MlflowClient, runs: Sequence[Run], title: str, validation: str, unit: str) -> Figure:
@@ -100,7 +106,7 @@ def _loss_figure(client: MlflowClient, runs: Sequence[Run], title: str, validati
     series = [charts.Series("training", train, "train"), charts.Series("held out", held_out, "held", dots=True)]
     series = [s for s in series if any(value > 0 for _, value in s.points)]
     if not series:
-        return Figure(title, None, missing=f"No losses were logged ({'run' if runs else 'no run'} in MLflow).")
+        return Figure(title, None, missing="No losses were logged." if runs else "This stage has no run in MLflow.")
     mean = f" (mean of {n_averaged} steps)" if n_averaged > 1 else ""
     names = {"train": f"training loss{mean}", "held": f"held out, {validation.removeprefix('val/').upper()}"}
     note = "" if len(series) == 2 else f"Missing: {'held-out values' if series[0].css == 'train' else 'training loss'}."

@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fake_conversions import log_fake_conversion
+from fake_conversions import fake_result, log_fake_conversion
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.records import find_conversions, history
+from pl_attnedit.eval.records import find_conversions, history, log_evaluation
 from pl_attnedit.eval.report import write_report
-from pl_attnedit.tracking import connect, start_child
+from pl_attnedit.tracking import TrackedRun, connect, start_child
 
 EVIL = "<img src=x onerror=alert(1)> \"'&"
 
@@ -96,7 +96,7 @@ def test_what_is_missing_is_said(store: tuple[str, list[str]], tmp_path: Path) -
         "No conversion has logged both its KV budget and its KL.",
         "No conversion has logged its KL before and after the stages.",
         "The conversion has logged no summary (MLflow says RUNNING).",
-        "No losses were logged (no run in MLflow).",
+        "This stage has no run in MLflow.",
         "No evaluation was logged.",
         "No continuations were logged.",
     ):
@@ -125,6 +125,18 @@ def test_foreign_texts_are_escaped(store: tuple[str, list[str]], tmp_path: Path)
     assert "script" not in page.tags
     assert page.text.count(EVIL) >= 6
     assert "<script>alert('student')</script>" in page.text  # what a model wrote, as text
+
+
+def test_continuations_outlive_an_evaluation_without_any(store: tuple[str, list[str]], tmp_path: Path) -> None:
+    uri, ids = store
+    client = connect(uri)
+    child = start_child(ids[1], "evaluation", client=client)
+    with TrackedRun(child, tmp_path, tracking_uri=uri) as run:
+        log_evaluation(fake_result(2.0), run)
+    page = Page(write_report([ids[1]], tmp_path / "report.html", uri).read_text())
+    client.delete_run(child)
+    assert "differ after 6 tokens" in page.text
+    assert "305" in page.text, "the student's word perplexity of the later evaluation"
 
 
 def test_a_repeated_stage_continues_its_curve(store: tuple[str, list[str]], tmp_path: Path) -> None:
