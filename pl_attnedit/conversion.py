@@ -26,13 +26,13 @@ from pl_attnedit.callbacks import (
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, ModelDistillation
 from pl_attnedit.distillation.base import TeacherHidden, parse_targets
-from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.continuations import greedy_continuations
+from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.harness import evaluate_pair
 from pl_attnedit.eval.records import log_evaluation
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
-from pl_attnedit.modeling import EditPlan, load
+from pl_attnedit.modeling import load
 from pl_attnedit.modeling.kv import kv_context, measure_cache
 from pl_attnedit.recipe import Recipe, StageRecipe
 from pl_attnedit.run_folder import RunFolder
@@ -82,6 +82,7 @@ class Conversion:
                 data_fingerprint=self.data.fingerprint,  # type: ignore[attr-defined]
                 teacher_fingerprint=teacher_fingerprint(resolve_teacher(self.recipe.teacher)),
             )
+            self.phase("tasks", self.build_tasks)  # before the training: text too short for them is an error at once
             self.phase("init", self.initialise)
             self.phase("stage1", lambda: self.stage("stage1", self.recipe.stage1, "init"))
             self.phase("stage2", lambda: self.stage("stage2", self.recipe.stage2, "stage1/student"))
@@ -110,12 +111,25 @@ class Conversion:
 
     # phases
 
+    def build_tasks(self) -> str:
+        """lm-eval tasks out of held-out text; returns their folder."""
+        options = self.recipe.evaluation
+        folder = build_offline_tasks(
+            self.data.held_out_texts(),  # type: ignore[attr-defined]
+            self.folder.path / "eval" / "tasks",
+            n_documents=options.documents,
+            n_cloze=options.cloze,
+            seed=self.recipe.seed,
+        )
+        return str(folder)
+
     def initialise(self) -> dict[str, float]:
         """Builds the student and measures it untrained."""
         seed_everything(self.recipe.seed, verbose=False)
         module = self.module("stage1", self.recipe.stage1, None)
         trainer = self.trainer("init", None)
         found = self.validate(trainer, module)
+        self.runs.run("stage1").log_metrics(found, step=0)  # where the curves of stage 1 begin
         self.folder.save_folder("init", lambda path: save_student(module, path))
         return found
 
@@ -154,26 +168,17 @@ class Conversion:
         """Teacher and student answer the same tasks; the result goes to MLflow and into the run folder."""
         teacher, tokenizer = self.load_teacher()
         student = load(self.folder.path / "student")
-        options = self.recipe.evaluation
-        self.data.setup("validate")
         out = self.folder.path / "eval"
-        tasks = build_offline_tasks(
-            self.data.held_out_texts(),  # type: ignore[attr-defined]
-            out / "tasks",
-            n_documents=options.documents,
-            n_cloze=options.cloze,
-            seed=self.recipe.seed,
-        )
         result = evaluate_pair(
             teacher,
             student,
             tokenizer,
             OFFLINE_TASKS,
-            task_folder=tasks,
+            task_folder=out / "tasks",
             max_length=self.data.seq_len,  # type: ignore[attr-defined]
             out_dir=out,
         )
-        tokens = options.continuation_tokens
+        tokens = self.recipe.evaluation.continuation_tokens
         texts = greedy_continuations(teacher, student, tokenizer, max_new_tokens=tokens) if tokens else None
         with self.runs.run("evaluation") as run:
             log_evaluation(result, run, texts)

@@ -51,7 +51,9 @@ class RunFolder:
                     "give --name another value, or remove the folder"
                 )
         elif foreign := [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")]:
-            raise UserError(f"run folder {self.path}: is in use by something else ({foreign[0]}); give --name another value")
+            raise UserError(
+                f"run folder {self.path}: is in use by something else ({foreign[0]}); give --name another value"
+            )
         else:
             write_atomically(known, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 

@@ -28,7 +28,9 @@ TARGETS: dict[str, type[Target]] = {target.config_class.type: target for target 
 def target_from_dict(fields: dict[str, Any]) -> TargetConfig:
     """A target config from a plain mapping with its `type` and fields, as in YAML and in saved models."""
     if not isinstance(fields, dict) or "type" not in fields:
-        raise UserError(f"target {fields!r}: must be a mapping with `type` (one of {', '.join(TARGETS)}) and its fields")
+        raise UserError(
+            f"target {fields!r}: must be a mapping with `type` (one of {', '.join(TARGETS)}) and its fields"
+        )
     fields = dict(fields)
     name = fields.pop("type")
     if name not in TARGETS:

@@ -284,7 +284,9 @@ def parse_targets(targets: Any) -> TargetConfig | dict[str, TargetConfig]:
     if isinstance(targets, TargetConfig):
         return targets
     if not isinstance(targets, dict) or not targets:
-        raise invalid("targets", targets, "must map pattern letters to targets, e.g. {S: {type: gate_swa, window: 512}}")
+        raise invalid(
+            "targets", targets, "must map pattern letters to targets, e.g. {S: {type: gate_swa, window: 512}}"
+        )
     if "type" in targets:
         return target_from_dict(targets)
     return {

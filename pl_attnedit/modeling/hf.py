@@ -24,7 +24,9 @@ class EditedModelMixin:
         super().__init__(config, *args, **kwargs)
         plan = EditPlan.from_dict(config.attention_edit)
         if len(plan.letters) != config.num_hidden_layers:
-            raise invalid("attention_edit", plan.letters, f"needs a letter for each of {config.num_hidden_layers} layers")
+            raise invalid(
+                "attention_edit", plan.letters, f"needs a letter for each of {config.num_hidden_layers} layers"
+            )
         for index in plan.edited_layers:
             target = plan.target_of(index)
             assert target is not None

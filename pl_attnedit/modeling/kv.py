@@ -30,9 +30,7 @@ def measure_cache(model: PreTrainedModel, context: int, batch: int = 1, extra_st
         shadow = type(model)(model.config).to(model.dtype).eval()
         cache = DynamicCache(config=shadow.config)
         for tokens in (context, *([1] * extra_steps)):
-            shadow.model(
-                input_ids=torch.zeros(batch, tokens, dtype=torch.long), past_key_values=cache, use_cache=True
-            )
+            shadow.model(input_ids=torch.zeros(batch, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
     return cache_bytes(cache)
 
 

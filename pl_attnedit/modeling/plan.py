@@ -43,7 +43,9 @@ class EditPlan:
         if isinstance(targets, TargetConfig):
             targets = {"S": targets}
         if not isinstance(targets, Mapping) or not all(isinstance(t, TargetConfig) for t in targets.values()):
-            raise invalid("targets", targets, "must be a target config or a mapping of pattern letters to target configs")
+            raise invalid(
+                "targets", targets, "must be a target config or a mapping of pattern letters to target configs"
+            )
         if layers is not None:
             if pattern is not None:
                 raise UserError("pattern and layers: give one of them, not both")
