@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from pl_attnedit.distillation.losses import EPS, kl_divergence, squared_error_and_energy
+from pl_attnedit.distillation.losses import EPS, squared_error_and_energy
 
 
 class LayerNMSE(Metric):
@@ -57,7 +57,7 @@ class Fidelity(Metric):
         teacher_head: nn.Linear,
         input_ids: torch.Tensor,
         mask: torch.Tensor,
-        chunk: int = 1024,
+        chunk: int = 512,
     ) -> None:
         """student and teacher: last hidden states (batch, time, hidden); input_ids and mask (batch, time)."""
         labels = torch.full_like(input_ids, -100)
@@ -66,13 +66,13 @@ class Fidelity(Metric):
         student, teacher, labels = student.flatten(0, 1)[rows], teacher.flatten(0, 1)[rows], labels.flatten()[rows]
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
-            student_logits = student_head(student[part]).float()
-            teacher_logits = teacher_head(teacher[part]).float()
+            student_log = student_head(student[part]).float().log_softmax(-1)
+            teacher_log = teacher_head(teacher[part]).float().log_softmax(-1)
             label = labels[part]
-            self.kl += kl_divergence(student_logits, teacher_logits).sum()
-            self.agree += (student_logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
-            self.nll_student += nn.functional.cross_entropy(student_logits, label, reduction="sum")
-            self.nll_teacher += nn.functional.cross_entropy(teacher_logits, label, reduction="sum")
+            self.agree += (student_log.argmax(-1) == teacher_log.argmax(-1)).sum()
+            self.nll_student += nn.functional.nll_loss(student_log, label, reduction="sum")
+            self.nll_teacher += nn.functional.nll_loss(teacher_log, label, reduction="sum")
+            self.kl += nn.functional.kl_div(student_log, teacher_log, reduction="sum", log_target=True)
             self.tokens += len(label)
             self.labels += (label != -100).sum()
 
