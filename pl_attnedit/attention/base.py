@@ -104,7 +104,7 @@ def copy_linear(target: nn.Linear, source: nn.Linear) -> None:
 
 def as_bool_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     """A mask of Hugging Face as (batch, 1, query, key) with True = visible; additive masks have 0 where visible."""
-    if attention_mask.dim() != 4:
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4:  # flash: 2 dims, flex: a BlockMask
         raise UserError(
             "attention implementation of the model: targets run on the masks of 'sdpa' or 'eager'; "
             "load the model with attn_implementation='sdpa'"

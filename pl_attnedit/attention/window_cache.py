@@ -100,8 +100,8 @@ class SinkWindowLayer(DynamicLayer):
                 f"(window {self.window}, {self.cumulative_length} tokens seen); keep a copy of the cache instead"
             )
         super().crop(tokens_to_remove)
-        self.columns = self.columns[:, : -abs(tokens_to_remove)]
         self.cumulative_length = self.keys.shape[-2]
+        self.columns = self.columns[:, : self.cumulative_length]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

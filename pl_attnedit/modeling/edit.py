@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -59,6 +60,8 @@ def edit_model(
 
 def check_teacher(teacher: PreTrainedModel) -> None:
     """Raises `UserError` for a model that cannot be converted."""
+    if not isinstance(teacher, PreTrainedModel):
+        raise invalid("teacher", type(teacher).__name__, "must be a Hugging Face causal LM (a PreTrainedModel)")
     if isinstance(teacher, EditedModelMixin):
         raise UserError(f"teacher of type {type(teacher).__name__}: is a converted model already")
     family = family_of(teacher.config)
@@ -72,7 +75,6 @@ def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
     config = edited_config(teacher.config, plan)
     with torch.device("meta"):
         student = EDITED[teacher.config.model_type][1](config)
-    parameter = next(teacher.parameters())
     for name, module in teacher.model.named_children():
         if name != "layers":
             student.model.register_module(name, module)
@@ -85,7 +87,8 @@ def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
         for name, module in layer.named_children():
             if name != "self_attn":
                 edited.register_module(name, module)
-        edited.self_attn.to_empty(device=parameter.device).to(parameter.dtype)
+        weight = layer.self_attn.o_proj.weight
+        edited.self_attn.to_empty(device=weight.device).to(weight.dtype)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.train(teacher.training)
 
@@ -128,11 +131,29 @@ def unshare_trunk(student: PreTrainedModel) -> None:
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """A converted model from its folder, in eval mode. `kwargs` go to `from_pretrained` (dtype, device_map ...)."""
+    """A converted model from its folder, in eval mode. `kwargs` go to `from_pretrained` (dtype, device_map ...).
+
+    Raises:
+        UserError: where the folder holds no converted model, or its weights are broken or not all there.
+    """
     path = Path(path)
     if not (path / "config.json").is_file():
         raise invalid("path", str(path), "must be the folder of a converted model (it has no config.json)")
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise invalid("path", str(path), f"its config.json cannot be read ({error})") from error
     if config.model_type not in {classes[0].model_type for classes in EDITED.values()}:
         raise invalid("path", str(path), f"holds a model of type {config.model_type!r}, which is not a converted model")
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    except UserError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise invalid("path", str(path), f"its weights cannot be read ({error})") from error
+    wrong = sorted([*found["missing_keys"], *found["unexpected_keys"]])
+    if wrong:  # Hugging Face only warns, and fills in random weights
+        raise invalid("path", str(path), f"its weights do not fit its config.json: {', '.join(wrong[:4])} ...")
+    return model.eval()

@@ -17,6 +17,25 @@ from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import EDITED_PREFIX, FAMILIES, Family
 
 
+class EditedConfigMixin:
+    """A converted model's config carries `rope_theta` at the top level too.
+
+    transformers 4 ignores `rope_parameters` and would silently rotate with theta 10000. Loading checks that both agree.
+    """
+
+    rope_parameters: dict[str, Any]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        outer = kwargs.get("rope_theta")
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        inner = self.rope_parameters["rope_theta"]
+        if outer is not None and outer != inner:
+            raise invalid("rope_theta", outer, f"config.json also says rope_parameters.rope_theta = {inner}; must agree")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "rope_theta": self.rope_parameters["rope_theta"]}  # type: ignore[misc]
+
+
 class EditedModelMixin:
     """Swaps the attention modules that the config's edit plan names, before any weight is loaded."""
 
@@ -43,7 +62,7 @@ def _edited_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTra
     name = "Edited" + family.model_class.__name__.removesuffix("ForCausalLM")
     config_class = type(
         f"{name}Config",
-        (family.config_class,),
+        (EditedConfigMixin, family.config_class),
         {
             "__module__": __name__,
             "__doc__": f"Config of a converted {family.model_type} model; `attention_edit` is its edit plan.",

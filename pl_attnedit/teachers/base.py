@@ -11,9 +11,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from pl_attnedit.errors import UserError
+from pl_attnedit.errors import invalid
 
 apply_rotary = apply_rotary_pos_emb  # the same half-split rotation in every family below
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies; "dynamic" and "longrope" change with the text
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,22 @@ class Family:
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raises `UserError` for a variant of this family that we do not convert."""
+        rope = config.rope_parameters or {}
+        if rope.get("rope_type", "default") not in ROPE_TYPES:
+            raise invalid(
+                "rope_parameters.rope_type",
+                rope["rope_type"],
+                f"its frequencies depend on the length of the text; convertible are {', '.join(ROPE_TYPES)}",
+            )
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise invalid("partial_rotary_factor", rope["partial_rotary_factor"], "only 1.0 is converted")
         layer_types = getattr(config, "layer_types", None) or []
         if "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None)):
-            raise UserError(
-                f"teacher (model type {self.model_type!r}): some of its layers already see a window "
-                f"(sliding_window = {getattr(config, 'sliding_window', None)}); only teachers whose layers all see the "
-                "whole context are converted"
+            raise invalid(
+                "sliding_window",
+                getattr(config, "sliding_window", None),
+                f"layers of this teacher (model type {self.model_type!r}) already see a window; only teachers whose "
+                "layers all see the whole context (None) are converted",
             )
 
 
