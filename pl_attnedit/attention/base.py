@@ -118,14 +118,12 @@ def attend(
     """Scaled dot-product attention with grouped key and value heads.
 
     query (batch, heads, queries, width), key and value (batch, kv_heads, keys, width), mask boolean and broadcastable
-    to (batch, heads, queries, keys) or None = causal. Returns (batch, queries, heads * value width).
+    to (batch, heads, queries, keys) or None = causal: query t sees the keys up to t (one query alone sees all keys), as HF
+    means it for a text's first tokens, where a `StaticCache` has room behind them. Returns (batch, queries, heads * value width).
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    queries, keys = query.shape[2], key.shape[2]
-    if mask is None and 1 < queries < keys:  # a later chunk: causal from the end of the keys, not from their start
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=key.device).tril(keys - queries)
-    causal = mask is None and queries > 1
+    causal = mask is None and query.shape[2] > 1
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
     return output.transpose(1, 2).flatten(2)

@@ -97,7 +97,8 @@ class SinkWindowLayer(DynamicLayer):
         if self.cumulative_length > self.keys.shape[-2]:
             raise UserError(
                 f"cache.crop({tokens_to_remove}): a window layer has already dropped tokens that the shorter text needs "
-                f"(window {self.window}, {self.cumulative_length} tokens seen); keep a copy of the cache instead"
+                f"(window {self.window}, {self.cumulative_length} tokens seen); keep a copy of the cache instead, and "
+                "generate without assistant_model or prompt_lookup_num_tokens, which take tokens back"
             )
         super().crop(tokens_to_remove)
         self.cumulative_length = self.keys.shape[-2]
