@@ -1,0 +1,124 @@
+"""Static caches, compiled decoding and assisted generation work, or say clearly that they do not; packed text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
+from pl_attnedit.modeling import edited_attention
+
+Teachers = Callable[..., PreTrainedModel]
+Ids = Callable[..., torch.Tensor]
+
+GROWING = {"mla": MLAConfig(12, 4), "gate": GateSWAConfig(window=None)}
+GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+
+
+def make_student(teacher: PreTrainedModel, target: Any, pattern: str = "SF") -> PreTrainedModel:
+    torch.manual_seed(0)
+    return edit_model(teacher, target, pattern=pattern, init="random").eval()
+
+
+@pytest.mark.parametrize("target", GROWING)
+def test_static_cache(teacher: PreTrainedModel, make_ids: Ids, target: str) -> None:
+    student = make_student(teacher, GROWING[target])
+    ids = make_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    for prompt, options in ((ids, {}), (ids, {"attention_mask": mask}), (ids[:, :1], {})):
+        growing = student.generate(prompt, **options, **GREEDY)
+        static = student.generate(prompt, **options, **GREEDY, cache_implementation="static", disable_compile=True)
+        assert torch.equal(growing, static)
+    cache = StaticCache(config=student.config, max_cache_len=40)
+    with torch.no_grad():
+        parts = [student(part, past_key_values=cache).logits for part in ids.split([4, 3, 1, 1], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), student(ids, use_cache=False).logits, atol=1e-5, rtol=2e-5)
+
+
+def test_compiled_decoding_of_mla(make_teacher: Teachers, make_ids: Ids) -> None:
+    """One graph for a step over a static cache, as `generate` compiles it on accelerators."""
+    student = make_student(make_teacher("llama", num_hidden_layers=2), GROWING["mla"])
+    ids = make_ids(1, 8)
+    cache = StaticCache(config=student.config, max_cache_len=16)
+    step = torch.compile(student.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        student(ids[:, :5], past_key_values=cache)
+        got = [step(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(5, 8)]
+        expected = student(ids, use_cache=False).logits[:, 5:]
+    torch.testing.assert_close(torch.cat(got, 1), expected, atol=1e-5, rtol=2e-5)
+
+
+def test_window_layers_refuse_a_static_cache(make_teacher: Teachers, make_ids: Ids) -> None:
+    student = make_student(make_teacher("llama"), GateSWAConfig(window=4))
+    with pytest.raises(UserError, match="cache of type StaticCache: window layers need a DynamicCache"):
+        student.generate(make_ids(1, 6), **GREEDY, cache_implementation="static")
+
+
+def test_a_cache_filled_by_the_teacher_is_refused(make_teacher: Teachers, make_ids: Ids) -> None:
+    teacher = make_teacher("llama")
+    student = make_student(teacher, GateSWAConfig(window=4))
+    cache = DynamicCache(config=teacher.config)
+    teacher(make_ids(1, 6), past_key_values=cache)
+    with pytest.raises(UserError, match="cache layer 0: was filled by another model; start with an empty cache"):
+        student(make_ids(1, 1), past_key_values=cache)
+
+
+def test_assisted_generation(make_teacher: Teachers, make_ids: Ids) -> None:
+    """Works where no token is dropped: MLA, gates without a window, windows longer than the text."""
+    teacher, ids = make_teacher("qwen3"), make_ids(1, 9)
+    for target in (*GROWING.values(), GateSWAConfig(window=32, sinks=2)):
+        student = make_student(teacher, target, "S")
+        alone = student.generate(ids, **GREEDY)
+        assert torch.equal(student.generate(ids, **GREEDY, assistant_model=teacher), alone)
+        assert torch.equal(student.generate(ids, **GREEDY, prompt_lookup_num_tokens=3), alone)
+        drafted = teacher.generate(ids, **GREEDY, assistant_model=student)
+        assert torch.equal(drafted, teacher.generate(ids, **GREEDY))
+    with pytest.raises(UserError, match="window layer has already dropped tokens .* without assistant_model"):
+        make_student(teacher, GateSWAConfig(window=4)).generate(ids, **GREEDY, assistant_model=teacher)
+
+
+def test_packed_documents_do_not_see_each_other(teacher: PreTrainedModel, make_ids: Ids) -> None:
+    """Positions that start again mark documents: each is what it is alone, its sinks are its own first tokens."""
+    targets = {"S": GateSWAConfig(window=3, sinks=2), "M": MLAConfig(8, 4), "E": GateSWAConfig(3, gate="element")}
+    torch.manual_seed(0)
+    student = edit_model(teacher, targets, pattern="SMEF", init="random").eval()
+    lengths, ids = [[11, 1, 12], [3, 19, 2]], make_ids(2, 24)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    with torch.no_grad():
+        packed = student(ids, position_ids=positions, use_cache=False).logits
+        for row, documents in enumerate(lengths):
+            start = 0
+            for length in documents:
+                alone = student(ids[row : row + 1, start : start + length], use_cache=False).logits[0]
+                torch.testing.assert_close(packed[row, start : start + length], alone, atol=1e-5, rtol=2e-5)
+                start += length
+
+
+def test_gradients_reach_every_new_weight(teacher: PreTrainedModel, make_ids: Ids) -> None:
+    """Gates have their gradient from the first step on, although their weight starts at zero."""
+    targets = {"S": GateSWAConfig(window=3), "E": GateSWAConfig(4, "element", sinks=1), "M": MLAConfig(8, 4, q_lora_rank=6)}
+    student = edit_model(teacher, targets, pattern="SEM", init="random").train()
+    ids = make_ids(2, 12)
+    student(ids, labels=ids, use_cache=False).loss.backward()
+    for index, attention in edited_attention(student).items():
+        for name, parameter in attention.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, (index, name)
+
+
+def test_gradient_checkpointing_changes_nothing(make_teacher: Teachers, make_ids: Ids) -> None:
+    student = make_student(make_teacher("qwen3"), GateSWAConfig(window=3, sinks=1)).train()
+    ids, gate = make_ids(2, 12), edited_attention(student)[0].gate_proj.weight
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            student.gradient_checkpointing_enable()
+        student.zero_grad()
+        student(ids, labels=ids, use_cache=False).loss.backward()
+        assert gate.grad is not None
+        gradients.append(gate.grad.clone())
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-7, rtol=1e-5)
