@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from pl_attnedit.attention import TARGETS
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.modeling.entry import OwnEntryFile, WithEntryFile
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import EDITED_PREFIX, FAMILIES, Family
 
 
-class EditedConfigMixin:
+class EditedConfigMixin(OwnEntryFile):
     """A converted model's config carries `rope_theta` at the top level too.
 
     transformers 4 ignores `rope_parameters` and would silently rotate with theta 10000. Loading checks that both agree.
@@ -30,17 +31,19 @@ class EditedConfigMixin:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         inner = self.rope_parameters["rope_theta"]
         if outer is not None and outer != inner:
-            raise invalid("rope_theta", outer, f"config.json also says rope_parameters.rope_theta = {inner}; must agree")
+            raise invalid(
+                "rope_theta", outer, f"config.json also says rope_parameters.rope_theta = {inner}; must agree"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "rope_theta": self.rope_parameters["rope_theta"]}  # type: ignore[misc]
 
 
-class EditedModelMixin:
+class EditedModelMixin(OwnEntryFile, WithEntryFile):
     """Swaps the attention modules that the config's edit plan names, before any weight is loaded."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         plan = EditPlan.from_dict(config.attention_edit)
         if len(plan.letters) != config.num_hidden_layers:
             raise invalid(
@@ -50,12 +53,12 @@ class EditedModelMixin:
             target = plan.target_of(index)
             assert target is not None
             layer = self.model.layers[index]  # type: ignore[attr-defined]
-            layer.self_attn = TARGETS[target.type](target, config, index)  # type: ignore[call-arg]
+            layer.self_attn = TARGETS[target.type](target, config, index)
 
     @property
     def edit_plan(self) -> EditPlan:
         """Which layer has which target."""
-        return EditPlan.from_dict(self.config.attention_edit)  # type: ignore[attr-defined]
+        return EditPlan.from_dict(self.config.attention_edit)
 
 
 def _edited_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:

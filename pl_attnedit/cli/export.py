@@ -1,0 +1,24 @@
+"""`pl-attnedit export`: a converted model in a checkpoint format that other software serves."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = ArgumentParser(
+        prog="pl-attnedit export",
+        description="Write a converted model as a stock checkpoint that needs nothing of ours.",
+        epilog="deepseek_v3: MLA in every layer, with latent norm, of a dense teacher without biases and with plain RoPE. "
+        "step3p7: GateSWA of a dense Qwen3 teacher, without sinks.",
+    )
+    parser.add_argument("student", help="folder of a converted model, e.g. runs/quickstart/student")
+    parser.add_argument("out", help="folder to write; must not exist")
+    parser.add_argument("--format", required=True, help="deepseek_v3 or step3p7")
+    options = parser.parse_args(list(arguments))
+
+    from pl_attnedit.export import export
+
+    print(export(options.student, options.out, options.format))
+    return 0
