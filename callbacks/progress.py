@@ -47,6 +47,7 @@ class Progress(ProgressBar):
         self._first_step = 0
         self._steps: float = 0
         self._loss: Tensor | None = None
+        self._validated = (0.0, 0)  # when this validation began, and its tokens so far
 
     def enable(self) -> None:
         self._enabled = True
@@ -85,6 +86,7 @@ class Progress(ProgressBar):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._meter.pause()
+        self._validated = (time.monotonic(), 0)
 
     def on_validation_batch_end(
         self,
@@ -95,10 +97,19 @@ class Progress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        started, tokens = self._validated
+        self._validated = (started, tokens + count_tokens(batch, trainer))
         if not trainer.sanity_checking:
-            total = trainer.num_val_batches[dataloader_idx]
-            at = f"  step {trainer.global_step}" if trainer.state.fn == "fit" else ""
-            self._show(lambda: f"{self.stage}{at}  validating {batch_idx + 1}/{total}")
+            total = int(trainer.num_val_batches[dataloader_idx])
+            at = f"step {trainer.global_step}  " if trainer.state.fn == "fit" else ""
+            self.report(f"{at}validating", batch_idx + 1, total, self._validated[1], started)
+
+    def report(self, what: str, done: int, total: int, tokens: int, started: float) -> None:
+        """One line about work other than training: parts done of all, tokens so far, and when it began
+        (`time.monotonic()`)."""
+        spent = time.monotonic() - started
+        speed, left = f"{tokens / max(spent, 1e-9):,.0f} tokens/s", _clock(spent / done * (total - done))
+        self._show(lambda: f"{self.stage}  {what} {done}/{total}  {speed}  left {left}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._meter.resume()

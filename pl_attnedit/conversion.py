@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pl_attnedit.attention import TargetConfig
 from pl_attnedit.callbacks import (
     NaNGuard,
     Progress,
@@ -25,19 +27,22 @@ from pl_attnedit.callbacks import (
 )
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, ModelDistillation
-from pl_attnedit.distillation.base import TeacherHidden, parse_targets
+from pl_attnedit.distillation.base import TeacherHidden
+from pl_attnedit.distillation.settings import parse_targets
+from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.continuations import greedy_continuations
 from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.harness import evaluate_pair
 from pl_attnedit.eval.records import log_evaluation
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
-from pl_attnedit.modeling import load
+from pl_attnedit.modeling import EditPlan, load
 from pl_attnedit.modeling.kv import kv_context, measure_cache
 from pl_attnedit.recipe import Recipe, StageRecipe
 from pl_attnedit.run_folder import RunFolder
+from pl_attnedit.teachers import family_of
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
-from pl_attnedit.tracking import ConversionRuns, TrackingLogger, log_environment, open_conversion
+from pl_attnedit.tracking import ConversionRuns, TrackedRun, TrackingLogger, log_environment, open_conversion
 
 STAGES: dict[str, type[DistillationModule]] = {"stage1": LayerwiseDistillation, "stage2": ModelDistillation}
 
@@ -50,10 +55,16 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
         data_options: arguments of `TextDataModule` other than the tokenizer.
         plain: the resolved recipe as plain data, for the run folder and MLflow.
     """
+    # mistakes are errors before a run folder exists
     targets = parse_targets(recipe.targets)
     data = TextDataModule(tokenizer=recipe.teacher, **data_options)
-    resolve_teacher(recipe.teacher)  # a wrong name is an error before a run folder exists
+    check_plan(recipe, targets)
+    data.setup()
+    build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
     folder = RunFolder(Path(recipe.runs) / recipe.name, plain)
+    if folder.done("report"):
+        Conversion.say(f"{recipe.name}: done before")
+        return json.loads((folder.path / "summary.json").read_text())
     kinds = {t.type for t in (targets.values() if isinstance(targets, dict) else [targets])}
     tags = {
         "teacher": recipe.teacher,
@@ -75,6 +86,7 @@ class Conversion:
         self._teacher_hidden: TeacherHidden = {}
 
     def run(self) -> dict[str, Any]:
+        self.folder.start()
         with self.runs.run() as parent:
             log_environment(
                 parent,
@@ -88,15 +100,9 @@ class Conversion:
             self.phase("stage2", lambda: self.stage("stage2", self.recipe.stage2, "stage1/student"))
             self.phase("kv", self.measure)
             self.phase("evaluation", self.evaluate)
-            summary = self.summary()
-            parent.set_tags({"pattern": summary["pattern"]})
-            parent.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
-            parent.log_file(self.folder.path / "summary.json")
-        self.say("report")
-        write_report([self.runs.run_id], self.folder.path / "report.html", self.runs.tracking_uri)
-        for leftover in ("init", "stage1/student"):
-            self.folder.remove(leftover)
-        return summary
+            self.summarise(parent)
+        self.phase("report", self.report)
+        return json.loads((self.folder.path / "summary.json").read_text())
 
     def phase(self, name: str, work: Any) -> None:
         if self.folder.done(name):
@@ -184,8 +190,15 @@ class Conversion:
             log_evaluation(result, run, texts)
         return json.loads(result.to_json())["tasks"]
 
-    def summary(self) -> dict[str, Any]:
-        """summary.json: what the conversion cost and gained."""
+    def report(self) -> str:
+        """report.html; what only a resumed conversion needs goes."""
+        path = write_report([self.runs.run_id], self.folder.path / "report.html", self.runs.tracking_uri)
+        for leftover in ("init", "stage1/student"):
+            self.folder.remove(leftover)
+        return path.name
+
+    def summarise(self, parent: TrackedRun) -> None:
+        """summary.json: what the conversion cost and gained; its figures go to the parent run."""
         progress = self.folder.progress
         before, after1, after2 = progress["init"], progress["stage1"], progress["stage2"]
         kv = progress["kv"]
@@ -207,8 +220,10 @@ class Conversion:
             "wall_seconds": progress["wall_seconds"],
             "peak_rss_bytes": progress["peak_rss_bytes"],
         }
-        write_atomically(self.folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-        return summary
+        path = write_atomically(self.folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        parent.set_tags({"pattern": summary["pattern"]})
+        parent.log_metrics({name: value for name, value in summary.items() if isinstance(value, int | float)})
+        parent.log_file(path)
 
     # parts of the phases
 
@@ -256,7 +271,7 @@ class Conversion:
                     *stage.callbacks,
                 ],
             }
-        return Trainer(**(options | self.recipe.trainer))
+        return build_trainer(options | self.recipe.trainer)
 
     def validate(self, trainer: Trainer, module: DistillationModule) -> dict[str, float]:
         """Held-out figures; the teacher's part is computed once per process."""
@@ -267,6 +282,26 @@ class Conversion:
 
     def load_teacher(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_teacher(self.recipe.teacher, dtype=getattr(torch, self.recipe.dtype))
+
+
+def check_plan(recipe: Recipe, targets: TargetConfig | dict[str, TargetConfig]) -> None:
+    """`UserError` for a teacher, an edit plan or a target that does not fit, from the teacher's config alone."""
+    config = AutoConfig.from_pretrained(resolve_teacher(recipe.teacher))
+    family = family_of(config)
+    family.check(config)
+    plan = EditPlan.build(config.num_hidden_layers, targets, recipe.pattern, recipe.layers)
+    if not plan.edited_layers:
+        raise invalid("pattern", recipe.pattern, "edits no layer: every letter is F")
+    for target in plan.targets.values():
+        target.check(family.attention_spec(config))
+
+
+def build_trainer(options: dict[str, Any]) -> Trainer:
+    """A Trainer; values that Lightning refuses are a user's mistake."""
+    try:
+        return Trainer(**options)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer: {error}") from error
 
 
 def save_student(module: DistillationModule, path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from pl_attnedit.data import TextDataModule
+from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling.edit import Init
 
@@ -36,9 +40,11 @@ class StageRecipe:
     callbacks: list[Callback] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "accumulate", "validate_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise invalid(name, getattr(self, name), "must be at least 1")
+        if self.learning_rate <= 0:
+            raise invalid("learning_rate", self.learning_rate, "must be positive")
 
 
 @dataclass
@@ -54,6 +60,11 @@ class EvaluationRecipe:
     documents: int = 8
     cloze: int = 48
     continuation_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        for name, least in (("documents", 1), ("cloze", 1), ("continuation_tokens", 0)):
+            if getattr(self, name) < least:
+                raise invalid(name, getattr(self, name), f"must be at least {least}")
 
 
 @dataclass
@@ -94,6 +105,41 @@ class Recipe:
     runs: str = "runs"
     tracking_uri: str | None = None
 
+    def __post_init__(self) -> None:
+        if not self.name or self.name.startswith(".") or Path(self.name).name != self.name:
+            raise invalid("name", self.name, "must be the name of one folder")
+        known = set(inspect.signature(Trainer.__init__).parameters) - {"self"} - _OURS_OF_TRAINER
+        _check_names("trainer", self.trainer, known)
+        for stage, module in (("stage1", LayerwiseDistillation), ("stage2", ModelDistillation)):
+            _check_names(f"{stage}.options", getattr(self, stage).options, _stage_options(module))
+
+
+# what a conversion sets itself
+_OURS_OF_TRAINER = {
+    *(
+        "max_steps",
+        "max_epochs",
+        "max_time",
+        "accumulate_grad_batches",
+        "val_check_interval",
+        "check_val_every_n_epoch",
+    ),
+    *("callbacks", "logger", "limit_val_batches", "fast_dev_run", "overfit_batches", "enable_checkpointing"),
+}
+
+
+def _stage_options(module: type) -> set[str]:
+    """Arguments of a stage's module that the recipe has no field of its own for."""
+    names = {name for cls in module.__mro__ for name in inspect.signature(cls.__init__).parameters}
+    ours = {field.name for cls in (Recipe, StageRecipe) for field in fields(cls)}
+    return names - ours - {"self", "args", "kwargs", "init_from"}
+
+
+def _check_names(field: str, given: dict[str, Any], known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise invalid(field, name, f"known are {', '.join(sorted(known))}")
+
 
 # where a recipe runs and is kept does not change what it computes
 PLACE_FIELDS = ("config", "runs", "tracking_uri")
@@ -103,6 +149,7 @@ def recipe_parser() -> ArgumentParser:
     """The parser behind `pl-attnedit convert`: every field of the recipe is an option, and a YAML may give them all."""
     parser = ArgumentParser(
         prog="pl-attnedit convert",
+        exit_on_error=False,
         description="Run a whole conversion: init, stage 1, stage 2, saved student, evaluation, report.",
     )
     parser.add_argument("-c", "--config", action="config", help="recipe YAML; options given after it override it")
@@ -113,7 +160,5 @@ def recipe_parser() -> ArgumentParser:
 
 def as_plain(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """The resolved recipe as plain data: what recipe.yaml, MLflow and the check for a changed recipe see."""
-    import yaml
-
     plain = yaml.safe_load(parser.dump(config, skip_none=False))
     return {name: value for name, value in plain.items() if name not in PLACE_FIELDS}

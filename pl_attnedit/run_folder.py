@@ -26,7 +26,6 @@ class RunFolder:
 
     def __init__(self, path: str | Path, recipe: dict[str, Any]) -> None:
         self.path = Path(path)
-        self._started = time.time()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  # held open as long as the process lives
@@ -38,12 +37,31 @@ class RunFolder:
             raise UserError(f"run folder {self.path}: another process is running this conversion") from error
         self._claim(recipe)
         progress = self.path / "progress.json"
-        self.progress: dict[str, Any] = json.loads(progress.read_text()) if progress.exists() else {}
+        try:
+            self.progress: dict[str, Any] = json.loads(progress.read_text()) if progress.exists() else {}
+        except ValueError as error:
+            raise invalid(
+                "run folder", str(self.path), f"its progress.json is broken ({error}); remove the folder"
+            ) from error
+
+    def start(self) -> None:
+        """Begins to count working time. A start that was killed counts up to its last sign of life, the newest file."""
+        if (since := self.progress.get("working_since")) is not None:
+            newest = max(file.stat().st_mtime for file in self.path.rglob("*") if file.name != ".lock")
+            self._add_time(since, newest)
+        self.progress["working_since"] = time.time()
+        self._write()
+
+    def _add_time(self, since: float, until: float) -> None:
+        self.progress["wall_seconds"] = self.progress.get("wall_seconds", 0.0) + max(until - since, 0.0)
+
+    def _write(self) -> None:
+        write_atomically(self.path / "progress.json", json.dumps(self.progress, indent=2) + "\n")
 
     def _claim(self, recipe: dict[str, Any]) -> None:
         known = self.path / "recipe.yaml"
         if known.exists():
-            before = yaml.safe_load(known.read_text())
+            before = yaml.safe_load(known.read_text()) or {}
             changed = sorted(key for key in {*before, *recipe} if before.get(key) != recipe.get(key))
             if changed:
                 raise UserError(
@@ -64,10 +82,10 @@ class RunFolder:
         """Notes that a phase is done and what it found, with the time and memory used so far."""
         now = time.time()
         self.progress[phase] = found
-        self.progress["wall_seconds"] = self.progress.get("wall_seconds", 0.0) + now - self._started
+        self._add_time(self.progress["working_since"], now)
+        self.progress["working_since"] = now
         self.progress["peak_rss_bytes"] = max(self.progress.get("peak_rss_bytes", 0), peak_rss_bytes())
-        self._started = now
-        write_atomically(self.path / "progress.json", json.dumps(self.progress, indent=2) + "\n")
+        self._write()
 
     def save_folder(self, name: str, save: Callable[[Path], None]) -> Path:
         """Lets `save` fill a temporary folder, then puts it in place."""

@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from pl_attnedit.cli.messages import message_of
+
 COMMANDS: dict[str, str] = {
     "convert": "run a whole conversion from a recipe: init, stage 1, stage 2, evaluation, report",
     "fit": "train one stage (LightningCLI)",
@@ -14,6 +16,13 @@ COMMANDS: dict[str, str] = {
     "compare": "conversions side by side, from MLflow",
     "report": "one HTML page about conversions, from MLflow",
     "generate": "text from a converted model",
+    "export": "a converted model as a stock checkpoint for other software",
+    "bench": "cache bytes of real caches; quality of the init without training",
+}
+
+AFTER_INTERRUPT = {
+    "convert": "the same command goes on from the last checkpoint",
+    "fit": "the same command with --ckpt_path last goes on from the last checkpoint",
 }
 
 
@@ -27,17 +36,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"pl-attnedit: error: unknown command {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
-    from pl_attnedit.errors import UserError
+    from pl_attnedit.cli.quiet import quiet
 
+    quiet()
     module = importlib.import_module(f"pl_attnedit.cli.{'fit' if name == 'validate' else name}")
     try:
         return module.main([name, *rest] if module.__name__.endswith(".fit") else rest)
-    except UserError as error:
-        print(f"pl-attnedit {name}: error: {error}", file=sys.stderr)
-        return 2
+    except SystemExit as left:  # of --help and of argparse's own errors; the Trainer turns Ctrl-C into one
+        if not isinstance(left.__context__, KeyboardInterrupt):
+            return left.code if isinstance(left.code, int) else int(left.code is not None)
     except KeyboardInterrupt:
-        print(f"pl-attnedit {name}: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        pass
+    except Exception as error:
+        message = message_of(error)
+        if message is None:
+            raise
+        print(f"pl-attnedit {name}: error: {message}", file=sys.stderr)
+        return 2
+    print(f"pl-attnedit {name}: interrupted; {AFTER_INTERRUPT.get(name, 'start it again')}", file=sys.stderr)
+    return 130
 
 
 def _usage() -> str:

@@ -3,24 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from pl_attnedit.callbacks import NaNGuard, Progress, ResumableCheckpoint, Throughput, check_checkpoint
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import DistillationModule
+from pl_attnedit.errors import UserError
 from pl_attnedit.tracking import LogConfigCallback
 
 
 class AttentionEditingCLI(LightningCLI):
-    """LightningCLI with the data's tokenizer taken from the model's teacher."""
+    """LightningCLI with the data's tokenizer taken from the model's teacher, and our callbacks beside the config's own."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        every = LightningCLI.subcommands()
+        return {name: every[name] for name in ("fit", "validate")}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(**kwargs, exit_on_error=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.init_args.teacher", "data.tokenizer")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].ckpt_path
+        if path is not None and path not in ("last", "best", "hpc", "registry"):
+            check_checkpoint(Path(path))
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        given = config.get("callbacks") or []
+        config["callbacks"] = given if isinstance(given, list) else [given]
+        for default, family in (
+            (Progress, Progress),
+            (Throughput, Throughput),
+            (NaNGuard, NaNGuard),
+            (ResumableCheckpoint, ModelCheckpoint),
+        ):
+            wanted = family is not ModelCheckpoint or config.get("enable_checkpointing") is not False
+            if wanted and not any(isinstance(callback, family) for callback in config["callbacks"]):
+                config["callbacks"].append(default())
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"trainer: {error}") from error
+
 
 def main(arguments: Sequence[str]) -> int:
     """arguments: the subcommand, then LightningCLI's own arguments."""
-    args: ArgsType = list(arguments)
     AttentionEditingCLI(
         DistillationModule,
         TextDataModule,
@@ -29,12 +68,11 @@ def main(arguments: Sequence[str]) -> int:
         trainer_defaults={
             "num_sanity_val_steps": 0,
             "log_every_n_steps": 1,
+            "enable_model_summary": False,
             "logger": {"class_path": "pl_attnedit.tracking.TrackingLogger"},
-            "callbacks": [
-                {"class_path": f"pl_attnedit.callbacks.{name}"} for name in ("Progress", "Throughput", "NaNGuard")
-            ],
         },
+        seed_everything_default=0,
         parser_kwargs={"prog": "pl-attnedit"},
-        args=args,
+        args=list(arguments),
     )
     return 0

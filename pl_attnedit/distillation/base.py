@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,15 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pl_attnedit.attention import Target, TargetConfig, target_from_dict
+from pl_attnedit.attention import Target
+from pl_attnedit.distillation.forced import Batch, TeacherForced, last_hidden
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
+from pl_attnedit.distillation.settings import check_hyperparameters, parse_targets, plain_targets
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, load, unshare_trunk
-from pl_attnedit.modeling.edit import INITS, Init, assemble, check_teacher, initialise
+from pl_attnedit.modeling.edit import Init, assemble, check_teacher, initialise
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 
-Batch = dict[str, torch.Tensor]
 TeacherHidden = dict[tuple[str, int], torch.Tensor]  # by data fingerprint and validation batch, in host memory
 
 
@@ -37,7 +41,7 @@ class DistillationModule(LightningModule):
         calibration_tokens: tokens of the training text that a calibrated init looks at.
         init_from: folder of a converted model whose weights to start from, instead of `init`. Other than resuming with
             `--ckpt_path`, which also restores optimiser, step and place in the data.
-        dtype: dtype of all weights.
+        dtype: dtype of all weights; the Trainer's `precision: bf16-true` sets it to bfloat16.
         learning_rate: peak of the schedule.
         warmup_steps: optimiser steps of linear warm-up; a cosine to `final_lr_share` follows until the last step.
         final_lr_share: learning rate at the last step over the peak.
@@ -66,12 +70,8 @@ class DistillationModule(LightningModule):
         super().__init__()
         self.target_configs = parse_targets(targets)
         self.save_hyperparameters()
-        if init not in INITS:
-            raise invalid("init", init, f"must be one of {', '.join(INITS)}")
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise invalid("dtype", dtype, "must be a torch dtype such as float32 or bfloat16")
-        if learning_rate <= 0:
-            raise invalid("learning_rate", learning_rate, "must be positive")
+        self.hparams["targets"] = plain_targets(self.target_configs)  # plain data, for checkpoints
+        check_hyperparameters(self.hparams)
         # held in a tuple, which nn.Module does not look into: (teacher, student)
         self._held: tuple[PreTrainedModel, PreTrainedModel] | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -80,6 +80,7 @@ class DistillationModule(LightningModule):
         self.layer_nmse: LayerNMSE | None = None
         # the teacher's last hidden states on the held-out text, the same at every validation
         self.teacher_hidden: TeacherHidden = {}
+        self._share_counted: list[torch.Tensor] = []
 
     # building
 
@@ -101,8 +102,19 @@ class DistillationModule(LightningModule):
         """Builds teacher and student once. A run that resumes skips the init: its weights come from the checkpoint."""
         if self._held is not None:
             return
+        dtype = self._weight_dtype()
+        with default_dtype(torch.float32):  # of what is computed on the way; `bf16-true` has changed it
+            self._build(dtype)
+
+    def _weight_dtype(self) -> torch.dtype:
+        precision = "32-true" if self._trainer is None else self.trainer.precision
+        if precision in ("16-mixed", "16-true", "transformer-engine-float16"):
+            raise invalid("precision", precision, "float16 loses small gradients: use 32-true, bf16-mixed or bf16-true")
+        return torch.bfloat16 if precision == "bf16-true" else getattr(torch, self.hparams["dtype"])
+
+    def _build(self, dtype: torch.dtype) -> None:
         hparams = self.hparams
-        teacher, self.tokenizer = load_teacher(hparams["teacher"], dtype=getattr(torch, hparams["dtype"]))
+        teacher, self.tokenizer = load_teacher(hparams["teacher"], dtype=dtype)
         self.fingerprint = teacher_fingerprint(resolve_teacher(hparams["teacher"]))
         teacher.requires_grad_(False)
         check_teacher(teacher)
@@ -113,10 +125,10 @@ class DistillationModule(LightningModule):
             raise invalid("pattern", hparams["pattern"], "edits no layer: every letter is F")
         student = assemble(teacher, plan)
         resuming = self._trainer is not None and self.trainer.ckpt_path is not None
-        if resuming:
-            initialise(student, teacher, "random", None)
-        elif hparams["init_from"] is not None:
+        if hparams["init_from"] is not None:  # also when resuming: its trunk may not be in the checkpoint
             copy_weights(student, Path(hparams["init_from"]))
+        elif resuming:
+            initialise(student, teacher, "random", None)
         else:
             self._initialise(student, teacher)
         self._held = (teacher, student)
@@ -130,10 +142,20 @@ class DistillationModule(LightningModule):
             data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
             if not hasattr(data, "calibration_batches"):
                 raise UserError("init = 'calibrated': this target needs a TextDataModule to calibrate on")
-            calibration = data.calibration_batches(self.hparams["calibration_tokens"])  # type: ignore[union-attr]
+            batches = data.calibration_batches(self.hparams["calibration_tokens"])  # type: ignore[union-attr]
+            calibration = self._reported(batches)
             teacher.to(self.trainer.strategy.root_device)
             student.to(self.trainer.strategy.root_device)
         initialise(student, teacher, self.hparams["init"], calibration)
+
+    def _reported(self, batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The batches, with a line of progress after each."""
+        started, tokens = time.monotonic(), 0
+        for done, batch in enumerate(batches, start=1):
+            yield batch
+            tokens += batch.numel()
+            if hasattr(self.trainer.progress_bar_callback, "report"):
+                self.trainer.progress_bar_callback.report("calibrating", done, len(batches), tokens, started)
 
     def prepare_training(self) -> None:
         """Registers what trains. All of it requires gradients from the start: what a callback holds back loses its
@@ -156,6 +178,10 @@ class DistillationModule(LightningModule):
     def _place(self) -> None:
         self.teacher.to(self.device).eval()
         self.student.to(self.device)
+        for model in (self.teacher, self.student):
+            rotary = model.model.rotary_emb
+            if rotary.inv_freq.dtype != torch.float32:  # `bf16-true` has converted it; positions need it exact
+                model.model.rotary_emb = type(rotary)(config=model.config).to(self.device)
 
     def layer_modules(self) -> dict[int, Target]:
         """The new attention modules by layer index."""
@@ -176,8 +202,34 @@ class DistillationModule(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def count(self, loss: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        """A batch's mean loss, weighted by the share of its tokens that count, for a correct mean over an optimiser step.
+
+        Batches of one optimiser step may have unequal numbers of tokens that count; their mean of means would not be the
+        mean over tokens. `on_before_optimizer_step` divides the sum by the sum of the shares.
+        """
+        self._share_counted.append(share.detach())
+        return loss * share
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._share_counted:
+            return
+        total = torch.stack(self._share_counted).sum()
+        self._share_counted.clear()
+        total = self.trainer.strategy.reduce(total, reduce_op="mean")
+        if total == 0:
+            return
+        scale = self.trainer.accumulate_grad_batches / total  # the Trainer has divided by the former
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+
     def lr_share(self, step: int) -> float:
         """Learning rate at a step over the peak."""
+        if not math.isfinite(self.trainer.estimated_stepping_batches):
+            raise invalid(
+                "max_steps", self.trainer.max_steps, "must be the number of optimiser steps; the schedule ends there"
+            )
         total = int(self.trainer.estimated_stepping_batches)
         warmup = min(self.hparams["warmup_steps"], total)
         if step < warmup:
@@ -190,7 +242,8 @@ class DistillationModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        key = (getattr(data, "fingerprint", ""), batch_idx) if self.trainer.world_size == 1 else None
+        text = f"{getattr(data, 'fingerprint', '')} {len(batch['input_ids'])}"
+        key = (text, batch_idx) if hasattr(data, "fingerprint") and self.trainer.world_size == 1 else None
         if batch_idx < self.hparams["nmse_batches"]:
             with TeacherForced(self.teacher, self.layer_modules()) as forced:
                 teacher_hidden = last_hidden(self.teacher, batch)
@@ -201,7 +254,7 @@ class DistillationModule(LightningModule):
             teacher_hidden = self.teacher_hidden[key].to(self.device)
         else:
             teacher_hidden = last_hidden(self.teacher, batch)
-        if key is not None and key[0]:
+        if key is not None:
             self.teacher_hidden[key] = teacher_hidden.cpu()
         student_hidden = last_hidden(self.student, batch)
         self.fidelity.update(
@@ -226,73 +279,30 @@ class DistillationModule(LightningModule):
 
     # checkpoints
 
+    def _identity(self) -> dict[str, Any]:
+        return {"stage": self.stage, "teacher": self.fingerprint, "plan": self.plan.to_dict()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["pl_attnedit"] = {
-            "stage": self.stage,
-            "teacher": self.fingerprint,
-            "plan": self.plan.to_dict(),
-        }
+        checkpoint["pl_attnedit"] = self._identity()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found = checkpoint.get("pl_attnedit")
+        if not isinstance(found, dict):
+            raise UserError("checkpoint: is not one of pl_attnedit; give one that `fit` or `convert` wrote")
+        for name, wanted in self._identity().items():
+            if found.get(name) != wanted:
+                raise UserError(f"checkpoint: was written for the {name} {found.get(name)!r}, this run has {wanted!r}")
 
 
-class TeacherForced:
-    """Context that records, during a teacher forward, what each edited layer's attention got and gave.
-
-    `student_output` runs a new attention on the very same input: hidden states, rotary embeddings and mask.
-    """
-
-    def __init__(self, teacher: PreTrainedModel, modules: dict[int, Target]) -> None:
-        self._layers = {index: teacher.model.layers[index].self_attn for index in modules}
-        self._inputs: dict[int, dict[str, Any]] = {}
-        self._targets: dict[int, torch.Tensor] = {}
-
-    def __enter__(self) -> TeacherForced:
-        self._hooks = [
-            module.register_forward_hook(self._record(index), with_kwargs=True)
-            for index, module in self._layers.items()
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _record(self, index: int) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: tuple[torch.Tensor, Any]) -> None:
-            names = ("hidden_states", "position_embeddings", "attention_mask")
-            self._inputs[index] = {name: kwargs[name] for name in names}
-            self._targets[index] = output[0]
-
-        return hook
-
-    def target(self, index: int) -> torch.Tensor:
-        """The teacher's attention output after `o_proj`, before the residual: (batch, time, hidden)."""
-        return self._targets[index]
-
-    def student_output(self, index: int, module: Target) -> torch.Tensor:
-        """The new attention's output on the teacher's input of that layer: (batch, time, hidden)."""
-        return module(**self._inputs[index])[0]
-
-
-def last_hidden(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Hidden states after the final norm: (batch, time, hidden)."""
-    output = model.model(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False)
-    return output.last_hidden_state
-
-
-def parse_targets(targets: Any) -> TargetConfig | dict[str, TargetConfig]:
-    """Target configs from YAML: one mapping with `type`, or such a mapping (or a config) for each pattern letter."""
-    if isinstance(targets, TargetConfig):
-        return targets
-    if not isinstance(targets, dict) or not targets:
-        raise invalid(
-            "targets", targets, "must map pattern letters to targets, e.g. {S: {type: gate_swa, window: 512}}"
-        )
-    if "type" in targets:
-        return target_from_dict(targets)
-    return {
-        letter: fields if isinstance(fields, TargetConfig) else target_from_dict(fields)
-        for letter, fields in targets.items()
-    }
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default dtype inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @torch.no_grad()
@@ -305,7 +315,8 @@ def copy_weights(student: PreTrainedModel, folder: Path) -> None:
     for index, module in edited_attention(student).items():
         module.load_state_dict(edited_attention(saved)[index].state_dict())
         module.to(device)
-    ours = {name: value for name, value in student.state_dict().items() if ".self_attn." not in name}
+    edited = tuple(f"model.layers.{index}.self_attn." for index in student.edit_plan.edited_layers)
+    ours = {name: value for name, value in student.state_dict().items() if not name.startswith(edited)}
     theirs = saved.state_dict()
     if any(not torch.equal(value.cpu(), theirs[name]) for name, value in ours.items()):
         unshare_trunk(student)

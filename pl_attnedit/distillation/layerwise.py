@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from pl_attnedit.attention import Target
-from pl_attnedit.distillation.base import Batch, DistillationModule, TeacherForced, last_hidden
+from pl_attnedit.distillation.base import DistillationModule
+from pl_attnedit.distillation.forced import Batch, TeacherForced, last_hidden
 from pl_attnedit.distillation.losses import nmse
 
 

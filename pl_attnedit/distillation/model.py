@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import torch
 
-from pl_attnedit.distillation.base import Batch, DistillationModule
+from pl_attnedit.distillation.base import DistillationModule
+from pl_attnedit.distillation.forced import Batch
 from pl_attnedit.distillation.losses import chunked_kl, cosine_distance
 from pl_attnedit.errors import invalid
 
@@ -55,13 +56,14 @@ class ModelDistillation(DistillationModule):
         loss = chunked_kl(student, teacher, self.student.lm_head, self.teacher.lm_head, batch["loss_mask"])
         self.log("train/kl", loss.detach())
         if match_features:
-            distances = [cosine_distance(s, t) for s, t in zip(student_layers, teacher_layers, strict=True)]
+            mask = batch["loss_mask"]
+            distances = [cosine_distance(s, t, mask) for s, t in zip(student_layers, teacher_layers, strict=True)]
             feature = torch.stack(distances).mean()
             self.log("train/feature", feature.detach())
             loss = loss + self.hparams["feature_weight"] * feature
         self.log("step", float(self.global_step + 1))  # of the optimiser step that this batch is for
         self.log("train/loss", loss.detach(), prog_bar=True)
-        return {"loss": loss}
+        return {"loss": self.count(loss, batch["loss_mask"].float().mean())}
 
     @staticmethod
     def _hidden(model: Any, batch: Batch, layers: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

@@ -53,7 +53,10 @@ def test_a_log_file_gets_a_line_every_few_seconds(monkeypatch: pytest.MonkeyPatc
         (12, 100, 30, 0),
     ]
     others = [line for line, match in zip(lines, matches) if match is None]
-    assert others == ["stage1  step 6  validating 1/3", "stage1  step 12  validating 3/3"]
+    assert [line[: line.index("/3") + 2] for line in others] == [
+        "stage1  step 6  validating 1/3",
+        "stage1  step 12  validating 3/3",
+    ]
 
 
 def test_a_terminal_gets_one_line_that_is_updated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,32 @@
+"""Which errors are a user's mistake, and what to say about them."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+
+from pl_attnedit.errors import UserError
+
+_OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_NOISE = ("Subtypes: ", "Given value", "Does not validate against any of the Union", "- Expected a <class 'NoneType'>")
+
+
+def message_of(error: BaseException) -> str | None:
+    """What to tell the user, or None for an error that is a bug of ours."""
+    cause: BaseException | None = error
+    while cause is not None:  # jsonargparse wraps what a class of ours has raised
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__
+    if isinstance(error, argparse.ArgumentError):
+        return _compact(str(error))
+    if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _compact(message: str) -> str:
+    """A message of jsonargparse without its account of types and of the values it was given."""
+    lines = message.splitlines()
+    kept = [line for line in lines if line.strip() != "Errors:" and not line.strip().startswith(_NOISE)]
+    return "\n".join(kept or lines)

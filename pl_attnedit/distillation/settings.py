@@ -1,0 +1,50 @@
+"""The arguments of a stage as plain data: targets, and checks of the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pl_attnedit.attention import TargetConfig, target_from_dict
+from pl_attnedit.errors import invalid
+from pl_attnedit.modeling.edit import INITS
+
+
+def parse_targets(targets: Any) -> TargetConfig | dict[str, TargetConfig]:
+    """Target configs from YAML: one mapping with `type`, or such a mapping (or a config) for each pattern letter."""
+    if isinstance(targets, TargetConfig):
+        return targets
+    if not isinstance(targets, dict) or not targets:
+        raise invalid(
+            "targets", targets, "must map pattern letters to targets, e.g. {S: {type: gate_swa, window: 512}}"
+        )
+    if "type" in targets:
+        return target_from_dict(targets)
+    return {
+        letter: fields if isinstance(fields, TargetConfig) else target_from_dict(fields)
+        for letter, fields in targets.items()
+    }
+
+
+def plain_targets(targets: TargetConfig | dict[str, TargetConfig]) -> dict[str, Any]:
+    """The targets as plain data, as in YAML."""
+    if isinstance(targets, TargetConfig):
+        return targets.to_dict()
+    return {letter: target.to_dict() for letter, target in targets.items()}
+
+
+def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
+    """`UserError` for a value that cannot work with any teacher."""
+    if hparams["init"] not in INITS:
+        raise invalid("init", hparams["init"], f"must be one of {', '.join(INITS)}")
+    if not getattr(getattr(torch, hparams["dtype"], None), "is_floating_point", False):
+        raise invalid("dtype", hparams["dtype"], "must be a torch dtype such as float32 or bfloat16")
+    if hparams["learning_rate"] <= 0:
+        raise invalid("learning_rate", hparams["learning_rate"], "must be positive")
+    if not 0 <= hparams["final_lr_share"] <= 1:
+        raise invalid("final_lr_share", hparams["final_lr_share"], "must be from 0 to 1")
+    for name, least in (("warmup_steps", 0), ("weight_decay", 0), ("nmse_batches", 1), ("calibration_tokens", 1)):
+        if hparams[name] < least:
+            raise invalid(name, hparams[name], f"must be at least {least}")
