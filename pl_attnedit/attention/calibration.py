@@ -1,6 +1,7 @@
 """What the calibrated init knows of a teacher's attention: second moments, streamed over the calibration text.
 
-No activation is kept: the memory depends on the model's width only, not on the number of tokens.
+Beside the moments only a fixed number of inputs is kept, drawn evenly from all tokens, for the one thing that moments cannot
+tell: what a norm does to a latent. So the memory depends on the model's width only, not on the number of tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pl_attnedit.teachers import AttentionSpec, apply_rotary, project_qkv
 
 SINK_COLUMNS = 4  # first tokens, left out of the distances: they are attended from everywhere for no positional reason
 WEIGHT_FLOOR = 0.1  # share of the plain mean in the weighted moments, so that no token is ignored
+SAMPLES = 4096  # inputs kept; several times the rank of any latent in use
 
 
 class LayerStatistics:
@@ -39,6 +41,10 @@ class LayerStatistics:
         kv_width = 2 * spec.num_kv_heads * spec.head_dim
         self._plain_xkv, self._weighted_xkv = zeros(width, kv_width), zeros(width, kv_width)
         self._distance = zeros(context)
+        self._sample = torch.zeros(SAMPLES, width, device=device)
+        self._sample_weight = torch.zeros(SAMPLES, device=device)  # attention received
+        self._sample_key = torch.full((SAMPLES,), -1.0)  # the largest of one random number per token are kept
+        self._random = torch.Generator().manual_seed(0)
 
     @torch.no_grad()
     def update(
@@ -56,8 +62,17 @@ class LayerStatistics:
         self._xq += x.T @ q
         self._plain_xkv += x.T @ kv
         self._weighted_xkv += weighted.T @ kv
+        self._draw(x, received.flatten())
         self.tokens += x.shape[0]
         self.weight += received.sum().item()
+
+    def _draw(self, x: torch.Tensor, received: torch.Tensor) -> None:
+        """Keeps a uniform sample of all tokens so far: x (tokens, width), received (tokens,)."""
+        keys = torch.cat([self._sample_key, torch.rand(len(x), generator=self._random)])
+        self._sample_key, kept = keys.topk(SAMPLES)
+        kept = kept.to(x.device)
+        self._sample = torch.cat([self._sample, x])[kept]
+        self._sample_weight = torch.cat([self._sample_weight, received])[kept]
 
     def _attention_received(
         self, query: torch.Tensor, key: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -81,6 +96,13 @@ class LayerStatistics:
         by_pair[:, :SINK_COLUMNS] = 0
         self._distance.scatter_add_(0, distance.flatten(), by_pair.flatten().double())
         return received / query.shape[1]
+
+    @property
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (samples, hidden + 1), and each one's weight (samples,) in the weighted moments."""
+        count = min(self.tokens, SAMPLES)  # those with the largest keys stand first
+        weight = self._sample_weight[:count].double()
+        return self._sample[:count].double(), weight * self.tokens / self.weight + WEIGHT_FLOOR
 
     @property
     def plain_xx(self) -> torch.Tensor:

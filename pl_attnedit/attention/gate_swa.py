@@ -120,7 +120,7 @@ class GateSWA(Target):
             index = key_at.clamp(min=0).expand(attention_mask.shape[0], 1, queries, -1)
             visible = attention_mask.expand(index.shape[0], 1, queries, -1).gather(-1, index) & (key_at >= 0)
             sink = visible.cumsum(-1) <= sinks
-        return visible & (sink | (query_at - key_at < window))
+        return visible & (sink | (key_at > query_at - window))  # no (queries, keys) matrix of integers
 
     def init_random(self, source: nn.Module) -> None:
         for linear in (self.q_proj, self.k_proj, self.v_proj):

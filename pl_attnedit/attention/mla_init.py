@@ -11,8 +11,9 @@ sum_f Re(q_f conj(k_f) e^(i theta_f d)) at distance d. The steps:
 3. Those remaining keys and the values share the latent: PCA of both, keys in the metric of the queries times the spread of
    the values, values in the metric of `o_proj`, which makes both an error of the attention's output. Tokens count by the
    attention they receive.
-4. With a latent norm, one latent is kept near constant and large, so that the norm divides by nearly the same number
-   everywhere; the up-projection is scaled to the normalised latent.
+4. With a latent norm, one latent is kept near constant, so that the norm divides by nearly the same number everywhere; how
+   large it should be depends on how near to a constant a linear function of the input can come. The up-projection is
+   fitted to the normalised latent of a sample of inputs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from pl_attnedit.errors import invalid
 if TYPE_CHECKING:
     from pl_attnedit.attention.mla import MLA
 
-CONSTANT_SHARE = 10.0  # size of the constant latent over the norm of all the others
+CONSTANT_SHARES = (10.0, 3.0, 1.0, 0.3)  # sizes to try of the constant latent over the norm of all the others
+FIT_RIDGE = 1e-3  # keeps the fit to the sample near the up-projection that the moments give
 
 
 @torch.no_grad()
@@ -65,7 +67,13 @@ def calibrate(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
     metric = output_metric(source.o_proj.weight.double(), nope_query, value_map, plain, centred, spec.scaling)
     root, inverse_root = matrix_roots(metric.flatten(0, 1))
     stacked = torch.cat([nope_key, value_map])  # (2 * kv_heads, head_dim, width)
-    down, up = low_rank((root @ stacked).flatten(0, 1), weighted, mean, mla.rank, target.latent_norm)
+    sample, weight = statistics.sample
+    sample = sample[:, :width]
+    maps = (root @ stacked).flatten(0, 1)
+    if target.latent_norm:
+        down, up = normed_low_rank(maps, weighted, mean, mla.rank, sample, weight)
+    else:
+        down, up = low_rank(maps, weighted, mla.rank)
     up = inverse_root @ up.unflatten(0, (2 * spec.num_kv_heads, -1))  # (2 * kv_heads, head_dim, rank)
     nope_up, value_up = up.unflatten(0, (2, -1)).repeat_interleave(groups, dim=1)
 
@@ -75,7 +83,8 @@ def calibrate(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
     if target.q_lora_rank is None:
         set_linear(mla.q_proj, query)
     else:
-        query_down, query_up = low_rank(query, plain, statistics.plain_xx[:width, -1], target.q_lora_rank, True)
+        plain_mean, even = statistics.plain_xx[:width, -1], torch.ones_like(weight)
+        query_down, query_up = normed_low_rank(query, plain, plain_mean, target.q_lora_rank, sample, even)
         set_linear(mla.q_a_proj, query_down)
         mla.q_a_layernorm.weight.fill_(1.0)
         mla.q_b_proj.weight.copy_(query_up)
@@ -151,25 +160,44 @@ def output_metric(
     return torch.stack([keys, gram]).unflatten(1, (kv_heads, -1)).sum(2)
 
 
-def low_rank(
-    maps: torch.Tensor, moment: torch.Tensor, mean: torch.Tensor, rank: int, normed: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Steps 3 and 4: `down` (rank, width) and `up` (outputs, rank) so that up @ latent(down @ x) is closest to maps @ x.
+def low_rank(maps: torch.Tensor, moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step 3: `down` (rank, width) and `up` (outputs, rank) so that up @ down @ x is closest to maps @ x.
 
-    maps (outputs, width); moment (width, width) and mean (width,) of x. With `normed` the latent passes an RMSNorm of weight 1.
+    maps (outputs, width); moment (width, width) of x.
     """
-    free = rank - 1 if normed else rank
-    vectors = torch.linalg.eigh(maps @ moment @ maps.T)[1].flip(-1)[:, :free]
-    missing = free - vectors.shape[1]  # more latents than there is to store: the rest stays empty
+    vectors = torch.linalg.eigh(maps @ moment @ maps.T)[1].flip(-1)[:, :rank]
+    missing = rank - vectors.shape[1]  # more latents than there is to store: the rest stays empty
     down = nn.functional.pad(vectors.T @ maps, (0, 0, 0, max(missing, 0)))
-    up = nn.functional.pad(vectors, (0, max(missing, 0)))
-    if not normed:
-        return down, up
-    energy = torch.einsum("rw,wv,rv->", down, moment, down)
+    return down, nn.functional.pad(vectors, (0, max(missing, 0)))
+
+
+def normed_low_rank(
+    maps: torch.Tensor,
+    moment: torch.Tensor,
+    mean: torch.Tensor,
+    rank: int,
+    sample: torch.Tensor,
+    weight: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step 4: as `low_rank`, but up @ norm(down @ x), an RMSNorm of weight 1.
+
+    mean (width,) of x; sample (samples, width) of x with a weight (samples,) each.
+    """
+    free_down, free_up = low_rank(maps, moment, rank - 1)
+    energy = torch.einsum("rw,wv,rv->", free_down, moment, free_down)
     constant = solve(moment, mean[:, None]).T  # constant @ x is as near to 1 as a linear function can be
-    root_mean_square = ((CONSTANT_SHARE**2 + 1) * energy / rank).sqrt()
-    down = torch.cat([constant * CONSTANT_SHARE * energy.sqrt(), down])
-    return down, torch.cat([up.new_zeros(len(up), 1), up], dim=1) * root_mean_square
+    wanted, root_weight = sample @ maps.T, weight.sqrt()[:, None]
+    fits = []
+    for share in CONSTANT_SHARES:
+        down = torch.cat([constant * share * energy.sqrt(), free_down])
+        up = torch.cat([free_up.new_zeros(len(free_up), 1), free_up], dim=1) * ((share**2 + 1) * energy / rank).sqrt()
+        latent = nn.functional.rms_norm(sample @ down.T, (rank,), eps=1e-6) * root_weight
+        missed = wanted * root_weight - latent @ up.T
+        up = up + solve(latent.T @ latent, latent.T @ missed, FIT_RIDGE).T
+        error = (wanted * root_weight - latent @ up.T).square().sum().item()
+        fits.append((error, down, up))
+    _, down, up = min(fits, key=lambda fit: fit[0])
+    return down, up
 
 
 def fit_width(
@@ -190,9 +218,9 @@ def fit_width(
     )
 
 
-def solve(moment: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """Least squares from moments: moment^-1 @ cross, with a ridge far below what matters."""
-    ridge = 1e-8 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+def solve(moment: torch.Tensor, cross: torch.Tensor, ridge_share: float = 1e-8) -> torch.Tensor:
+    """Least squares from moments: moment^-1 @ cross, with a ridge by default far below what matters."""
+    ridge = ridge_share * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     return torch.linalg.solve(moment + ridge, cross)
 
 
