@@ -2,21 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import Cache, DynamicCache, PreTrainedModel
+
+from pl_attnedit.attention import Target
+from pl_attnedit.teachers import attention_spec
 
 DEFAULT_CONTEXT = 32768  # tokens, where none is stated
 
 
+def layer_bytes(cache: Cache) -> list[int]:
+    """Bytes of memory that each layer of a cache holds: whole storages, also where its tensors view only a part of one."""
+    return [sum(_storages(layer).values()) for layer in cache.layers]
+
+
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of memory that a cache holds: of each storage behind its tensors once, views on larger ones included."""
-    storages = {}
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                storage = value.untyped_storage()
-                storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
+    """Bytes of memory that a cache holds, each storage once. Integers (which token a slot holds) are not counted."""
+    return sum({key: size for layer in cache.layers for key, size in _storages(layer).items()}.values())
+
+
+def _storages(layer: Any) -> dict[int, int]:
+    tensors = [v for v in vars(layer).values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def promised_bytes(model: PreTrainedModel, context: int) -> list[int]:
+    """Bytes that each layer promises to cache for one sequence of `context` tokens: values by formula times dtype."""
+    full = attention_spec(model.config).cached_values_per_token
+    values = [
+        layer.self_attn.cached_values_per_token(context) if isinstance(layer.self_attn, Target) else full
+        for layer in model.model.layers
+    ]
+    return [round(per_token * context) * model.dtype.itemsize for per_token in values]
+
+
+@torch.no_grad()
+def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator[list[int]]:
+    """Real bytes of each layer, right after a prefill of `context` tokens and after each of `steps` decoded ones.
+
+    Every attention module of the model runs as in its forward, on random input, with the cache that the model makes for
+    itself; only the products of queries and keys are left out, which never reach a cache and take almost all of the time.
+    """
+    cache = DynamicCache(config=model.config)
+    past = 0
+    for tokens in (context, *([1] * steps)):
+        hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        positions = torch.arange(past, past + tokens, device=model.device)[None]
+        rotation = model.model.rotary_emb(hidden, positions)
+        with _WithoutScores():
+            for layer in model.model.layers:
+                layer.self_attn(
+                    hidden_states=hidden, position_embeddings=rotation, attention_mask=None, past_key_values=cache
+                )
+        past += tokens
+        yield layer_bytes(cache)
+
+
+class _WithoutScores(TorchFunctionMode):
+    """Attention that returns zeros of the right shape at once."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, _, value = args[:3]
+            return value.new_zeros(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -27,7 +83,7 @@ def measure_cache(model: PreTrainedModel, context: int, batch: int = 1, extra_st
     size but no content: exact at any context, in no time.
     """
     with torch.device("meta"):
-        shadow = type(model)(model.config).to(model.dtype).eval()
+        shadow = type(model)(model.config).to(dtype=model.dtype).eval()
         cache = DynamicCache(config=shadow.config)
         for tokens in (context, *([1] * extra_steps)):
             shadow.model(input_ids=torch.zeros(batch, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)

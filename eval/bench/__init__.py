@@ -1,0 +1,1 @@
+"""Benchmarks: one file each, each a function that returns plain data."""
