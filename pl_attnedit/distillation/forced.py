@@ -56,3 +56,17 @@ def last_hidden(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Hidden states after the final norm: (batch, time, hidden)."""
     output = model.model(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False)
     return output.last_hidden_state
+
+
+def hidden_and_layers(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Last hidden states after the final norm, and those after each layer: (batch, time, hidden).
+
+    transformers' own `output_hidden_states` hooks modules once for good, which goes wrong where two models share them.
+    """
+    states: list[torch.Tensor] = []
+    hooks = [layer.register_forward_hook(lambda _, __, output: states.append(output)) for layer in model.model.layers]
+    try:
+        return last_hidden(model, batch), states
+    finally:
+        for hook in hooks:
+            hook.remove()

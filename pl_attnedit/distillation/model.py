@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from pl_attnedit.distillation.base import DistillationModule
-from pl_attnedit.distillation.forced import Batch
+from pl_attnedit.distillation.forced import Batch, hidden_and_layers, last_hidden
 from pl_attnedit.distillation.losses import chunked_kl, cosine_distance
 from pl_attnedit.errors import invalid
 
@@ -50,9 +50,10 @@ class ModelDistillation(DistillationModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         match_features = self.hparams["feature_weight"] > 0
+        run = hidden_and_layers if match_features else self._hidden_only
         with torch.no_grad():
-            teacher, teacher_layers = self._hidden(self.teacher, batch, match_features)
-        student, student_layers = self._hidden(self.student, batch, match_features)
+            teacher, teacher_layers = run(self.teacher, batch)
+        student, student_layers = run(self.student, batch)
         loss = chunked_kl(student, teacher, self.student.lm_head, self.teacher.lm_head, batch["loss_mask"])
         self.log("train/kl", loss.detach())
         if match_features:
@@ -66,12 +67,5 @@ class ModelDistillation(DistillationModule):
         return {"loss": self.count(loss, batch["loss_mask"].float().mean())}
 
     @staticmethod
-    def _hidden(model: Any, batch: Batch, layers: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Last hidden states after the final norm and, if asked for, those after each layer: (batch, time, hidden)."""
-        output = model.model(
-            input_ids=batch["input_ids"],
-            position_ids=batch.get("position_ids"),
-            use_cache=False,
-            output_hidden_states=layers,
-        )
-        return output.last_hidden_state, output.hidden_states[1:] if layers else ()
+    def _hidden_only(model: Any, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return last_hidden(model, batch), []
