@@ -30,6 +30,7 @@ from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, 
 from pl_attnedit.distillation.base import TeacherHidden
 from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.eval.card import write_card
 from pl_attnedit.eval.continuations import greedy_continuations
 from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.harness import evaluate_pair
@@ -191,7 +192,9 @@ class Conversion:
         return json.loads(result.to_json())["tasks"]
 
     def report(self) -> str:
-        """report.html; what only a resumed conversion needs goes."""
+        """report.html and the student's model card; what only a resumed conversion needs goes."""
+        summary = json.loads((self.folder.path / "summary.json").read_text())
+        write_card(self.folder.path / "student", summary, self.plain, self.folder.progress["evaluation"])
         path = write_report([self.runs.run_id], self.folder.path / "report.html", self.runs.tracking_uri)
         for leftover in ("init", "stage1/student"):
             self.folder.remove(leftover)

@@ -83,7 +83,7 @@ def measure_cache(model: PreTrainedModel, context: int, batch: int = 1, extra_st
     size but no content: exact at any context, in no time.
     """
     with torch.device("meta"):
-        shadow = type(model)(model.config).to(dtype=model.dtype).eval()
+        shadow = type(model)(model.config).to(model.dtype).eval()  # type: ignore[arg-type]
         cache = DynamicCache(config=shadow.config)
         for tokens in (context, *([1] * extra_steps)):
             shadow.model(input_ids=torch.zeros(batch, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)

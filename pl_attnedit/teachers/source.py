@@ -51,7 +51,7 @@ def resolve_teacher(name: str, cache_dir: str | Path | None = None) -> Path:
     """
     path = Path(name).expanduser()
     if name.startswith(PACKAGE_PREFIX):
-        return _converted(_gguf_in_package(name), cache_dir)
+        return _converted(gguf_in_package(name), cache_dir)
     if path.suffix == ".gguf":
         return _converted(path, cache_dir)
     if path.is_dir():
@@ -176,7 +176,7 @@ def hub_snapshot(field: str, name: str, patterns: Sequence[str], allowed: str, r
         raise invalid(field, name, f"{tried}; allowed: {allowed}") from error
 
 
-def _gguf_in_package(name: str) -> Path:
+def gguf_in_package(name: str) -> Path:
     package = name.removeprefix(PACKAGE_PREFIX)
     # The package is located but not imported: it may import a runtime that is not installed.
     module = package.replace("-", "_")
