@@ -1,0 +1,171 @@
+"""Exported checkpoints: stock transformers, in a process without us, computes what the student computes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from vllm_deepseek import FIELDS, shapes
+
+from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
+from pl_attnedit.cli import main
+from pl_attnedit.export import export
+from pl_attnedit.export.deepseek_v3 import latent_scale
+
+STOCK = """
+import sys, torch, transformers
+folder, kind, questions, answers = sys.argv[1:]
+model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+assert not any(info.values()), info
+ids = torch.load(questions)
+with torch.no_grad():
+    logits = model.eval()(input_ids=ids).logits
+    cached = model.generate(ids, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True)
+assert "pl_attnedit" not in sys.modules
+torch.save((logits, cached.sequences, torch.stack(cached.logits, 1)), answers)
+"""
+
+MLA_CASES = {
+    "llama, tied, eps 1e-5": ("llama", {"rms_norm_eps": 1e-5}, MLAConfig(12, 4)),
+    "qwen3": ("qwen3", {}, MLAConfig(12, 8)),
+    "mistral, low-rank query, own widths": (
+        "mistral",
+        {},
+        MLAConfig(10, 6, qk_nope_head_dim=7, v_head_dim=8, q_lora_rank=9),
+    ),
+    "llama, spread frequencies": ("llama", {}, MLAConfig(12, 4, rope_frequencies="spread")),
+}
+SWA_CASES = {
+    "head gate": ({"S": GateSWAConfig(window=5)}, "SSF"),
+    "no gate, gated full layers": ({"S": GateSWAConfig(window=5, gate="none"), "G": GateSWAConfig(window=None)}, "SG"),
+}
+
+
+def randomised(student: PreTrainedModel) -> PreTrainedModel:
+    """With norms and gates that are not the trivial ones of a fresh target."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "self_attn" in name and name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif "self_attn.gate_proj" in name:
+                parameter.normal_(std=0.3)
+    return student.eval()
+
+
+@torch.no_grad()
+def check_stock(student: PreTrainedModel, kind: str, format: str, tmp_path: Path) -> None:
+    """Exports, lets stock transformers answer, compares logits and cached greedy generation."""
+    student.save_pretrained(tmp_path / "student")
+    out = export(tmp_path / "student", tmp_path / "out", format)
+    ids = torch.randint(1, student.config.vocab_size, (2, 20))
+    torch.save(ids, tmp_path / "ids.pt")
+    command = [sys.executable, "-c", STOCK, str(out), kind, str(tmp_path / "ids.pt"), str(tmp_path / "answers.pt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    logits, sequences, cached = torch.load(tmp_path / "answers.pt")
+    assert (logits - student(input_ids=ids).logits).abs().max() < 1e-4
+    ours = student.generate(ids, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(sequences, ours.sequences)
+    assert (cached - torch.stack(ours.logits, 1)).abs().max() < 1e-4
+    assert not list(out.glob("*.py"))
+
+
+@pytest.mark.parametrize("case", MLA_CASES)
+def test_deepseek_v3_equals_the_student(
+    case: str, make_teacher: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    family, fields, target = MLA_CASES[case]
+    student = randomised(edit_model(make_teacher(family, **fields), target, init="random"))
+    check_stock(student, "AutoModelForCausalLM", "deepseek_v3", tmp_path)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert config["torch_dtype"] == "float32"
+    # what vLLM asks for, as read
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} == shapes(config)  # noqa: SIM118
+    assert {name: config[name] for name in FIELDS} == FIELDS
+    assert config["first_k_dense_replace"] == config["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("case", SWA_CASES)
+def test_step3p7_equals_the_student(case: str, make_teacher: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    pytest.importorskip("transformers.models.step3p7")
+    targets, pattern = SWA_CASES[case]
+    student = randomised(edit_model(make_teacher("qwen3"), targets, pattern=pattern, init="copy"))
+    check_stock(student, "AutoModelForImageTextToText", "step3p7", tmp_path)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-6, 1e-5, 1e-3])
+def test_latent_scale_makes_either_eps_weigh_at_most_what_the_students_does(eps: float) -> None:
+    scale = latent_scale(eps)
+    assert scale >= 1
+    assert scale.is_integer()
+    assert bin(int(scale)).count("1") == 1  # a power of two is exact in every dtype
+    assert eps / scale**2 <= 1.0000001e-6
+
+
+REFUSED = {
+    "router": ("qwen3_moe", {}, MLAConfig(8, 4), "S", "deepseek_v3", "router"),
+    "biases": ("qwen2", {}, MLAConfig(8, 4), "S", "deepseek_v3", "biases of the teacher"),
+    "no norm": ("llama", {}, MLAConfig(8, 4, latent_norm=False), "S", "deepseek_v3", "latent_norm: true"),
+    "full layers": ("llama", {}, MLAConfig(8, 4), "SF", "deepseek_v3", "every layer must be the same mla"),
+    "another target": ("llama", {}, GateSWAConfig(window=4), "S", "deepseek_v3", "every layer must be mla"),
+    "scaled frequencies": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        MLAConfig(8, 4),
+        "S",
+        "deepseek_v3",
+        "rope_type 'default'",
+    ),
+    "uneven spread": ("qwen3", {}, MLAConfig(8, 6, rope_frequencies="spread"), "S", "deepseek_v3", "use 'high'"),
+    "family": ("llama", {}, GateSWAConfig(window=4), "S", "step3p7", "dense Qwen3"),
+    "sinks": ("qwen3", {}, GateSWAConfig(window=4, sinks=1), "S", "step3p7", "sinks: 0"),
+    "element gate": ("qwen3", {}, GateSWAConfig(window=4, gate="element"), "S", "step3p7", "gate: head"),
+    "mla": ("qwen3", {}, MLAConfig(8, 4), "S", "step3p7", "must be gate_swa or full"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_format_cannot_express_is_refused(
+    case: str, make_teacher: Callable[..., PreTrainedModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family, fields, target, pattern, format, reason = REFUSED[case]
+    edit_model(make_teacher(family, **fields), target, pattern=pattern, init="random").save_pretrained(tmp_path / "s")
+    assert main(["export", str(tmp_path / "s"), str(tmp_path / "out"), "--format", format]) == 2
+    assert reason in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]  # nothing half-written
+
+
+def test_two_windows_and_unknown_formats_are_refused(
+    make_teacher: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    windows = {"S": GateSWAConfig(window=4), "T": GateSWAConfig(window=6)}
+    edit_model(make_teacher("qwen3"), windows, pattern="ST", init="copy").save_pretrained(tmp_path / "s")
+    with pytest.raises(UserError, match="same window"):
+        export(tmp_path / "s", tmp_path / "out", "step3p7")
+    with pytest.raises(UserError, match="deepseek_v3, step3p7"):
+        export(tmp_path / "s", tmp_path / "out", "gguf")
+    with pytest.raises(UserError, match="exists already"):
+        export(tmp_path / "s", tmp_path, "step3p7")
+
+
+def test_the_tokenizer_goes_along(make_teacher: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    edit_model(make_teacher("llama"), MLAConfig(8, 4), init="random").save_pretrained(tmp_path / "s")
+    tokenizer.save_pretrained(tmp_path / "s")
+    out = export(tmp_path / "s", tmp_path / "out", "deepseek_v3")
+    assert AutoTokenizer.from_pretrained(out)("b a c")["input_ids"] == [2, 1, 0]
+    assert (out / "generation_config.json").is_file()
