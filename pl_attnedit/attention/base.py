@@ -119,7 +119,8 @@ def attend(
 
     query (batch, heads, queries, width), key and value (batch, kv_heads, keys, width), mask boolean and broadcastable
     to (batch, heads, queries, keys) or None = causal: query t sees the keys up to t (one query alone sees all keys), as HF
-    means it for a text's first tokens, where a `StaticCache` has room behind them. Returns (batch, queries, heads * value width).
+    means it for a text's first tokens, where a `StaticCache` has room behind them.
+    Returns (batch, queries, heads * value width).
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:

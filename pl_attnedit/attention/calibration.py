@@ -26,7 +26,7 @@ class LayerStatistics:
     def __init__(self, spec: AttentionSpec, rotary: nn.Module, context: int) -> None:
         """rotary: the teacher's rotary embedding; context: tokens per calibration sequence."""
         self.spec = spec
-        self.frequencies: torch.Tensor = rotary.inv_freq.double()  # type: ignore[operator,union-attr]
+        self.frequencies = rotary.get_buffer("inv_freq").double()
         self.rope_scale = float(rotary.attention_scaling) ** 2  # type: ignore[arg-type]  # YaRN's factor on scores
         device = self.frequencies.device
         width = spec.hidden_size + 1

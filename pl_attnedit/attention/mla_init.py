@@ -64,7 +64,9 @@ def calibrate(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
 
     mean, total = statistics.weighted_xx[:width, -1], statistics.weighted_xx[-1, -1]
     centred = weighted - torch.outer(mean, mean) / total
-    metric = output_metric(source.o_proj.weight.double(), nope_query, value_map, plain, centred, spec.scaling)
+    metric = output_metric(
+        source.get_parameter("o_proj.weight").double(), nope_query, value_map, plain, centred, spec.scaling
+    )
     root, inverse_root = matrix_roots(metric.flatten(0, 1))
     stacked = torch.cat([nope_key, value_map])  # (2 * kv_heads, head_dim, width)
     sample, weight = statistics.sample
@@ -91,7 +93,7 @@ def calibrate(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
     set_linear(mla.kv_a_proj_with_mqa, torch.cat([down, rope_key]))
     mla.kv_b_proj.weight.copy_(torch.cat([nope_up, value_up], dim=1).flatten(0, 1))
     if target.latent_norm:
-        mla.kv_a_layernorm.weight.fill_(1.0)
+        mla.get_parameter("kv_a_layernorm.weight").fill_(1.0)
     copy_linear(mla.o_proj, source.o_proj)  # type: ignore[arg-type]
 
 

@@ -27,18 +27,18 @@ class SinkWindowLayer(DynamicLayer):
         self.columns: torch.Tensor | None = None
         self.update_columns = torch.empty(1, 0, dtype=torch.long)  # the columns of what `update` returned last
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds new tokens and returns all that their queries may see: what was kept, then the new tokens.
 
-        attention_mask: the model's mask (batch, 1, queries, all tokens so far), True = visible; with padding it tells which tokens are
-        real, and so which are the sinks.
+        attention_mask: the model's mask (batch, 1, queries, all tokens so far), True = visible; with padding it tells
+        which tokens are real, and so which are the sinks.
         """
         new = torch.arange(
             self.cumulative_length, self.cumulative_length + key_states.shape[-2], device=key_states.device
         )[None]
-        if self.columns is None:
+        if self.columns is None or self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
             keys, values, columns = key_states, value_states, new
         else:
@@ -88,11 +88,12 @@ class SinkWindowLayer(DynamicLayer):
         return self.cumulative_length + query_length, 0
 
     def reset(self) -> None:
-        super().reset()
-        self.columns = None
+        super().reset()  # transformers 5.17 only zeroes keys and values, and would go on behind them
+        self.keys = self.values = self.columns = None
+        self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove == 0 or self.columns is None:
+        if tokens_to_remove == 0 or self.columns is None or self.keys is None:
             return
         if self.cumulative_length > self.keys.shape[-2]:
             raise UserError(
@@ -137,7 +138,7 @@ def window_layer(cache: Cache, layer_idx: int, window: int, sinks: int) -> SinkW
     layer = cache.layers[layer_idx]
     if isinstance(layer, SinkWindowLayer):
         return layer
-    if layer.is_initialized:
+    if not isinstance(layer, DynamicLayer) or layer.is_initialized:
         raise UserError(f"cache layer {layer_idx}: was filled by another model; start with an empty cache")
     cache.layers[layer_idx] = fresh = SinkWindowLayer(window, sinks)
     return fresh

@@ -148,11 +148,12 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if config.model_type not in {classes[0].model_type for classes in EDITED.values()}:
         raise invalid("path", str(path), f"holds a model of type {config.model_type!r}, which is not a converted model")
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     except UserError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
         raise invalid("path", str(path), f"its weights cannot be read ({error})") from error
+    model, found = loaded
     wrong = sorted([*found["missing_keys"], *found["unexpected_keys"]])
     if wrong:  # Hugging Face only warns, and fills in random weights
         raise invalid("path", str(path), f"its weights do not fit its config.json: {', '.join(wrong[:4])} ...")

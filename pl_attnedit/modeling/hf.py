@@ -98,6 +98,6 @@ def edited_config(teacher_config: PreTrainedConfig, plan: EditPlan) -> PreTraine
     for name in ("model_type", "architectures", "transformers_version", "auto_map"):
         fields.pop(name, None)
     config_class, _ = EDITED[teacher_config.model_type]
-    config = config_class(**fields, attention_edit=plan.to_dict())
+    config = config_class(**{**fields, "attention_edit": plan.to_dict()})
     config._attn_implementation = teacher_config._attn_implementation
     return config

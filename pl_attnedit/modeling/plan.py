@@ -42,7 +42,11 @@ class EditPlan:
         """
         if isinstance(targets, TargetConfig):
             targets = {"S": targets}
-        if not isinstance(targets, Mapping) or not targets or not all(isinstance(t, TargetConfig) for t in targets.values()):
+        if (
+            not isinstance(targets, Mapping)
+            or not targets
+            or not all(isinstance(t, TargetConfig) for t in targets.values())
+        ):
             raise invalid(
                 "targets", targets, "must be a target config or a mapping of pattern letters to target configs"
             )

@@ -45,7 +45,8 @@ def plain_svd(teacher: PreTrainedModel, config: MLAConfig) -> PreTrainedModel:
     """The usual conversion: SVD of the key and value weights, the RoPE key is the mean key head; QK-norm is dropped."""
     student = edit_model(teacher, config, init="random")
     for index, mla in edited_attention(student).items():
-        assert isinstance(mla, MLA) and isinstance(mla.kv_a_layernorm, torch.nn.Identity)
+        assert isinstance(mla, MLA)
+        assert isinstance(mla.kv_a_layernorm, torch.nn.Identity)
         source, spec = teacher.model.layers[index].self_attn, mla.spec
         groups, half = spec.num_heads // spec.num_kv_heads, spec.head_dim // 2
         turning = torch.arange(config.qk_rope_head_dim // 2)
@@ -195,7 +196,9 @@ def test_every_family_and_number_of_key_heads(
     """MQA, GQA and MHA of each family, in its own dtype: well below the error of silence, which is 1."""
     family = teacher.config.model_type
     source = make_teacher(family, num_key_value_heads=kv_heads).to(torch.bfloat16)
-    student = edit_model(source, {"M": MLAConfig(32, 8, latent_norm=False)}, pattern="MF", calibration=batches(make_ids))
+    student = edit_model(
+        source, {"M": MLAConfig(32, 8, latent_norm=False)}, pattern="MF", calibration=batches(make_ids)
+    )
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     assert worst(attention_nmse(source, student, make_ids(2, 32, seed=99))) < 0.7
 

@@ -38,7 +38,8 @@ def test_sinks_and_the_last_tokens_are_kept(window: int, sinks: int, chunks: lis
             kept = list(range(seen))
         assert layer.keys[1, 0, :, 0].tolist() == kept
         assert layer.values[0, 0, :, 0].tolist() == [-float(t) for t in kept]
-        assert layer.columns is not None and layer.columns[0].tolist() == kept
+        assert layer.columns is not None
+        assert layer.columns[0].tolist() == kept
         assert layer.get_seq_length() == seen
     for tensor in (layer.keys, layer.values):
         assert tensor.shape[-2] == min(sinks + window - 1, 20)
@@ -50,7 +51,8 @@ def test_sinks_of_a_left_padded_row_are_its_first_real_tokens() -> None:
     mask = torch.tensor([[1] * 8, [0] * 5 + [1] * 3])
     layer.update(states(0, 8), states(0, 8), causal(mask, 8))
     assert layer.keys[0, 0, :, 0].tolist() == [0, 1, 6, 7]
-    assert layer.columns is not None and layer.columns.tolist() == [[0, 1, 6, 7], [5, -1, 6, 7]]
+    assert layer.columns is not None
+    assert layer.columns.tolist() == [[0, 1, 6, 7], [5, -1, 6, 7]]
     for t in range(8, 14):
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
         layer.update(states(t, 1), states(t, 1), causal(mask, 1))
@@ -63,7 +65,8 @@ def test_rows_can_be_reordered_repeated_and_selected() -> None:
     mask = torch.tensor([[1] * 8, [0] * 5 + [1] * 3])
     layer.update(states(0, 8), states(0, 8), causal(mask, 8))
     layer.reorder_cache(torch.tensor([1, 0]))
-    assert layer.columns is not None and layer.columns[:, 0].tolist() == [5, 0]
+    assert layer.columns is not None
+    assert layer.columns[:, 0].tolist() == [5, 0]
     assert layer.keys[:, 0, 0, 0].tolist() == [5, 0]
     layer.batch_repeat_interleave(2)
     assert layer.columns[:, 0].tolist() == [5, 5, 0, 0]
@@ -78,10 +81,24 @@ def test_crop_until_a_token_is_dropped() -> None:
     layer.crop(0)
     layer.crop(-2)
     assert layer.get_seq_length() == 3
-    assert layer.columns is not None and layer.columns.tolist() == [[0, 1, 2]]
+    assert layer.columns is not None
+    assert layer.columns.tolist() == [[0, 1, 2]]
     layer.update(states(3, 3), states(3, 3))
-    with pytest.raises(UserError, match=r"crop\(-1\): a window layer has already dropped tokens .*window 4, 6 tokens seen"):
+    with pytest.raises(
+        UserError, match=r"crop\(-1\): a window layer has already dropped tokens .*window 4, 6 tokens seen"
+    ):
         layer.crop(-1)
+
+
+def test_reset_forgets_everything() -> None:
+    layer = SinkWindowLayer(window=4, sinks=2)
+    layer.update(states(0, 9), states(0, 9))
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    keys, _ = layer.update(states(20, 3, batch=1), states(20, 3, batch=1))
+    assert keys[:, 0, :, 0].tolist() == [[20, 21, 22]]
+    assert layer.columns is not None
+    assert layer.columns.tolist() == [[0, 1, 2]]
 
 
 def test_each_layer_of_a_cache_is_found_again() -> None:

@@ -49,9 +49,7 @@ def test_a_window_longer_than_the_text_equals_the_teacher(
 ) -> None:
     student = edit_model(teacher, GateSWAConfig(window=window, gate=gate), pattern="S")
     assert len(edited_attention(student)) == teacher.config.num_hidden_layers
-    torch.testing.assert_close(
-        logits(student, make_ids(2, 24)), logits(teacher, make_ids(2, 24)), atol=1e-5, rtol=0.0
-    )
+    torch.testing.assert_close(logits(student, make_ids(2, 24)), logits(teacher, make_ids(2, 24)), atol=1e-5, rtol=0.0)
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
@@ -90,7 +88,9 @@ def test_eager_and_sdpa_masks_give_the_same(teacher: PreTrainedModel, make_ids: 
     student = edit_model(teacher, plan, pattern="SMF", init="random")
     sdpa = logits(student, ids, attention_mask=mask)
     student.set_attn_implementation("eager")
-    torch.testing.assert_close(logits(student, ids, attention_mask=mask)[mask.bool()], sdpa[mask.bool()], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logits(student, ids, attention_mask=mask)[mask.bool()], sdpa[mask.bool()], atol=1e-5, rtol=0
+    )
 
 
 def test_every_projection_with_its_bias_is_copied(make_teacher: Teachers, make_ids: Ids) -> None:
@@ -98,7 +98,8 @@ def test_every_projection_with_its_bias_is_copied(make_teacher: Teachers, make_i
         teacher = make_teacher(family, attention_bias=True)
         student = edit_model(teacher, GateSWAConfig(window=64, gate="element"), pattern="S")
         attention = student.model.layers[0].self_attn
-        assert attention.o_proj.bias is not None and attention.q_proj.bias is not None
+        assert attention.o_proj.bias is not None
+        assert attention.q_proj.bias is not None
         torch.testing.assert_close(logits(student, make_ids(1, 9)), logits(teacher, make_ids(1, 9)), atol=1e-5, rtol=0)
 
 

@@ -78,7 +78,7 @@ def test_assisted_generation(make_teacher: Teachers, make_ids: Ids) -> None:
         assert torch.equal(student.generate(ids, **GREEDY, prompt_lookup_num_tokens=3), alone)
         drafted = teacher.generate(ids, **GREEDY, assistant_model=student)
         assert torch.equal(drafted, teacher.generate(ids, **GREEDY))
-    with pytest.raises(UserError, match="window layer has already dropped tokens .* without assistant_model"):
+    with pytest.raises(UserError, match=r"window layer has already dropped tokens .* without assistant_model"):
         make_student(teacher, GateSWAConfig(window=4)).generate(ids, **GREEDY, assistant_model=teacher)
 
 
@@ -101,13 +101,18 @@ def test_packed_documents_do_not_see_each_other(teacher: PreTrainedModel, make_i
 
 def test_gradients_reach_every_new_weight(teacher: PreTrainedModel, make_ids: Ids) -> None:
     """Gates have their gradient from the first step on, although their weight starts at zero."""
-    targets = {"S": GateSWAConfig(window=3), "E": GateSWAConfig(4, "element", sinks=1), "M": MLAConfig(8, 4, q_lora_rank=6)}
+    targets = {
+        "S": GateSWAConfig(window=3),
+        "E": GateSWAConfig(4, "element", sinks=1),
+        "M": MLAConfig(8, 4, q_lora_rank=6),
+    }
     student = edit_model(teacher, targets, pattern="SEM", init="random").train()
     ids = make_ids(2, 12)
     student(ids, labels=ids, use_cache=False).loss.backward()
     for index, attention in edited_attention(student).items():
         for name, parameter in attention.named_parameters():
-            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, (index, name)
+            assert parameter.grad is not None, (index, name)
+            assert parameter.grad.abs().sum() > 0, (index, name)
 
 
 def test_gradient_checkpointing_changes_nothing(make_teacher: Teachers, make_ids: Ids) -> None:
