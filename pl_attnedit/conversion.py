@@ -43,7 +43,14 @@ from pl_attnedit.recipe import Recipe, StageRecipe
 from pl_attnedit.run_folder import RunFolder
 from pl_attnedit.teachers import family_of
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
-from pl_attnedit.tracking import ConversionRuns, TrackedRun, TrackingLogger, log_environment, open_conversion
+from pl_attnedit.tracking import (
+    ConversionRuns,
+    TrackedRun,
+    TrackingLogger,
+    log_environment,
+    open_conversion,
+    resolve_tracking_uri,
+)
 
 STAGES: dict[str, type[DistillationModule]] = {"stage1": LayerwiseDistillation, "stage2": ModelDistillation}
 
@@ -60,6 +67,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     targets = parse_targets(recipe.targets)
     data = TextDataModule(tokenizer=recipe.teacher, **data_options)
     check_plan(recipe, targets)
+    resolve_tracking_uri(recipe.tracking_uri)
     data.setup()
     build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
     folder = RunFolder(Path(recipe.runs) / recipe.name, plain)

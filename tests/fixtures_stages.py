@@ -74,9 +74,9 @@ def cache_of_tests(session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """120 documents of 60 to 180 words, as .jsonl."""
+    """60 documents of 400 to 459 words, as .jsonl."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": document(seed, 60 + seed)}) + "\n" for seed in range(120)), "utf-8")
+    path.write_text("".join(json.dumps({"text": document(seed, 400 + seed)}) + "\n" for seed in range(60)), "utf-8")
     return str(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from typing import Any
 
 from pl_attnedit.errors import invalid
 
@@ -25,8 +26,8 @@ def main(arguments: Sequence[str]) -> int:
 
     from pl_attnedit import load
 
-    model = load(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model: Any = load(options.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
     if options.chat:
         messages = [{"role": "user", "content": options.prompt}]
         inputs = tokenizer.apply_chat_template(

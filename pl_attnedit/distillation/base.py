@@ -85,18 +85,18 @@ class DistillationModule(LightningModule):
     # building
 
     @property
-    def teacher(self) -> PreTrainedModel:
+    def teacher(self) -> Any:
         assert self._held is not None, "configure_model has not run"
         return self._held[0]
 
     @property
-    def student(self) -> PreTrainedModel:
+    def student(self) -> Any:
         assert self._held is not None, "configure_model has not run"
         return self._held[1]
 
     @property
     def plan(self) -> EditPlan:
-        return self.student.edit_plan  # type: ignore[return-value]
+        return self.student.edit_plan
 
     def configure_model(self) -> None:
         """Builds teacher and student once. A run that resumes skips the init: its weights come from the checkpoint."""
@@ -154,8 +154,9 @@ class DistillationModule(LightningModule):
         for done, batch in enumerate(batches, start=1):
             yield batch
             tokens += batch.numel()
-            if hasattr(self.trainer.progress_bar_callback, "report"):
-                self.trainer.progress_bar_callback.report("calibrating", done, len(batches), tokens, started)
+            bar: Any = self.trainer.progress_bar_callback
+            if hasattr(bar, "report"):
+                bar.report("calibrating", done, len(batches), tokens, started)
 
     def prepare_training(self) -> None:
         """Registers what trains. All of it requires gradients from the start: what a callback holds back loses its

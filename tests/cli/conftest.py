@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fixtures_stages import (  # noqa: F401
+    cache_of_tests,
+    make_data,
+    make_stage1,
+    make_stage2,
+    session_cache,
+    subprocess_environment,
+    teacher_folder,
+    tiny_corpus,
+    tiny_tokenizer,
+)
+
+Started = subprocess.Popen[str]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, teacher_folder: Callable[..., str], tiny_corpus: str) -> Callable[..., Path]:  # noqa: F811
+    """`recipe(**fields)` writes a recipe of a few seconds into the test's folder."""
+
+    def write(**fields: Any) -> Path:
+        values = {
+            "name": "tiny",
+            "teacher": teacher_folder(),
+            "targets": {"S": {"type": "gate_swa", "window": 8, "sinks": 1}},
+            "data": {"source": tiny_corpus, "seq_len": 32, "batch_size": 2, "val_sequences": 5},
+            "stage1": {"steps": 4, "learning_rate": 1e-3, "accumulate": 2},
+            "stage2": {"steps": 3, "learning_rate": 1e-3},
+            "evaluation": {"documents": 2, "cloze": 2, "continuation_tokens": 2},
+            "trainer": {"accelerator": "cpu"},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values | fields))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def start(tmp_path: Path, session_cache: Path) -> Callable[..., Started]:  # noqa: F811
+    """`start("convert", "-c", ...)`: the command line as a process of its own, in the test's folder."""
+
+    def run(*arguments: str | Path) -> Started:
+        command = [sys.executable, "-m", "pl_attnedit.cli", *map(str, arguments)]
+        environment = subprocess_environment(session_cache)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    return run

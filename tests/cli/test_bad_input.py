@@ -1,0 +1,233 @@
+"""A user's mistake is one message with field, value and what is allowed, status 2, and nothing on the disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+from pl_attnedit.cli import COMMANDS, main
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def fails(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """`fails("--field", "value", ...)` runs convert with these overrides, and returns the message."""
+    monkeypatch.chdir(tmp_path)
+    path = recipe()
+
+    def run(*overrides: str | Path) -> str:
+        assert main(["convert", "-c", str(path), *map(str, overrides)]) == 2
+        message = capsys.readouterr().err
+        assert "pl-attnedit convert: error: " in message
+        assert "Traceback" not in message
+        assert not (tmp_path / "runs").exists()
+        return message
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--targets", "{S: {type: gla}}"], ["'gla'", "gate_swa, mla"]),
+        (["--targets", "{S: {type: gate_swa, window: 8, width: 3}}"], ["unknown field 'width'", "window, gate, sinks"]),
+        (["--targets", "{S: {type: gate_swa}}"], ["window"]),
+        (["--targets", "{S: {type: gate_swa, window: 0}}"], ["window = 0", "at least 1"]),
+        (["--targets", "{S: {type: gate_swa, window: -3}}"], ["window = -3", "at least 1"]),
+        (["--targets", "{S: {type: gate_swa, window: 8, gate: wide}}"], ["gate = 'wide'", "'element'"]),
+        (["--targets", "{S: {type: mla, kv_lora_rank: 100000, qk_rope_head_dim: 4}}"], ["kv_lora_rank = 100000"]),
+        (["--targets", "{S: {type: mla, kv_lora_rank: 8, qk_rope_head_dim: 3}}"], ["qk_rope_head_dim = 3", "even"]),
+        (["--targets", "{F: {type: gate_swa, window: 8}}"], ["targets = 'F'"]),
+        (["--pattern", "SSXF"], ["pattern = 'SSXF", "'X' has no target", "S, F"]),
+        (["--pattern", "F"], ["pattern = 'F'", "edits no layer"]),
+        (["--pattern", ""], ["pattern = ''"]),
+        (["--layers", "[0, 4]"], ["layers = 4", "from 0 to 3"]),
+        (["--layers", "[0]", "--pattern", "SF"], ["pattern and layers"]),
+        (["--init", "best"], ["init", "best", "random"]),
+        (["--teacher", "./nothing"], ["teacher = './nothing'", "no such folder"]),
+        (["--teacher", "package:no-such-model"], ["package:no-such-model", "not installed"]),
+        (["--data.source", "none.jsonl"], ["source = 'none.jsonl'", "no such file"]),
+        (["--data.seq_len", "1024"], ["seq_len = 1024", "at most 512"]),
+        (["--data.seq_len", "0"], ["seq_len = 0", "at least 1"]),
+        (["--data.batch_size", "many"], ["data.batch_size", "many", "int"]),
+        (["--data.val_sequences", "100000"], ["val_sequences = 100000", "allowed are at most"]),
+        (["--stage1.steps", "0"], ["steps = 0", "at least 1"]),
+        (["--stage1.learning_rate", "-1"], ["learning_rate = -1", "positive"]),
+        (["--stage1.validate_every", "0"], ["validate_every = 0", "at least 1"]),
+        (["--stage2.options", "{trian: all}"], ["stage2.options = 'trian'", "train"]),
+        (["--stage1.options", "{init_from: x}"], ["stage1.options = 'init_from'"]),
+        (["--stage1.callbacks", "[pl_attnedit.callbacks.Nothing]"], ["stage1", "Nothing"]),
+        (["--evaluation.cloze", "0"], ["cloze = 0", "at least 1"]),
+        (["--trainer", "{acelerator: cpu}"], ["trainer = 'acelerator'", "accelerator"]),
+        (["--trainer", "{max_steps: 3}"], ["trainer = 'max_steps'"]),
+        (["--trainer", "{accelerator: abacus}"], ["trainer", "abacus", "cpu"]),
+        (["--name", "a/b"], ["name = 'a/b'", "one folder"]),
+        (["--name", ""], ["name = ''"]),
+        (["--nmae", "x"], ["--nmae"]),
+        (["--tracking_uri", "folder"], ["tracking_uri = 'folder'"]),
+    ],
+    ids=lambda value: " ".join(value)[:60],
+)
+def test_a_mistake_in_the_recipe(fails: Callable[..., str], overrides: list[str], expected: list[str]) -> None:
+    message = fails(*overrides)
+    for part in expected:
+        assert part in message
+
+
+def test_text_that_cannot_be_used(fails: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1") * 100)
+    (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "nothing").mkdir()
+    for name, expected in (
+        ("empty.txt", "is empty"),
+        ("latin.txt", "must be UTF-8"),
+        ("short.txt", "shorter than one sequence"),
+        ("nothing", "this folder has no .parquet"),
+    ):
+        assert expected in fails("--data.source", tmp_path / name)
+
+
+def test_models_that_cannot_be_converted(fails: Callable[..., str], tmp_path: Path) -> None:
+    small: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
+    BertModel(BertConfig(**small, intermediate_size=16)).save_pretrained(tmp_path / "bert")
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=300)).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text(json.dumps({"model_type": "perceptron"}))
+    (tmp_path / "none").mkdir()
+    assert "encoder-only" in fails("--teacher", tmp_path / "bert")
+    assert "supported families are llama, mistral" in fails("--teacher", tmp_path / "gpt2")
+    assert "perceptron" in fails("--teacher", tmp_path / "unknown")
+    assert "no config.json" in fails("--teacher", tmp_path / "none")
+
+
+def test_recipes_that_cannot_be_read(
+    tmp_path: Path, recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = recipe(stage3={"steps": 1})
+    for content, expected in (
+        (None, ["does not exist", "none.yaml"]),
+        ("name: [", ["config"]),
+        (path.read_text(), ["stage3"]),
+        ("name: x\n", ["teacher", "required"]),
+    ):
+        file = tmp_path / ("none.yaml" if content is None else "recipe2.yaml")
+        if content is not None:
+            file.write_text(content)
+        assert main(["convert", "-c", str(file)]) == 2
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        for part in expected:
+            assert part in message
+
+
+def test_mlflow_that_does_not_answer(recipe: Make, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = recipe()
+    assert main(["convert", "-c", str(path), "--tracking_uri", "http://127.0.0.1:9"]) == 2
+    message = capsys.readouterr().err
+    assert "tracking_uri = 'http://127.0.0.1:9'" in message
+    assert "cannot be reached" in message
+
+
+@pytest.fixture
+def fit(teacher_folder: Make, tiny_corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "limit_val_batches": 1, "val_check_interval": 1},
+        "model": {
+            "class_path": "pl_attnedit.distillation.LayerwiseDistillation",
+            "init_args": {"teacher": teacher_folder(), "targets": {"S": {"type": "gate_swa", "window": 8}}},
+        },
+        "data": {"source": tiny_corpus, "seq_len": 32, "batch_size": 2, "val_sequences": 5},
+    }
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    return lambda *overrides, command="fit": main([command, "-c", "fit.yaml", *map(str, overrides)])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--model.init_args.targets", "{S: {type: gate_swa, window: 0}}"], ["window = 0"]),
+        (["--model.init_args.learning_rate", "fast"], ["fast"]),
+        (["--model.init_args.teacher", "./none"], ["./none"]),
+        (["--model.init_args.pattern", "SX"], ["'X' has no target"]),
+        (["--model.init_args.tutor", "x"], ["tutor"]),
+        (["--model", "Distillery"], ["Distillery"]),
+        (["--trainer.max_steps", "few"], ["trainer.max_steps", "few"]),
+        (["--trainer.accelerator", "abacus"], ["abacus"]),
+        (["--trainer.callbacks", "[{class_path: TeacherForcing, init_args: {start: 2.0}}]"], ["start = 2.0"]),
+        (["--data.seq_len", "1024"], ["seq_len = 1024"]),
+        (["--trainer.precision", "16-true"], ["16-true", "bf16-true"]),
+        (["--trainer.logger.tracking_uri", "http://127.0.0.1:9"], ["cannot be reached"]),
+        (["--ckpt_path", "none.ckpt"], ["none.ckpt", "no such file"]),
+        (["--ckpt_path", "fit.yaml"], ["fit.yaml"]),
+        (["--datta.seq_len", "1"], ["datta"]),
+    ],
+    ids=lambda value: " ".join(value)[:60],
+)
+def test_a_mistake_in_fit(
+    fit: Callable[..., int], capsys: pytest.CaptureFixture[str], overrides: list[str], expected: list[str]
+) -> None:
+    assert fit(*overrides) == 2
+    message = capsys.readouterr().err
+    assert "pl-attnedit fit: error: " in message
+    assert "Traceback" not in message
+    for part in expected:
+        assert part in message
+
+
+def test_fit_resumes_and_validates(fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep = ("--trainer.callbacks+", "ResumableCheckpoint", "--trainer.callbacks.dirpath", "kept")
+    assert fit(*keep) == 0
+    assert [file.name for file in (tmp_path / "kept").iterdir()] == ["last-00000002.ckpt"]
+    assert fit(*keep, "--trainer.max_steps", "3", "--ckpt_path", "last") == 0
+    last = tmp_path / "kept" / "last-00000003.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert fit("--ckpt_path", last, command="validate") == 0
+    stage2 = "pl_attnedit.distillation.ModelDistillation"
+    capsys.readouterr()
+    assert fit("--model", stage2, "--model.init_args.train", "all", "--trainer.max_steps", "1") == 0
+
+
+def test_a_loss_that_is_not_a_number_stops_with_step_and_layer(
+    fit: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    kept = ("--trainer.callbacks+", "ResumableCheckpoint", "--trainer.callbacks.dirpath", "kept")
+    step = ("--trainer.callbacks.every_seconds", "0", "--trainer.max_steps", "9")
+    rate = ("--model.init_args.learning_rate", "1e30", "--model.init_args.warmup_steps", "0")
+    assert fit(*kept, *step, *rate) == 2
+    message = capsys.readouterr().err
+    assert "of layer_00 = " in message
+    assert "at step " in message
+    assert "last-" in message.split("Last good checkpoint")[1]
+    assert list((tmp_path / "kept").glob("last-*.ckpt"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"pl-attnedit {command}" in capsys.readouterr().out.replace("pl-attnedit [options] ", "pl-attnedit ")
+
+
+def test_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "a whole conversion" in capsys.readouterr().out
+    assert main(["covert"]) == 2
+    assert "unknown command 'covert'" in capsys.readouterr().err
+    assert main(["generate", "none", "x"]) == 2
+    assert "folder of a converted model" in capsys.readouterr().err
+    assert main(["generate", "none", "x", "--max-new-tokens", "0"]) == 2
+    assert main(["generate"]) == 2

@@ -1,0 +1,188 @@
+"""`pl-attnedit convert` as a user runs it: end to end, again, killed, interrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+
+import pl_attnedit
+from pl_attnedit.cli import main
+from pl_attnedit.errors import UserError
+from pl_attnedit.recipe import as_plain, recipe_parser
+from pl_attnedit.run_folder import RunFolder
+
+KEYS = (
+    "teacher targets pattern tokens_stage1 tokens_stage2 kl_before kl_after_stage1 kl_after_stage2 top1_after ppl_teacher "
+    "ppl_student kv_context kv_bytes_per_token_teacher kv_bytes_per_token_student wall_seconds peak_rss_bytes run_id recipe"
+)
+Make = Callable[..., Any]
+
+
+def content(folder: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+
+
+def test_from_a_recipe_to_a_report_and_again(
+    recipe: Make, start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe()
+    output, errors = (process := start("convert", "-c", path)).communicate(timeout=120)
+    assert process.returncode == 0, errors
+    folder = tmp_path / "runs" / "tiny"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) == set(KEYS.split())
+    assert (summary["tokens_stage1"], summary["tokens_stage2"]) == (4 * 2 * 32 * 2, 3 * 2 * 32)
+    assert summary["pattern"] == "SSSF"
+    assert 0 < summary["kv_bytes_per_token_student"] < summary["kv_bytes_per_token_teacher"]
+    assert all(summary[f"kl_{when}"] > 0 for when in ("before", "after_stage1", "after_stage2"))
+    assert 0 < summary["wall_seconds"] < 120
+    assert "KL(teacher||student)" in output
+    assert "<html" in (folder / "report.html").read_text()
+    noise = [line for line in errors.splitlines() if not line.startswith(("== ", "init ", "stage1 ", "stage2 "))]
+    noise = [line for line in noise if line.strip() and "the documents give only" not in line and "tok/s" not in line]
+    assert noise == []
+    assert all(name in errors for name in ("== init", "init  validating", "stage1  step 4/4", "stage2  step 3/3"))
+
+    student = pl_attnedit.load(folder / "student")
+    assert student(torch.ones(1, 20, dtype=torch.long)).logits.shape == (1, 20, 300)
+
+    monkeypatch.chdir(tmp_path)
+    client = MlflowClient("sqlite:///mlflow.db")
+    [experiment] = [e for e in client.search_experiments() if e.name == "pl_attnedit"]
+    runs = {run.data.tags["pl_attnedit.kind"]: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"conversion", "stage1", "stage2", "evaluation"}
+    parent = runs.pop("conversion")
+    assert parent.info.run_id == summary["run_id"]
+    assert parent.data.metrics["kl_after_stage2"] == summary["kl_after_stage2"]
+    for run in (parent, *runs.values()):
+        assert run.info.status == "FINISHED"
+    for run in runs.values():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert runs["stage1"].data.metrics["val/kl"] == pytest.approx(summary["kl_after_stage1"], rel=1e-5)
+
+    before = content(tmp_path)
+    assert main(["convert", "-c", str(path)]) == 0
+    assert "done before" in capsys.readouterr().err
+    assert content(tmp_path) == before
+
+    assert main(["convert", "-c", str(path), "--stage1.steps", "5"]) == 2
+    assert "another recipe (stage1 differ)" in capsys.readouterr().err
+    assert content(tmp_path) == before
+
+    model = str(folder / "student")
+    assert main(["generate", model, "the model", "--max-new-tokens", "3"]) == 0
+    assert main(["generate", model, "the model", "--max-new-tokens", "3", "--temperature", "0.7"]) == 0
+    assert main(["compare"]) == 0
+    assert "tiny" in capsys.readouterr().out
+    assert main(["report", "-o", "all.html"]) == 0
+    assert "tiny" in (tmp_path / "all.html").read_text()
+    data = parsed(path).data
+    options = ["--text", data["source"], "--seq-len", "32", "--documents", "2", "--cloze", "2", "--out", "again"]
+    log = ["--log-to", summary["run_id"]]
+    assert main(["eval", model, "--teacher", summary["teacher"], *options, *log]) == 0
+    assert "heldout_cloze" in capsys.readouterr().out
+    assert (tmp_path / "again" / "results.json").is_file()
+    kinds = [run.data.tags["pl_attnedit.kind"] for run in client.search_runs([experiment.experiment_id])]
+    assert kinds.count("evaluation") == 2
+
+
+def parsed(path: Path) -> Any:
+    return recipe_parser().parse_args(["-c", str(path)])
+
+
+def test_a_folder_has_one_process_and_one_purpose(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = recipe()
+    held = RunFolder(tmp_path / "runs" / "tiny", as_plain(recipe_parser(), parsed(path)))
+    assert main(["convert", "-c", str(path)]) == 2
+    assert "another process" in capsys.readouterr().err
+    held._lock.close()
+    used = tmp_path / "runs" / "used"
+    used.mkdir()
+    (used / "thesis.txt").write_text("mine")
+    assert main(["convert", "-c", str(path), "--name", "used"]) == 2
+    assert "thesis.txt" in capsys.readouterr().err
+    assert {file.name for file in used.iterdir()} <= {"thesis.txt", ".lock"}
+    (tmp_path / "file").write_text("")
+    assert main(["convert", "-c", str(path), "--runs", "file"]) == 2
+    assert "must be a folder that can be written to" in capsys.readouterr().err
+
+
+def wait_for(process: Any, condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def slow_stages(recipe: Make, tmp_path: Path) -> Path:
+    """A recipe whose stages validate on the way, which leaves checkpoints, and wait a little at each step."""
+    (tmp_path / "waiting.py").write_text(
+        "import time\nfrom lightning.pytorch import Callback\n\n\n"
+        "class Waiting(Callback):\n    def on_train_batch_end(self, *_):\n        time.sleep(0.1)\n"
+    )
+    stage = {"steps": 12, "learning_rate": 3e-3, "validate_every": 4, "callbacks": ["waiting.Waiting"]}
+    return recipe(stage1=stage, stage2=stage, init="random")
+
+
+def test_killed_and_interrupted_conversions_go_on_to_the_same_figures(
+    slow_stages: Path, start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "-c", str(slow_stages), "--runs", "unbroken"]) == 0
+    folder = tmp_path / "runs" / "tiny"
+    for stage, number in (("stage1", signal.SIGKILL), ("stage2", signal.SIGKILL), ("stage2", signal.SIGINT)):
+        before = set((folder / stage).glob("last-*.ckpt"))
+        process = start("convert", "-c", slow_stages)
+        wait_for(process, lambda: set((folder / stage).glob("last-*.ckpt")) - before)  # noqa: B023
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert not (folder / "summary.json").exists()
+        assert stage not in json.loads((folder / "progress.json").read_text())
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on from the last checkpoint" in errors
+    assert "Traceback" not in errors
+    capsys.readouterr()
+    assert main(["convert", "-c", str(slow_stages)]) == 0
+    errors = capsys.readouterr().err
+    assert "stage1: done before" in errors
+    assert "stage2: goes on from last-" in errors
+    unbroken = json.loads((tmp_path / "unbroken" / "tiny" / "summary.json").read_text())
+    found = json.loads((folder / "summary.json").read_text())
+    for name in ("kl_before", "kl_after_stage1", "kl_after_stage2", "top1_after", "ppl_student"):
+        assert found[name] == pytest.approx(unbroken[name], rel=0.02), name
+    assert found["tokens_stage1"] == unbroken["tokens_stage1"]
+
+
+def test_wall_time_counts_the_starts_that_were_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    clock = iter([now - 100, now + 1000, now + 1010, now + 1010])
+    monkeypatch.setattr("pl_attnedit.run_folder.time.time", lambda: next(clock))
+    first = RunFolder(tmp_path / "run", {"name": "x"})
+    first.start()  # 100 s ago; its last sign of life is the file it writes now
+    first._lock.close()
+    second = RunFolder(tmp_path / "run", {"name": "x"})
+    second.start()
+    second.finish("stage1", {})
+    assert second.progress["wall_seconds"] == pytest.approx(110, abs=5)
+
+
+def test_a_broken_progress_file_is_named(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", {"name": "x"})._lock.close()
+    (tmp_path / "run" / "progress.json").write_text("{")
+    with pytest.raises(UserError, match=r"progress\.json is broken"):
+        RunFolder(tmp_path / "run", {"name": "x"})
