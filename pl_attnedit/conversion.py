@@ -170,7 +170,7 @@ class Conversion:
     def measure(self) -> dict[str, Any]:
         """Cached bytes per token of teacher and student on their real caches."""
         teacher, _ = self.load_teacher()
-        student = load(self.folder.path / "student")
+        student: Any = load(self.folder.path / "student")
         context = kv_context(student)
         return {
             "kv_context": context,
@@ -289,7 +289,7 @@ class Conversion:
         trainer.limit_val_batches = 1.0
         module.teacher_hidden = self._teacher_hidden
         [found] = trainer.validate(module, self.data, verbose=False)
-        return found
+        return dict(found)
 
     def load_teacher(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_teacher(self.recipe.teacher, dtype=getattr(torch, self.recipe.dtype))

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, Trainer
 
 from pl_attnedit.data import TextDataModule
-from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
+from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, ModelDistillation
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling.edit import Init
 
@@ -130,7 +130,12 @@ _OURS_OF_TRAINER = {
 
 def _stage_options(module: type) -> set[str]:
     """Arguments of a stage's module that the recipe has no field of its own for."""
-    names = {name for cls in module.__mro__ for name in inspect.signature(cls.__init__).parameters}
+    names = {
+        name
+        for cls in module.__mro__[:-1]
+        if issubclass(cls, DistillationModule)
+        for name in inspect.signature(cls).parameters
+    }
     ours = {field.name for cls in (Recipe, StageRecipe) for field in fields(cls)}
     return names - ours - {"self", "args", "kwargs", "init_from"}
 

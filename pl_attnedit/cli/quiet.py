@@ -46,7 +46,7 @@ def quiet() -> None:
     def without_bars(self: tqdm, *args: Any, **kwargs: Any) -> None:
         unchanged(self, *args, **{"disable": True, **kwargs})  # bars that are ours say `disable=` themselves
 
-    tqdm.__init__ = without_bars  # type: ignore[method-assign]
+    tqdm.__init__ = without_bars
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -135,7 +135,7 @@ class DistillationModule(LightningModule):
         self.layer_nmse = LayerNMSE(len(plan.edited_layers))
         self.prepare_training()
 
-    def _initialise(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    def _initialise(self, student: Any, teacher: Any) -> None:
         calibration = None
         needs = any(attention.needs_statistics for attention in edited_attention(student).values())
         if self.hparams["init"] == "calibrated" and needs:
@@ -307,9 +307,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @torch.no_grad()
-def copy_weights(student: PreTrainedModel, folder: Path) -> None:
+def copy_weights(student: Any, folder: Path) -> None:
     """Weights of a saved converted model into an assembled student; its trunk is taken over only where it differs."""
-    saved = load(folder, dtype=next(student.parameters()).dtype)
+    saved: Any = load(folder, dtype=next(student.parameters()).dtype)
     if saved.edit_plan != student.edit_plan:
         raise invalid("init_from", str(folder), f"has another edit plan: {saved.edit_plan.to_dict()}")
     device = next(student.parameters()).device

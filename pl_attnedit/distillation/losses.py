@@ -54,7 +54,7 @@ class _ChunkedKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         student: torch.Tensor,
         teacher: torch.Tensor,
@@ -83,7 +83,7 @@ class _ChunkedKL(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         need_hidden, need_head, head_dtype = ctx.has
         saved = list(ctx.saved_tensors)
         grad_hidden = saved.pop(0) * grad_output if need_hidden else None
