@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pl_attnedit.modeling.edit import assemble
 from pl_attnedit.modeling.kv import promised_bytes
 
 BATCH = 4  # sequences per forward pass
-SEED = 0  # of the random init
+SEED = 0  # of the random init and of the order of calibration documents
 BUDGET_CONTEXT = 32768  # tokens, where the KV budget is stated
 
 
@@ -72,8 +73,8 @@ def bench_init(
 ) -> dict[str, Any]:
     """KL(teacher || student) in nats per token and top-1 agreement of untrained students, in the teacher's dtype.
 
-    One teacher pass over the calibration text serves all rows. Texts are joined in file order, as the tokenizer encodes
-    them by itself, with EOS behind each document, and cut into sequences.
+    One teacher pass over the calibration text serves all rows. Documents are joined as the tokenizer encodes them by
+    itself, with EOS behind each, held-out ones in file order and calibration ones shuffled, and cut into sequences.
 
     Args:
         calibration, heldout: local files with text (.parquet, .jsonl, .txt, .md).
@@ -85,7 +86,7 @@ def bench_init(
     chosen = [row for row in ROWS if rows is None or any(part in row.name for part in rows)]
     if not chosen:
         raise invalid("rows", rows, f"must be part of one of: {'; '.join(row.name for row in ROWS)}")
-    text = sequences("calibration", calibration, tokenizer, calibration_sequences, seq_len)
+    text = sequences("calibration", calibration, tokenizer, calibration_sequences, seq_len, shuffle=True)
     asked = sequences("heldout", heldout, tokenizer, heldout_sequences, seq_len).to(teacher.device)
     start = time.perf_counter()
     layers = list(range(teacher.config.num_hidden_layers))
@@ -103,11 +104,17 @@ def bench_init(
     }
 
 
-def sequences(field: str, path: str, tokenizer: PreTrainedTokenizerBase, count: int, seq_len: int) -> torch.Tensor:
-    """The first `count` sequences of a file, (count, seq_len) int64."""
+def sequences(
+    field: str, path: str, tokenizer: PreTrainedTokenizerBase, count: int, seq_len: int, shuffle: bool = False
+) -> torch.Tensor:
+    """The first `count` sequences of a file, (count, seq_len) int64, its documents in file order or shuffled by `SEED`."""
 
     def tokens() -> Iterator[int]:
-        for document in open_source(path).documents():
+        documents = open_source(path).documents()
+        if shuffle:  # files are often sorted by source: the first documents would stand for one of them only
+            documents = list(documents)
+            random.Random(SEED).shuffle(documents)
+        for document in documents:
             if not isinstance(document, str):
                 raise invalid(field, path, "must hold plain text, not conversations")
             yield from tokenizer(document, verbose=False)["input_ids"]

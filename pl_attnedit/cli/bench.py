@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
         "init", help="KL and top-1 of calibrated inits without training, beside plain SVD, random"
     )
     init.add_argument("--teacher", required=True, help=TEACHER_HELP)
-    init.add_argument("--calibration", required=True, help="file with training text, in file order")
+    init.add_argument("--calibration", required=True, help="file with training text; its documents are shuffled")
     init.add_argument("--heldout", required=True, help="file with held-out text, in file order")
     init.add_argument("--rows", nargs="+", help="only rows whose name contains one of these, e.g. 'mla 96+32'")
     init.add_argument("--seq-len", type=int, default=512, help="tokens per sequence (default 512)")
