@@ -110,9 +110,8 @@ def sequences(
     """The first `count` sequences of a file, (count, seq_len) int64, its documents in file order or shuffled by `SEED`."""
 
     def tokens() -> Iterator[int]:
-        documents = open_source(path).documents()
+        documents = list(open_source(path).documents())
         if shuffle:  # files are often sorted by source: the first documents would stand for one of them only
-            documents = list(documents)
             random.Random(SEED).shuffle(documents)
         for document in documents:
             if not isinstance(document, str):
