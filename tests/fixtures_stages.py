@@ -94,9 +94,9 @@ def make_data(tiny_corpus: str, teacher_folder: Callable[..., str]) -> Callable[
 @pytest.fixture
 def make_stage1(teacher_folder: Callable[..., str]) -> Callable[..., LayerwiseDistillation]:
     def make(family: str = "llama", targets: Any = WINDOW, **options: Any) -> LayerwiseDistillation:
-        torch.manual_seed(0)  # a random init is the same in each run
         defaults = {"calibration_tokens": 128, "learning_rate": 3e-3, "warmup_steps": 2, "pattern": "SSFS"}
-        return LayerwiseDistillation(teacher_folder(family), targets, **(defaults | options))
+        module = LayerwiseDistillation(teacher_folder(family), targets, **(defaults | options))
+        return module
 
     return make
 
@@ -104,9 +104,10 @@ def make_stage1(teacher_folder: Callable[..., str]) -> Callable[..., LayerwiseDi
 @pytest.fixture
 def make_stage2(teacher_folder: Callable[..., str]) -> Callable[..., ModelDistillation]:
     def make(family: str = "llama", targets: Any = WINDOW, **options: Any) -> ModelDistillation:
-        torch.manual_seed(0)
         defaults = {"calibration_tokens": 128, "learning_rate": 3e-3, "warmup_steps": 2, "pattern": "SSFS"}
-        return ModelDistillation(teacher_folder(family), targets, **(defaults | options))
+        module = ModelDistillation(teacher_folder(family), targets, **(defaults | options))
+        torch.manual_seed(0)  # a random init is the same in each run
+        return module
 
     return make
 

@@ -33,7 +33,7 @@ def make_stage(request: pytest.FixtureRequest) -> Make:
 def test_the_loss_falls_and_only_the_new_attention_changes(
     make_stage: Make, make_data: Make, family: str, target: dict[str, Any]
 ) -> None:
-    module, losses = make_stage(family, target, init="random"), Losses()
+    module, losses = make_stage(family, target, init="random", learning_rate=1e-2), Losses()
     trainer = make_trainer(losses, steps=30, limit_train_batches=10, max_epochs=3)
     start: dict[str, dict[str, torch.Tensor]] = {}
     module.on_fit_start = lambda: (  # type: ignore[method-assign]
