@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.attention import TargetConfig
@@ -278,11 +278,20 @@ class Conversion:
                     Progress(name),
                     Throughput(),
                     NaNGuard(),
-                    ResumableCheckpoint(self.folder.path / name),
-                    *stage.callbacks,
+                    *self.checkpointing(name, stage),
                 ],
             }
         return build_trainer(options | self.recipe.trainer)
+
+    def checkpointing(self, name: str, stage: StageRecipe) -> list[Callback]:
+        """The stage's own callbacks, and a `ResumableCheckpoint` where none of them is one; its folder is ours."""
+        callbacks = list(stage.callbacks)
+        if not any(isinstance(callback, ResumableCheckpoint) for callback in callbacks):
+            callbacks.append(ResumableCheckpoint())
+        for callback in callbacks:
+            if isinstance(callback, ResumableCheckpoint):
+                callback.dirpath = str((self.folder.path / name).resolve())
+        return callbacks
 
     def validate(self, trainer: Trainer, module: DistillationModule) -> dict[str, float]:
         """Held-out figures; the teacher's part is computed once per process."""

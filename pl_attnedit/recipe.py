@@ -28,7 +28,8 @@ class StageRecipe:
         accumulate: batches per optimiser step.
         validate_every: optimiser steps between validations on the way; None = only before and after the stage.
         options: further arguments of the stage's module, e.g. feature_weight and train in stage 2.
-        callbacks: further callbacks by class path, e.g. pl_attnedit.callbacks.ProgressiveUnfreezing.
+        callbacks: further callbacks by class path, e.g. pl_attnedit.callbacks.ProgressiveUnfreezing; a
+            ResumableCheckpoint replaces the one with the default interval (its folder is the run folder's).
     """
 
     steps: int

@@ -96,6 +96,7 @@ def make_stage1(teacher_folder: Callable[..., str]) -> Callable[..., LayerwiseDi
     def make(family: str = "llama", targets: Any = WINDOW, **options: Any) -> LayerwiseDistillation:
         defaults = {"calibration_tokens": 128, "learning_rate": 3e-3, "warmup_steps": 2, "pattern": "SSFS"}
         module = LayerwiseDistillation(teacher_folder(family), targets, **(defaults | options))
+        torch.manual_seed(0)  # a random init is the same in each run
         return module
 
     return make

@@ -128,12 +128,13 @@ def wait_for(process: Any, condition: Callable[[], Any]) -> None:
 
 @pytest.fixture
 def slow_stages(recipe: Make, tmp_path: Path) -> Path:
-    """A recipe whose stages validate on the way, which leaves checkpoints, and wait a little at each step."""
+    """A recipe whose stages save each step and wait a little at each step."""
     (tmp_path / "waiting.py").write_text(
         "import time\nfrom lightning.pytorch import Callback\n\n\n"
         "class Waiting(Callback):\n    def on_train_batch_end(self, *_):\n        time.sleep(0.1)\n"
     )
-    stage = {"steps": 12, "learning_rate": 3e-3, "validate_every": 4, "callbacks": ["waiting.Waiting"]}
+    each_step = {"class_path": "pl_attnedit.callbacks.ResumableCheckpoint", "init_args": {"every_seconds": 0}}
+    stage = {"steps": 12, "learning_rate": 3e-3, "callbacks": ["waiting.Waiting", each_step]}
     return recipe(stage1=stage, stage2=stage, init="random")
 
 
