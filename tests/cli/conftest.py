@@ -23,6 +23,12 @@ from fixtures_stages import (  # noqa: F401
 Started = subprocess.Popen[str]
 
 
+@pytest.fixture(autouse=True)
+def mlflow_of_its_own(cache_of_tests: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """An absolute address: MLflow keeps the first database that a process opens under a relative one."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, teacher_folder: Callable[..., str], tiny_corpus: str) -> Callable[..., Path]:  # noqa: F811
     """`recipe(**fields)` writes a recipe of a few seconds into the test's folder."""

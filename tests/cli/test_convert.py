@@ -55,7 +55,7 @@ def test_from_a_recipe_to_a_report_and_again(
     assert student(torch.ones(1, 20, dtype=torch.long)).logits.shape == (1, 20, 300)
 
     monkeypatch.chdir(tmp_path)
-    client = MlflowClient("sqlite:///mlflow.db")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     [experiment] = [e for e in client.search_experiments() if e.name == "pl_attnedit"]
     runs = {run.data.tags["pl_attnedit.kind"]: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {"conversion", "stage1", "stage2", "evaluation"}
