@@ -60,7 +60,9 @@ class SharedPrefixLM(HFLM):
             return super().loglikelihood(requests, disable_tqdm=True)
 
     def _progress(self, total: int | None, what: str) -> tqdm:
-        self._bar = tqdm(total=total, desc=f"{self.name}: {what}", unit="tok", file=sys.stderr, leave=False, disable=False)
+        self._bar = tqdm(
+            total=total, desc=f"{self.name}: {what}", unit="tok", file=sys.stderr, leave=False, disable=False
+        )
         return self._bar
 
     def _loglikelihood_tokens(
