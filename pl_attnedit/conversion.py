@@ -176,7 +176,7 @@ class Conversion:
             "kv_context": context,
             "kv_bytes_per_token_teacher": measure_cache(teacher, context) / context,
             "kv_bytes_per_token_student": measure_cache(student, context) / context,
-            "pattern": student.edit_plan.letters,
+            "pattern": student.edit_plan.pattern,
         }
 
     def evaluate(self) -> dict[str, Any]:

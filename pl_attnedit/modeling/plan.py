@@ -74,6 +74,13 @@ class EditPlan:
         """Indices of the layers that get a target, in order."""
         return [index for index, letter in enumerate(self.letters) if letter != FULL]
 
+    @property
+    def pattern(self) -> str:
+        """The shortest pattern that repeats to this plan, e.g. SSSF."""
+        lengths = range(1, len(self.letters) + 1)
+        repeats = (self.letters[:n] for n in lengths if (self.letters[:n] * len(self.letters)).startswith(self.letters))
+        return next(repeats, "")
+
     def target_of(self, layer_idx: int) -> TargetConfig | None:
         """The target of a layer, None for a full layer."""
         return self.targets.get(self.letters[layer_idx])

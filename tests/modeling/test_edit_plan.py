@@ -150,3 +150,11 @@ def test_o_proj_is_inherited(teacher: PreTrainedModel, init: Any) -> None:
         assert torch.equal(plain[index].o_proj.weight, inherited)
         same = torch.equal(plain[index].q_proj.weight, layer.self_attn.q_proj.weight)
         assert same == (init != "random")
+
+
+@pytest.mark.parametrize(
+    ("letters", "pattern"), [("SSSFSSSF", "SSSF"), ("SSSFSS", "SSSF"), ("SSSS", "S"), ("SFFS", "SFF"), ("FSSM", "FSSM")]
+)
+def test_shortest_pattern(letters: str, pattern: str) -> None:
+    plan = EditPlan(letters, {"S": GateSWAConfig(window=8), "M": GateSWAConfig(window=4)})
+    assert plan.pattern == pattern
