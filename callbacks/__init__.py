@@ -1,11 +1,7 @@
 """Lightning callbacks. Import them as ``pl_attnedit.callbacks``."""
 
-from pl_attnedit.callbacks.checkpoint import (
-    AtomicCheckpointIO,
-    ResumableCheckpoint,
-    check_checkpoint,
-    latest_checkpoint,
-)
+from pl_attnedit.callbacks.checkpoint import ResumableCheckpoint
+from pl_attnedit.callbacks.checkpoint_files import AtomicCheckpointIO, check_checkpoint, latest_checkpoint
 from pl_attnedit.callbacks.nan_guard import NaNGuard, NonFiniteLossError
 from pl_attnedit.callbacks.progress import Progress
 from pl_attnedit.callbacks.progressive_unfreezing import ProgressiveUnfreezing

@@ -1,0 +1,35 @@
+"""Where the random number generators of a process stand, as plain data for a checkpoint."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of the generators of Python, NumPy, torch, and the device where it has one of its own.
+
+    All of it is what `torch.load(weights_only=True)` takes.
+    """
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Puts the generators back to where `random_state` found them.
+
+    A state without the device's generator, of a run on a CPU, leaves that one alone.
+    """
+    name, keys, *rest = state["numpy"]
+    version, inner, gauss = state["python"]
+    random.setstate((version, tuple(inner), gauss))
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type != "cpu" and "device" in state:
+        torch.get_device_module(device).set_rng_state(state["device"], device)
