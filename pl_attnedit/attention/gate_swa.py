@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedConfig
 
 from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, copy_linear, init_linear, positive
 from pl_attnedit.attention.window_cache import window_layer
+from pl_attnedit.attention.windowed import attend_window
 from pl_attnedit.errors import invalid
 from pl_attnedit.teachers import apply_rotary, project_qkv
 
@@ -87,11 +88,16 @@ class GateSWA(Target):
             columns, seen = layer.update_columns, layer.cumulative_length
         elif past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if columns is None:
-            seen = key.shape[2]
-            columns = torch.arange(seen, device=key.device)[None]
-        mask = self.visible(attention_mask, columns, query.shape[2], seen)
-        output = attend(query, key, value, mask, self.spec.scaling)
+        window = self.target.window
+        whole = columns is None or columns.shape == (1, query.shape[2])  # every key is one of these queries' own tokens
+        if whole and attention_mask is None and window is not None and query.shape[2] == key.shape[2] > window:
+            output = attend_window(query, key, value, window, self.target.sinks, self.spec.scaling)
+        else:
+            if columns is None:
+                seen = key.shape[2]
+                columns = torch.arange(seen, device=key.device)[None]
+            mask = self.visible(attention_mask, columns, query.shape[2], seen)
+            output = attend(query, key, value, mask, self.spec.scaling)
         if self.target.gate != "none":
             gate = torch.sigmoid(self.gate_proj(hidden_states))
             output = (output.unflatten(-1, (gate.shape[-1], -1)) * gate[..., None]).flatten(-2)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from pl_attnedit.errors import invalid
+from pl_attnedit.eval.bench.shapes import SHAPES
 
 TEACHER_HELP = "hub name, folder, GGUF file or package:NAME"
 
@@ -30,10 +35,66 @@ def main(arguments: Sequence[str]) -> int:
     init.add_argument("--calibration-sequences", type=int, default=64, help="default 64, which is 32k tokens")
     init.add_argument("--heldout-sequences", type=int, default=16, help="default 16")
     init.add_argument("--device", default="cpu", help="torch device (default cpu)")
-    for command in (cache, init):
+    stages = [_stage_options(commands, name) for name in ("stage1", "stage2")]
+    for command in (cache, init, *stages):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(list(arguments))
-    return _cache(options) if options.command == "cache" else _init(options)
+    return {"cache": _cache, "init": _init, "stage1": _stage, "stage2": _stage}[options.command](options)
+
+
+def _stage_options(commands: Any, name: str) -> ArgumentParser:
+    stage: ArgumentParser = commands.add_parser(
+        name, help=f"a training step of {name} beside its bound and beside plain PyTorch"
+    )
+    stage.add_argument(
+        "--model", default="smollm2-135m", help=f"a shape with random weights ({', '.join(SHAPES)}), or a {TEACHER_HELP}"
+    )
+    stage.add_argument("--layers", type=int, help="of a shape: another number of layers")
+    stage.add_argument(
+        "--target",
+        type=yaml.safe_load,
+        default={"type": "mla", "kv_lora_rank": 96, "qk_rope_head_dim": 32},
+        help="target as in YAML, default '{type: mla, kv_lora_rank: 96, qk_rope_head_dim: 32}'",
+    )
+    stage.add_argument("--pattern", help="layers that get it, default the target's own")
+    stage.add_argument("--batch", type=int, default=4, help="sequences (default 4)")
+    stage.add_argument("--seq", type=int, default=512, help="tokens of a sequence (default 512)")
+    stage.add_argument("--precision", default="32-true", help="the Trainer's: 32-true, bf16-mixed, bf16-true")
+    stage.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    stage.add_argument("--compiled", type=yaml.safe_load, help="true or false: torch.compile; default: on a GPU")
+    stage.add_argument("--window", type=int, default=1, help="steps that are timed together (default 1)")
+    stage.add_argument("--repeats", type=int, default=5, help="windows (default 5)")
+    stage.add_argument("--beside", nargs="*", default=["bound", "naive"], help="what to measure beside ours")
+    if name == "stage2":
+        stage.add_argument("--train", choices=["attention", "all"], default="attention", help="what trains")
+        stage.add_argument("--activation-checkpointing", action="store_true")
+    return stage
+
+
+def _stage(options: Namespace) -> int:
+    import torch
+
+    from pl_attnedit.distillation.settings import parse_targets
+    from pl_attnedit.eval.bench.shapes import random_model
+    from pl_attnedit.eval.bench.stages import StepBench, bench_step, step_table
+    from pl_attnedit.teachers.source import load_teacher
+
+    for name in ("batch", "seq", "window", "repeats"):
+        if getattr(options, name) < 1:
+            raise invalid("--" + name, getattr(options, name), "must be at least 1")
+    device = torch.device(options.device)
+    dtype = torch.float32 if options.precision == "32-true" else torch.bfloat16
+    if options.model in SHAPES:
+        teacher = random_model(options.model, layers=options.layers, dtype=dtype, device=device)
+    else:
+        teacher = load_teacher(options.model, dtype=dtype)[0].to(device)  # type: ignore[arg-type]
+    names = {field.name for field in dataclasses.fields(StepBench)} - {"stage", "targets"}
+    chosen = {name: value for name, value in vars(options).items() if name in names}
+    chosen["beside"] = tuple(chosen["beside"])
+    bench = StepBench(stage=options.command, targets=parse_targets(options.target), **chosen)
+    result = bench_step(teacher, bench)
+    print(json.dumps(result, indent=2) if options.json else step_table(result))
+    return 0
 
 
 def _cache(options: Namespace) -> int:

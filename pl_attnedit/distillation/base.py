@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.attention import Target
-from pl_attnedit.distillation.forced import Batch, TeacherForced, last_hidden
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
+from pl_attnedit.distillation.pairs import Batch, Pairs
 from pl_attnedit.distillation.settings import check_hyperparameters, parse_targets, plain_targets
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, load, unshare_trunk
@@ -42,6 +43,9 @@ class DistillationModule(LightningModule):
         init_from: folder of a converted model whose weights to start from, instead of `init`. Other than resuming with
             `--ckpt_path`, which also restores optimiser, step and place in the data.
         dtype: dtype of all weights; the Trainer's `precision: bf16-true` sets it to bfloat16.
+        teacher_dtype: dtype of the teacher and so of a shared trunk, where another than `dtype`: bfloat16 with
+            `precision: bf16-mixed` keeps only what trains in float32.
+        compiled: run the layers through torch.compile. Default: where there is a GPU for it.
         learning_rate: peak of the schedule.
         warmup_steps: optimiser steps of linear warm-up; a cosine to `final_lr_share` follows until the last step.
         final_lr_share: learning rate at the last step over the peak.
@@ -61,6 +65,8 @@ class DistillationModule(LightningModule):
         calibration_tokens: int = 16384,
         init_from: str | None = None,
         dtype: str = "float32",
+        teacher_dtype: str | None = None,
+        compiled: bool | None = None,
         learning_rate: float = 1e-3,
         warmup_steps: int = 10,
         final_lr_share: float = 0.1,
@@ -74,6 +80,7 @@ class DistillationModule(LightningModule):
         check_hyperparameters(self.hparams)
         # held in a tuple, which nn.Module does not look into: (teacher, student)
         self._held: tuple[PreTrainedModel, PreTrainedModel] | None = None
+        self._pairs: tuple[Pairs] | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.fingerprint: str | None = None
         self.fidelity = Fidelity()
@@ -95,8 +102,24 @@ class DistillationModule(LightningModule):
         return self._held[1]
 
     @property
+    def pairs(self) -> Pairs:
+        """Teacher and student layer by layer, as both stages run them."""
+        if self._pairs is None:
+            self._pairs = (self._pair_up(),)
+        return self._pairs[0]
+
+    @property
     def plan(self) -> EditPlan:
         return self.student.edit_plan
+
+    def _pair_up(self) -> Pairs:
+        return Pairs(self.teacher, self.student, compiled=self.compiled)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the layers run through torch.compile."""
+        chosen = self.hparams["compiled"]
+        return self.device.type == "cuda" if chosen is None else chosen
 
     def configure_model(self) -> None:
         """Builds teacher and student once. A run that resumes skips the init: its weights come from the checkpoint."""
@@ -114,8 +137,8 @@ class DistillationModule(LightningModule):
 
     def _build(self, dtype: torch.dtype) -> None:
         hparams = self.hparams
-        teacher, self.tokenizer = load_teacher(hparams["teacher"], dtype=dtype)
-        self.fingerprint = teacher_fingerprint(resolve_teacher(hparams["teacher"]))
+        frozen = dtype if hparams["teacher_dtype"] is None else getattr(torch, hparams["teacher_dtype"])
+        teacher, self.tokenizer, self.fingerprint = self.find_teacher(frozen)
         teacher.requires_grad_(False)
         check_teacher(teacher)
         plan = EditPlan.build(
@@ -124,6 +147,9 @@ class DistillationModule(LightningModule):
         if not plan.edited_layers:
             raise invalid("pattern", hparams["pattern"], "edits no layer: every letter is F")
         student = assemble(teacher, plan)
+        student.requires_grad_(False)
+        for attention in edited_attention(student).values():
+            attention.to(dtype)
         resuming = self._trainer is not None and self.trainer.ckpt_path is not None
         if hparams["init_from"] is not None:  # also when resuming: its trunk may not be in the checkpoint
             copy_weights(student, Path(hparams["init_from"]))
@@ -134,6 +160,11 @@ class DistillationModule(LightningModule):
         self._held = (teacher, student)
         self.layer_nmse = LayerNMSE(len(plan.edited_layers))
         self.prepare_training()
+
+    def find_teacher(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
+        """The teacher with its tokenizer and fingerprint."""
+        source = self.hparams["teacher"]
+        return *load_teacher(source, dtype=dtype), teacher_fingerprint(resolve_teacher(source))
 
     def _initialise(self, student: Any, teacher: Any) -> None:
         calibration = None
@@ -159,14 +190,19 @@ class DistillationModule(LightningModule):
                 bar.report("calibrating", done, len(batches), tokens, started)
 
     def prepare_training(self) -> None:
-        """Registers what trains. All of it requires gradients from the start: what a callback holds back loses its
-        gradient before the optimiser step, never its flag."""
-        self.attention = nn.ModuleDict({str(i): module for i, module in edited_attention(self.student).items()})
+        """Registers what trains, in the subclasses."""
+        raise NotImplementedError
+
+    def register_trained(self, attention: dict[int, Target]) -> None:
+        """Puts new attention modules by layer index into the module tree. They require gradients from the start: what a
+        callback holds back loses its gradient before the optimiser step, never its flag."""
+        self.attention = nn.ModuleDict({str(index): module for index, module in attention.items()})
         self.attention.requires_grad_(True)
 
     def unshare(self) -> None:
         """Makes the whole student trainable: it gets its own copy of the trunk, and joins the module tree."""
         unshare_trunk(self.student)
+        self.student.to(self._weight_dtype())
         self.student.requires_grad_(True)
         self.student_model = self.student
 
@@ -198,18 +234,24 @@ class DistillationModule(LightningModule):
             {"params": others, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=self.hparams["learning_rate"], betas=(0.9, 0.95)
+            [group for group in groups if group["params"]],
+            lr=self.hparams["learning_rate"],
+            betas=(0.9, 0.95),
+            fused=self.device.type in ("cpu", "cuda"),
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def count(self, loss: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    def count(self, loss: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """A batch's mean loss, weighted by the share of its tokens that count, for a correct mean over an optimiser step.
 
         Batches of one optimiser step may have unequal numbers of tokens that count; their mean of means would not be the
         mean over tokens. `on_before_optimizer_step` divides the sum by the sum of the shares.
         """
-        self._share_counted.append(share.detach())
+        if self._trainer is None or self.trainer.accumulate_grad_batches == self.trainer.world_size == 1:
+            return loss
+        share = mask.float().mean()
+        self._share_counted.append(share)
         return loss * share
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -218,12 +260,9 @@ class DistillationModule(LightningModule):
         total = torch.stack(self._share_counted).sum()
         self._share_counted.clear()
         total = self.trainer.strategy.reduce(total, reduce_op="mean")
-        if total == 0:
-            return
-        scale = self.trainer.accumulate_grad_batches / total  # the Trainer has divided by the former
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+        # the Trainer has divided by the former; where no token counts all gradients are zero
+        scale = self.trainer.accumulate_grad_batches / total.clamp(min=torch.finfo(total.dtype).tiny)
+        torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
 
     def lr_share(self, step: int) -> float:
         """Learning rate at a step over the peak."""
@@ -245,27 +284,22 @@ class DistillationModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         text = f"{getattr(data, 'fingerprint', '')} {len(batch['input_ids'])}"
         key = (text, batch_idx) if hasattr(data, "fingerprint") and self.trainer.world_size == 1 else None
-        if batch_idx < self.hparams["nmse_batches"]:
-            with TeacherForced(self.teacher, self.layer_modules()) as forced:
-                teacher_hidden = last_hidden(self.teacher, batch)
-            assert self.layer_nmse is not None
-            for place, (index, module) in enumerate(self.layer_modules().items()):
-                self.layer_nmse.update(place, forced.student_output(index, module), forced.target(index))
-        elif key in self.teacher_hidden:
-            teacher_hidden = self.teacher_hidden[key].to(self.device)
-        else:
-            teacher_hidden = last_hidden(self.teacher, batch)
-        if key is not None:
-            self.teacher_hidden[key] = teacher_hidden.cpu()
-        student_hidden = last_hidden(self.student, batch)
-        self.fidelity.update(
-            student_hidden,
-            teacher_hidden,
-            self.student.lm_head,
-            self.teacher.lm_head,
-            batch["input_ids"],
-            batch["loss_mask"],
-        )
+        known = self.teacher_hidden.get(key) if batch_idx >= self.hparams["nmse_batches"] else None  # type: ignore[arg-type]
+        assert self.layer_nmse is not None
+        teacher, student, calls = self.pairs.begin(batch)
+        place = 0
+        for pair, call in self.pairs.with_calls(calls):
+            states = pair(teacher if known is None else None, student, call)
+            teacher, student = states.teacher, states.student
+            if pair.attention is not None and batch_idx < self.hparams["nmse_batches"]:
+                self.layer_nmse.update(place, pair.attention(states.normed, call), states.target)
+                place += 1
+        if known is not None:
+            teacher = known.to(self.device)
+        elif key is not None:
+            self.teacher_hidden[key] = teacher.cpu()
+        update = partial(self.fidelity.update, input_ids=batch["input_ids"], mask=batch["loss_mask"])
+        self.pairs.heads(teacher, student, update)
 
     def on_validation_epoch_end(self) -> None:
         assert self.layer_nmse is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,20 @@ def kl_divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor) ->
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
 
+def chunk_terms(
+    student: torch.Tensor, teacher: torch.Tensor, student_head: torch.Tensor, teacher_head: torch.Tensor, weight: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the KL over some tokens, and its gradient for the student's logits, (tokens, vocabulary).
+
+    student and teacher (tokens, hidden); heads (vocabulary, hidden); weight (tokens, 1) float32, 0 for what does not count.
+    """
+    student_log = (student @ student_head.T).float().log_softmax(-1)
+    teacher_log = (teacher @ teacher_head.T).float().log_softmax(-1)
+    teacher_probability = teacher_log.exp()
+    loss = ((teacher_probability * (teacher_log - student_log)) * weight).sum()
+    return loss, ((student_log.exp() - teacher_probability) * weight).to(student.dtype)
+
+
 class _ChunkedKL(torch.autograd.Function):
     """KL over the vocabulary a chunk of tokens at a time, the gradient taken in the forward pass.
 
@@ -60,51 +75,74 @@ class _ChunkedKL(torch.autograd.Function):
         teacher: torch.Tensor,
         student_head: torch.Tensor,
         teacher_head: torch.Tensor,
+        weight: torch.Tensor,
         chunk: int,
+        terms: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         need_hidden, need_head = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         grad_hidden = torch.empty_like(student) if need_hidden else None
         grad_head = torch.zeros_like(student_head, dtype=torch.float32) if need_head else None
+        head, teacher_head = student_head.to(student.dtype), teacher_head.to(teacher.dtype)
         for start in range(0, len(student), chunk):
             rows = slice(start, start + chunk)
-            student_log = (student[rows] @ student_head.T).float().log_softmax(-1)
-            teacher_log = (teacher[rows] @ teacher_head.T).float().log_softmax(-1)
-            teacher_probability = teacher_log.exp()
-            total += (teacher_probability * (teacher_log - student_log)).sum()
-            if need_hidden or need_head:
-                difference = (student_log.exp_() - teacher_probability).to(student.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[rows] = difference @ student_head
-                if grad_head is not None:
-                    grad_head += difference.T @ student[rows]
-        ctx.save_for_backward(*(grad for grad in (grad_hidden, grad_head) if grad is not None))
-        ctx.has = (need_hidden, need_head, student_head.dtype)
+            loss, grad_logits = terms(student[rows], teacher[rows], head, teacher_head, weight[rows])
+            total += loss
+            if grad_hidden is not None:
+                torch.mm(grad_logits, head, out=grad_hidden[rows])
+            if grad_head is not None:
+                grad_head += grad_logits.T @ student[rows]
+            del grad_logits
+        ctx.gradients, ctx.head_dtype = (grad_hidden, grad_head), student_head.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        need_hidden, need_head, head_dtype = ctx.has
-        saved = list(ctx.saved_tensors)
-        grad_hidden = saved.pop(0) * grad_output if need_hidden else None
-        grad_head = (saved.pop(0) * grad_output).to(head_dtype) if need_head else None
-        return grad_hidden, None, grad_head, None, None
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_hidden, grad_head), ctx.gradients = ctx.gradients, None
+        if grad_hidden is not None:
+            grad_hidden.mul_(upstream)
+        if grad_head is not None:
+            grad_head = grad_head.mul_(upstream).to(ctx.head_dtype)
+        return grad_hidden, None, grad_head, None, None, None, None
 
 
-def chunked_kl(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    student_head: nn.Linear,
-    teacher_head: nn.Linear,
-    mask: torch.Tensor,
-    chunk: int = 1024,
-) -> torch.Tensor:
-    """Mean forward KL(teacher || student) in nats over the masked-in tokens, from last hidden states.
+class ChunkedKL:
+    """Mean forward KL(teacher || student) in nats over the tokens that count, from last hidden states.
 
-    student and teacher (batch, time, hidden) after the final norm; heads without bias; mask (batch, time), True = counts;
-    chunk: tokens whose logits exist at a time. Equals the mean of `kl_divergence` on full logits.
+    Equals the mean of `kl_divergence` on full logits.
+
+    Args:
+        chunk: tokens whose logits exist at a time.
+        compiled: whether the passes over a chunk's logits are fused by torch.compile.
     """
-    rows = mask.flatten().nonzero().flatten()
-    student, teacher = student.flatten(0, 1)[rows], teacher.flatten(0, 1)[rows]
-    total = _ChunkedKL.apply(student, teacher, student_head.weight, teacher_head.weight, chunk)
-    return total / max(len(rows), 1)
+
+    def __init__(self, chunk: int = 1024, *, compiled: bool = False) -> None:
+        self.chunk = chunk
+        self.terms = torch.compile(chunk_terms, dynamic=False) if compiled else chunk_terms
+
+    def __call__(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        student_head: nn.Linear,
+        teacher_head: nn.Linear,
+        mask: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """student and teacher (batch, time, hidden) after the final norm; heads without bias; mask (batch, time), True =
+        counts; rows: where the flattened mask is True, if that is known already."""
+        if rows is None:
+            rows = mask.flatten().nonzero().flatten()
+        counted, chunk = len(rows), min(self.chunk, max(len(rows), 1))
+        weight = torch.ones(counted, 1, device=student.device)
+        if counted % chunk:  # whole chunks only: another shape would be compiled once more
+            missing = chunk - counted % chunk
+            rows, weight = F.pad(rows, (0, missing)), F.pad(weight, (0, 0, 0, missing))
+        student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
+        if torch.is_autocast_enabled(student.device.type):
+            dtype = torch.get_autocast_dtype(student.device.type)
+            student, teacher = student.to(dtype), teacher.to(dtype)
+        if not counted == len(student) == len(rows):
+            student, teacher = student[rows], teacher[rows]
+        total = _ChunkedKL.apply(student, teacher, student_head.weight, teacher_head.weight, weight, chunk, self.terms)
+        return total / max(counted, 1)

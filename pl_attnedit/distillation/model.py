@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from pl_attnedit.distillation.base import DistillationModule
-from pl_attnedit.distillation.forced import Batch, hidden_and_layers, last_hidden
-from pl_attnedit.distillation.losses import chunked_kl, cosine_distance
+from pl_attnedit.distillation.losses import ChunkedKL, cosine_distance
+from pl_attnedit.distillation.pairs import Batch, Pairs
 from pl_attnedit.errors import invalid
 
 Trainable = Literal["attention", "all"]
@@ -22,6 +23,8 @@ class ModelDistillation(DistillationModule):
             `ProgressiveUnfreezing` may hold parts of it back.
         feature_weight: weight of the feature matching term, the mean over layers of 1 - cosine between the hidden states
             of student and teacher; 0 = off.
+        activation_checkpointing: keep only each layer's input for the backward pass and run the layer again there: less
+            memory, a third more work.
         All others: see `DistillationModule`.
     """
 
@@ -32,6 +35,7 @@ class ModelDistillation(DistillationModule):
         *args: Any,
         train: Trainable = "attention",
         feature_weight: float = 0.0,
+        activation_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -39,33 +43,40 @@ class ModelDistillation(DistillationModule):
             raise invalid("train", train, "must be 'attention' or 'all'")
         if feature_weight < 0:
             raise invalid("feature_weight", feature_weight, "must be at least 0")
-        self.save_hyperparameters("train", "feature_weight")
+        self.save_hyperparameters("train", "feature_weight", "activation_checkpointing")
         self.train_parts = train
 
     def prepare_training(self) -> None:
         if self.train_parts == "all":
             self.unshare()
         else:
-            super().prepare_training()
+            self.register_trained(self.layer_modules())
+
+    def _pair_up(self) -> Pairs:
+        self.kl = ChunkedKL(compiled=self.compiled)
+        return Pairs(
+            self.teacher, self.student, compiled=self.compiled, recompute=self.hparams["activation_checkpointing"]
+        )
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Which tokens count is found out on the host: on a GPU it would have to wait for the answer."""
+        return {**batch, "rows": batch["loss_mask"].flatten().nonzero().flatten()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        match_features = self.hparams["feature_weight"] > 0
-        run = hidden_and_layers if match_features else self._hidden_only
-        with torch.no_grad():
-            teacher, teacher_layers = run(self.teacher, batch)
-        student, student_layers = run(self.student, batch)
-        loss = chunked_kl(student, teacher, self.student.lm_head, self.teacher.lm_head, batch["loss_mask"])
+        weight, mask = self.hparams["feature_weight"], batch["loss_mask"]
+        teacher, student, calls = self.pairs.begin(batch)
+        distances = []
+        for pair, call in self.pairs.with_calls(calls):
+            states = pair(teacher, student, call)
+            teacher, student = states.teacher, states.student
+            if weight > 0:
+                distances.append(cosine_distance(student, teacher, mask))
+        loss = self.pairs.heads(teacher, student, partial(self.kl, rows=batch.get("rows"), mask=mask))
         self.log("train/kl", loss.detach())
-        if match_features:
-            mask = batch["loss_mask"]
-            distances = [cosine_distance(s, t, mask) for s, t in zip(student_layers, teacher_layers, strict=True)]
+        if weight > 0:
             feature = torch.stack(distances).mean()
             self.log("train/feature", feature.detach())
-            loss = loss + self.hparams["feature_weight"] * feature
+            loss = loss + weight * feature
         self.log("step", float(self.global_step + 1))  # of the optimiser step that this batch is for
         self.log("train/loss", loss.detach(), prog_bar=True)
-        return {"loss": self.count(loss, batch["loss_mask"].float().mean())}
-
-    @staticmethod
-    def _hidden_only(model: Any, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        return last_hidden(model, batch), []
+        return {"loss": self.count(loss, mask)}

@@ -39,8 +39,14 @@ def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
     """`UserError` for a value that cannot work with any teacher."""
     if hparams["init"] not in INITS:
         raise invalid("init", hparams["init"], f"must be one of {', '.join(INITS)}")
-    if not getattr(getattr(torch, hparams["dtype"], None), "is_floating_point", False):
-        raise invalid("dtype", hparams["dtype"], "must be a torch dtype such as float32 or bfloat16")
+    for name in ("dtype", "teacher_dtype"):
+        dtype = hparams[name]
+        if not (
+            name == "teacher_dtype"
+            and dtype is None
+            or getattr(getattr(torch, dtype, None), "is_floating_point", False)
+        ):
+            raise invalid(name, dtype, "must be a torch dtype such as float32 or bfloat16")
     if hparams["learning_rate"] <= 0:
         raise invalid("learning_rate", hparams["learning_rate"], "must be positive")
     if not 0 <= hparams["final_lr_share"] <= 1:

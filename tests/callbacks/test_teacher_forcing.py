@@ -10,20 +10,16 @@ from fixtures_stages import LATENT, WINDOW, make_trainer, same, weights
 from lightning.pytorch import Callback, Trainer
 
 from pl_attnedit.callbacks import TeacherForcing
-from pl_attnedit.distillation.forced import TeacherForced, last_hidden
-from pl_attnedit.distillation.layerwise import OwnPath
 from pl_attnedit.distillation.losses import nmse
 from pl_attnedit.errors import UserError
+from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden, plain_layer_losses
 
 Make = Callable[..., Any]
 
 
 def losses_and_gradients(module: Any, batch: Any, share: float) -> tuple[dict[int, torch.Tensor], list[torch.Tensor]]:
-    """By the path that mixes hidden states."""
-    modules = module.layer_modules()
-    with TeacherForced(module.teacher, modules) as forced, torch.no_grad():
-        states = OwnPath.layer_inputs(module.teacher, batch)
-    losses = OwnPath(module.student, modules, states, share).losses(batch, forced)
+    module.teacher_share = share
+    losses = module.layer_losses(batch)
     return losses, list(torch.autograd.grad(sum(losses.values()), list(module.attention.parameters())))  # type: ignore[arg-type]
 
 
@@ -40,11 +36,12 @@ def batch(request: pytest.FixtureRequest, make_data: Make) -> dict[str, torch.Te
     return next(iter(make_data(respect_documents=request.param).train_dataloader()))
 
 
-def test_share_one_is_the_fast_path(module: Any, batch: Any) -> None:
-    fast = module.training_step(batch, 0)
-    expected = torch.autograd.grad(fast["loss"], list(module.attention.parameters()))
-    losses, gradients = losses_and_gradients(module, batch, 1.0)
-    torch.testing.assert_close(torch.stack(list(losses.values())), torch.stack(list(fast["layer_losses"].values())))
+@pytest.mark.parametrize("share", [1.0, 1 - 1e-9], ids=["fast path", "mixed"])
+def test_share_one_sees_the_teacher(module: Any, batch: Any, share: float) -> None:
+    plain = plain_layer_losses(module.teacher, module.layer_modules(), batch)
+    expected = torch.autograd.grad(sum(plain.values()), list(module.attention.parameters()))  # type: ignore[arg-type]
+    losses, gradients = losses_and_gradients(module, batch, share)
+    torch.testing.assert_close(list(losses.values()), list(plain.values()))
     for ours, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pl_attnedit.distillation.losses import chunked_kl, cosine_distance, nmse
+from pl_attnedit.distillation.losses import ChunkedKL, cosine_distance, nmse
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 
 ALL, SOME = torch.ones(3, 7, dtype=torch.bool), torch.arange(21).view(3, 7) % 3 == 0
@@ -44,7 +44,7 @@ def test_cosine_distance(mask: torch.Tensor | None) -> None:
 def test_chunked_kl_is_the_plain_one(chunk: int, mask: torch.Tensor, dtype: torch.dtype) -> None:
     head, other = nn.Linear(8, 31, bias=False).to(dtype), nn.Linear(8, 31, bias=False).to(dtype)
     student, teacher = torch.randn(3, 7, 8, dtype=dtype, requires_grad=True), torch.randn(3, 7, 8, dtype=dtype)
-    loss = chunked_kl(student, teacher, head, other, mask, chunk)
+    loss = ChunkedKL(chunk)(student, teacher, head, other, mask)
     reference = nn.Linear(8, 31, bias=False).double()
     reference.weight.data = head.weight.detach().double()
     x = student.detach().double().requires_grad_()
@@ -62,7 +62,7 @@ def test_a_head_tied_to_the_embedding_gets_both_gradients() -> None:
     embedding, ids = nn.Embedding(31, 8), torch.randint(31, (3, 7))
     head, other, teacher = nn.Linear(8, 31, bias=False), nn.Linear(8, 31, bias=False), torch.randn(3, 7, 8)
     head.weight = embedding.weight
-    ours = torch.autograd.grad(chunked_kl(embedding(ids), teacher, head, other, SOME, 5), embedding.weight)[0]
+    ours = torch.autograd.grad(ChunkedKL(5)(embedding(ids), teacher, head, other, SOME), embedding.weight)[0]
     logits, target = F.linear(embedding(ids), embedding.weight), other(teacher)
     plain = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True)
     expected = torch.autograd.grad(plain.sum(-1)[SOME].mean(), embedding.weight)[0]
@@ -76,7 +76,7 @@ def test_no_token_that_counts_is_a_loss_of_zero() -> None:
     losses = (
         nmse(student, teacher, nothing),
         cosine_distance(student, teacher, nothing),
-        chunked_kl(student, teacher, head, head, nothing),
+        ChunkedKL()(student, teacher, head, head, nothing),
     )
     for loss in losses:
         assert loss.item() == 0

@@ -14,8 +14,8 @@ from fixtures_stages import LATENT, WINDOW, Losses, make_trainer, same, weights
 from torch.utils.data import DataLoader
 
 from pl_attnedit.callbacks import NaNGuard
-from pl_attnedit.distillation.forced import TeacherForced, last_hidden
 from pl_attnedit.errors import UserError
+from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden
 from pl_attnedit.modeling import load
 
 STAGES = ("make_stage1", "make_stage2")

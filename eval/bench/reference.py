@@ -1,4 +1,4 @@
-"""Teacher forcing: a new attention sees the very input that the teacher's attention saw."""
+"""Both stages in plain PyTorch: two whole passes, all activations and all logits kept. What the engine is compared with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import Target
-
-Batch = dict[str, torch.Tensor]
+from pl_attnedit.distillation.losses import kl_divergence, nmse
+from pl_attnedit.distillation.pairs import Batch
 
 
 class TeacherForced:
@@ -43,6 +43,10 @@ class TeacherForced:
 
         return hook
 
+    def inputs(self, index: int) -> dict[str, Any]:
+        """What the teacher's attention was called with."""
+        return self._inputs[index]
+
     def target(self, index: int) -> torch.Tensor:
         """The teacher's attention output after `o_proj`, before the residual: (batch, time, hidden)."""
         return self._targets[index]
@@ -58,15 +62,16 @@ def last_hidden(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return output.last_hidden_state
 
 
-def hidden_and_layers(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Last hidden states after the final norm, and those after each layer: (batch, time, hidden).
+def plain_layer_losses(teacher: PreTrainedModel, modules: dict[int, Target], batch: Batch) -> dict[int, torch.Tensor]:
+    """Stage 1: each new attention's normalised squared error on the teacher's own input, with its whole graph."""
+    with TeacherForced(teacher, modules) as forced, torch.no_grad():
+        last_hidden(teacher, batch)
+    return {i: nmse(forced.student_output(i, module), forced.target(i)) for i, module in modules.items()}
 
-    transformers' own `output_hidden_states` hooks modules once for good, which goes wrong where two models share them.
-    """
-    states: list[torch.Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, output: states.append(output)) for layer in model.model.layers]
-    try:
-        return last_hidden(model, batch), states
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+def plain_kl(teacher: Any, student: Any, batch: Batch) -> torch.Tensor:
+    """Stage 2: the mean KL(teacher || student) over the tokens that count, from full logits."""
+    with torch.no_grad():
+        target = teacher.lm_head(last_hidden(teacher, batch))
+    per_token = kl_divergence(student.lm_head(last_hidden(student, batch)), target)
+    return (per_token * batch["loss_mask"]).sum() / batch["loss_mask"].sum()

@@ -1,0 +1,69 @@
+"""Floating-point operations of a training step, counted from shapes: what the model needs, not what is recomputed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pl_attnedit.attention import MLA, Target
+from pl_attnedit.teachers import attention_spec
+
+
+def linear_flops(module: nn.Module) -> int:
+    """Forward FLOPs per token of the linear layers in a module."""
+    return sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def score_flops(attention: Any, config: Any, seq_len: int) -> float:
+    """Forward FLOPs per token of scores and weighted values; causal, so half of the square, or the window."""
+    spec = attention_spec(config)
+    heads, query, value = spec.num_heads, spec.head_dim, spec.head_dim
+    visible = (seq_len + 1) / 2
+    if isinstance(attention, MLA):
+        heads, query, value = attention.num_heads, attention.nope_dim + attention.rope_dim, attention.v_dim
+    elif isinstance(attention, Target) and getattr(attention.target, "window", None) is not None:
+        reach = min(attention.target.window + attention.target.sinks, seq_len)  # type: ignore[attr-defined]
+        visible = reach - reach * (reach - 1) / (2 * seq_len)
+    return 2 * visible * heads * (query + value)
+
+
+def step_flops(teacher: Any, student: Any, *, stage: str, trained: str, seq_len: int) -> float:
+    """FLOPs per token of one step.
+
+    stage1: the teacher's layers forward; each new attention forward and backward, without the gradient of its input.
+    stage2: teacher forward; student forward and backward, with weight gradients of what is `trained` ("attention", "all");
+    lm_head of both.
+    """
+    config = teacher.config
+    total = 0.0
+    for old, new in zip(teacher.model.layers, student.model.layers, strict=True):
+        total += linear_flops(old) + score_flops(old.self_attn, config, seq_len)
+        edited = isinstance(new.self_attn, Target)
+        attention, scores = linear_flops(new.self_attn), score_flops(new.self_attn, config, seq_len)
+        if stage == "stage1":
+            if edited:
+                total += 3 * attention - _reading_the_input(new.self_attn, config.hidden_size) + 3 * scores
+            continue
+        weights = attention if edited or trained == "all" else 0
+        total += 2 * attention + weights + 3 * scores + (3 if trained == "all" else 2) * linear_flops(new.mlp)
+    if stage == "stage2":
+        head = linear_flops(teacher.lm_head)
+        total += head + (3 if trained == "all" else 2) * head
+    return total
+
+
+def _reading_the_input(attention: nn.Module, hidden_size: int) -> int:
+    """FLOPs per token of the gradient for the input, which stage 1 does not take."""
+    readers = [m for name, m in attention.named_modules() if isinstance(m, nn.Linear) and name != "o_proj"]
+    return sum(2 * m.in_features * m.out_features for m in readers if m.in_features == hidden_size)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product on random data: the median of ten."""
+    from pl_attnedit.eval.bench.timing import median_seconds
+
+    size = 8192 if device.type == "cuda" else 1536
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: left @ right, device, repeats=10)

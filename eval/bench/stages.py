@@ -1,0 +1,290 @@
+"""`bench stage1|stage2`: a training step beside what bounds it and beside plain PyTorch, all in one run.
+
+Ours is `Trainer.fit` of the real stage module, loader and optimiser included. After each window of our steps the others run
+a window on the same weights with the same optimiser, so that all see the same machine:
+
+- bound: the same parts alone, the best of eager and compiled. Stage 1: the teacher's trunk forward, then each new attention
+  forward and backward on stored inputs. Stage 2: teacher forward, student forward and backward, the lm_head matrix products,
+  a constant upstream gradient. No loss, no loader.
+- naive: two whole passes, all activations kept, full logits.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
+
+from pl_attnedit.attention import TargetConfig
+from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, ModelDistillation
+from pl_attnedit.distillation.pairs import attend
+from pl_attnedit.eval.bench.flops import matmul_rate, step_flops
+from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden, plain_kl, plain_layer_losses
+from pl_attnedit.eval.bench.timing import peak_bytes, reset_peak, spread, synchronize
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What is measured. batch: sequences; seq: tokens of each; window: steps timed together; repeats: windows."""
+
+    stage: str  # stage1 | stage2
+    targets: TargetConfig | dict[str, TargetConfig]
+    pattern: str | None = None
+    train: str = "attention"  # stage 2: attention | all
+    batch: int = 4
+    seq: int = 512
+    precision: str = "32-true"
+    compiled: bool | None = None
+    activation_checkpointing: bool = False
+    window: int = 1
+    repeats: int = 5
+    warmup: int = 2
+    beside: tuple[str, ...] = ("bound", "naive")
+
+
+def bench_step(teacher: PreTrainedModel, options: StepBench) -> dict[str, Any]:
+    """Measures one stage on the teacher's device; the keys are those of the JSON."""
+    device = next(teacher.parameters()).device
+    module = make_module(teacher, options)
+    measured = Windows(options, device)
+    trainer = Trainer(
+        accelerator="gpu" if device.type == "cuda" else device.type,
+        devices=1,
+        precision=options.precision,  # type: ignore[arg-type]
+        max_steps=options.warmup + options.window * options.repeats,
+        callbacks=[measured],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    tokens = RandomTokens(teacher.config.vocab_size, options.seq, options.batch * trainer.max_steps)
+    trainer.fit(module, DataLoader(tokens, batch_size=options.batch, pin_memory=device.type == "cuda"))
+    return summarise(module, measured, options, device)
+
+
+def make_module(teacher: PreTrainedModel, options: StepBench) -> DistillationModule:
+    """The stage module on a teacher that is in memory already, with random new attention."""
+    shared: dict[str, Any] = {
+        "teacher": "in memory",
+        "targets": options.targets,
+        "pattern": options.pattern,
+        "init": "random",
+        "compiled": options.compiled,
+        "learning_rate": 1e-5,
+        "warmup_steps": 0,
+        "dtype": "bfloat16" if options.precision == "bf16-true" else "float32",
+    }
+    module: DistillationModule
+    if options.stage == "stage1":
+        module = LayerwiseDistillation(**shared)
+    else:
+        checkpointing = options.activation_checkpointing
+        module = ModelDistillation(**shared, train=options.train, activation_checkpointing=checkpointing)  # type: ignore[arg-type]
+    module.find_teacher = lambda dtype: (teacher, None, "in memory")  # type: ignore[method-assign,assignment]
+    return module
+
+
+class RandomTokens(Dataset[dict[str, Tensor]]):
+    """Sequences of random tokens that all count."""
+
+    def __init__(self, vocabulary: int, seq: int, length: int) -> None:
+        self.ids = torch.randint(vocabulary, (length, seq), generator=torch.Generator().manual_seed(0))
+        self.mask = torch.ones(seq, dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "loss_mask": self.mask}
+
+
+class Windows(Callback):
+    """Times windows of training steps, and after each a window of every other variant."""
+
+    def __init__(self, options: StepBench, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.seconds: dict[str, list[float]] = {"ours": []}
+        self.peaks: dict[str, int] = {}
+        self.resident = 0
+        self.variants: dict[str, Callable[[], None]] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.options.warmup:
+            self.begin()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        done = batch_idx + 1 - self.options.warmup
+        if done <= 0 or done % self.options.window:
+            return
+        self.end("ours")
+        if not self.variants:
+            self.prepare(pl_module, trainer.optimizers[0], batch)
+        for name, step in self.variants.items():
+            self.begin()
+            for _ in range(self.options.window):
+                step()
+            self.end(name)
+        self.begin()
+
+    def begin(self) -> None:
+        synchronize(self.device)
+        reset_peak(self.device)
+        self._begun = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        synchronize(self.device)
+        self.seconds.setdefault(name, []).append((time.perf_counter() - self._begun) / self.options.window)
+        self.peaks[name] = max(self.peaks.get(name, 0), peak_bytes(self.device))
+
+    def prepare(self, module: Any, optimizer: Any, batch: dict[str, Tensor]) -> None:
+        """The other variants, each warmed up."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            self.resident = torch.cuda.memory_allocated(self.device)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper counts steps
+        bound = LayerwiseBound if self.options.stage == "stage1" else ModelBound
+        if "bound" in self.options.beside:
+            for kind in ("eager", "compiled") if self.options.compiled is not False else ("eager",):
+                self.variants[f"bound_{kind}"] = step_of(bound(module, batch, compiled=kind == "compiled"), module, optimizer)
+        if "naive" in self.options.beside:
+            self.variants["naive"] = step_of(lambda: naive(module, batch, self.options.stage), module, optimizer)
+        for step in self.variants.values():
+            for _ in range(self.options.warmup):
+                step()
+
+
+def step_of(gradients: Callable[[], None], module: Any, optimizer: Any) -> Callable[[], None]:
+    """A whole training step: in the Trainer's precision, optimiser included."""
+
+    def step() -> None:
+        with module.trainer.precision_plugin.forward_context():
+            gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+class LayerwiseBound:
+    """Stage 1's parts alone."""
+
+    def __init__(self, module: Any, batch: dict[str, Tensor], *, compiled: bool) -> None:
+        self.batch, self.teacher = batch, module.teacher
+        wrap: Callable[..., Any] = torch.compile if compiled else lambda function: function
+        self.trunk, self.attend = wrap(module.teacher.model), wrap(attend)
+        self.layers = module.layer_modules()
+        with module.trainer.precision_plugin.forward_context(), torch.no_grad():
+            with TeacherForced(module.teacher, self.layers) as forced:
+                last_hidden(module.teacher, batch)
+        self.inputs = {index: forced.inputs(index) for index in self.layers}
+        self.upstream = torch.full_like(forced.target(next(iter(self.layers))), 1e-3)
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            self.trunk(input_ids=self.batch["input_ids"], use_cache=False)
+        for index, attention in self.layers.items():
+            call = dict(self.inputs[index])
+            self.attend(attention, call.pop("hidden_states"), call).backward(self.upstream)
+
+
+class ModelBound:
+    """Stage 2's parts alone."""
+
+    def __init__(self, module: Any, batch: dict[str, Tensor], *, compiled: bool, chunk: int = 4096) -> None:
+        wrap: Callable[..., Any] = torch.compile if compiled else lambda function: function
+        self.batch, self.chunk = batch, chunk
+        self.teacher, self.student = wrap(module.teacher.model), wrap(module.student.model)
+        self.teacher_head, self.student_head = module.teacher.lm_head.weight, module.student.lm_head.weight
+        self.upstream: Tensor | None = None
+
+    def __call__(self) -> None:
+        ids = self.batch["input_ids"]
+        with torch.no_grad():
+            teacher = self.teacher(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        student = self.student(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        gradient = torch.empty_like(student)
+        head = self.student_head
+        with torch.no_grad():
+            for rows in torch.arange(len(student)).split(self.chunk):
+                part = slice(int(rows[0]), int(rows[-1]) + 1)
+                (teacher[part] @ self.teacher_head.T, logits := student[part] @ head.T)
+                if self.upstream is None:
+                    self.upstream = torch.full_like(logits, 1e-6)
+                upstream = self.upstream[: len(rows)]
+                gradient[part] = upstream @ head
+                if head.requires_grad:
+                    weight = upstream.T @ student[part]
+                    head.grad = weight.to(head.dtype) if head.grad is None else head.grad.add_(weight)
+        student.backward(gradient)
+
+
+def naive(module: Any, batch: dict[str, Tensor], stage: str) -> None:
+    """Gradients the plain way."""
+    if stage == "stage1":
+        losses = plain_layer_losses(module.teacher, module.layer_modules(), batch)
+        torch.stack(list(losses.values())).sum().backward()
+    else:
+        plain_kl(module.teacher, module.student, batch).backward()
+
+
+def summarise(module: Any, measured: Windows, options: StepBench, device: torch.device) -> dict[str, Any]:
+    step = statistics.median(measured.seconds["ours"])
+    bounds = {name: statistics.median(s) for name, s in measured.seconds.items() if name.startswith("bound")}
+    tokens = options.batch * options.seq
+    low = "bf16" in options.precision
+    rate = matmul_rate(device, torch.bfloat16 if low else torch.float32)
+    flops = step_flops(module.teacher, module.student, stage=options.stage, trained=options.train, seq_len=options.seq)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    result: dict[str, Any] = {
+        "step_ms": 1e3 * step,
+        "bound_ms": 1e3 * min(bounds.values()) if bounds else None,
+        "step_over_bound": step / min(bounds.values()) if bounds else None,
+        "tokens_per_s": tokens / step,
+        "flop_utilisation": flops * tokens / step / rate,
+        "peak_bytes": measured.peaks["ours"],
+        "weights_gradients_optimizer_bytes": fixed_bytes(module, trained),
+        "matmul_flops": rate,
+        "flops_per_token": flops,
+        "variants": {name: spread(s) | {"peak_bytes": measured.peaks[name]} for name, s in measured.seconds.items()},
+        "machine": machine(device),
+    }
+    if "naive" in measured.seconds:
+        result["naive_over_step"] = statistics.median(measured.seconds["naive"]) / step
+    return result
+
+
+def fixed_bytes(module: Any, trained: list[nn.Parameter]) -> int:
+    """Bytes of all weights, and of gradients and AdamW's two moments of what trains."""
+    weights = {id(p): p for model in (module.teacher, module.student) for p in model.parameters()}
+    return sum(p.numel() * p.element_size() for p in [*weights.values(), *(p for p in trained for _ in range(3))])
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return {"device": name, "torch": torch.__version__}
+
+
+def step_table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    rows = [f"{'variant':16} {'median ms':>10} {'min':>9} {'max':>9} {'peak GB':>8}"]
+    for name, found in result["variants"].items():
+        times = " ".join(f"{found[key]:{width}.1f}" for key, width in (("median_ms", 10), ("min_ms", 9), ("max_ms", 9)))
+        rows.append(f"{name:16} {times} {found['peak_bytes'] / 1e9:8.2f}")
+    ratio = result["step_over_bound"]
+    rows.append(
+        f"{result['tokens_per_s']:,.0f} tokens/s, {result['flop_utilisation']:.0%} of the measured matrix product rate"
+        + (f", step over bound {ratio:.2f}" if ratio else "")
+        + f", on {result['machine']['device']}"
+    )
+    return "\n".join(rows)

@@ -1,0 +1,86 @@
+"""Attention to a window and sinks at the cost of a window: for whole texts without a mask of their own."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SMALLEST_BLOCK = 32
+
+
+def attend_window(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float) -> Tensor:
+    """Query t sees the keys from t - window + 1 to t, and the first `sinks` ones up to t.
+
+    query (batch, heads, time, width), key and value (batch, kv_heads, time, width). Returns (batch, time, heads * width).
+    On a GPU flex_attention skips what is invisible, elsewhere blocks of queries meet their own and the last block of keys.
+    """
+    attend = _flex if query.device.type == "cuda" else blockwise
+    return attend(query, key, value, window, sinks, scale).transpose(1, 2).flatten(2)
+
+
+def blockwise(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float) -> Tensor:
+    """Plain PyTorch: (batch, heads, time, width), work and memory linear in time."""
+    batch, heads, time, _ = query.shape
+    block = max(window, _SMALLEST_BLOCK)
+    blocks = -(-time // block)
+    kv_heads = key.shape[1]
+
+    def split(states: Tensor) -> Tensor:
+        """(batch, blocks, heads, block, width)"""
+        padded = F.pad(states, (0, 0, 0, blocks * block - time))
+        return padded.unflatten(2, (blocks, block)).transpose(1, 2)
+
+    def with_last_block_and_sinks(states: Tensor) -> Tensor:
+        own = split(states)
+        last = torch.cat([torch.zeros_like(own[:, :1]), own[:, :-1]], dim=1)
+        first = states[:, None, :, :sinks].expand(-1, blocks, -1, -1, -1)
+        joined = torch.cat([first, last, own], dim=3)
+        return joined.repeat_interleave(heads // kv_heads, dim=2).flatten(0, 1)
+
+    mask = _visible_in_blocks(blocks, block, window, min(sinks, time), query.device)
+    mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
+    output = F.scaled_dot_product_attention(
+        split(query).flatten(0, 1),
+        with_last_block_and_sinks(key),
+        with_last_block_and_sinks(value),
+        attn_mask=mask,
+        scale=scale,
+    )
+    return output.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :time]
+
+
+def _visible_in_blocks(blocks: int, block: int, window: int, sinks: int, device: torch.device) -> Tensor:
+    """(1, blocks, block, sinks + 2 * block): which of a block's keys each of its queries sees."""
+    begin = torch.arange(blocks, device=device)[:, None, None] * block
+    query_at = begin + torch.arange(block, device=device)[:, None]
+    key_at = begin - block + torch.arange(2 * block, device=device)
+    near = (key_at <= query_at) & (key_at > query_at - window) & (key_at >= 0)
+    first = torch.arange(sinks, device=device) <= query_at - window  # those in the window are among the near ones
+    return torch.cat([first.expand(blocks, block, sinks), near], dim=-1)[None]
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float) -> Tensor:
+    mask = _block_mask(query.shape[2], window, sinks, query.device)
+    return _compiled_flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=8)
+def _block_mask(time: int, window: int, sinks: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(batch: Tensor, head: Tensor, query_at: Tensor, key_at: Tensor) -> Tensor:
+        return (key_at <= query_at) & ((key_at > query_at - window) | (key_at < sinks))
+
+    return create_block_mask(visible, None, None, time, time, device=device)
