@@ -158,6 +158,7 @@ class Conversion:
             check_checkpoint(checkpoint, stage=name, teacher=fingerprint)
             self.say(f"{name}: goes on from {checkpoint.name}")
         trainer = self.trainer(name, stage)
+        self.data.seed = self.recipe.seed + list(STAGES).index(name)  # type: ignore[attr-defined]  # stage 2 sees new text
         trainer.fit(module, self.data, ckpt_path=str(checkpoint) if checkpoint else None)
         folder = "student" if name == "stage2" else f"{name}/student"
         self.folder.save_folder(folder, lambda path: save_student(module, path))
