@@ -47,7 +47,9 @@ class LayerwiseDistillation(DistillationModule):
         self.log("step", float(self.global_step + 1))  # of the optimiser step that this batch is for
         self.log("train/loss", loss.detach(), prog_bar=True)
         named = {f"layer_{index:02d}": value.detach() for index, value in losses.items()}
-        self.log_dict({f"train/nmse/{name}": value for name, value in named.items()})
+        every = self.trainer.log_every_n_steps if self._trainer else 1  # type: ignore[attr-defined]
+        if (self.global_step + 1) % every == 0:  # taking in so many values each step would keep a GPU waiting
+            self.log_dict({f"train/nmse/{name}": value for name, value in named.items()})
         return {"loss": loss, "layer_losses": named}
 
     def layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:

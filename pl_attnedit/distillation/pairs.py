@@ -41,10 +41,20 @@ class Operations:
         def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(function, dynamic=False) if compiled else function
 
+        self.teacher_layer = wrap(teacher_layer)
         self.normalise = wrap(normalise)
         self.attend = wrap(attend)
         self.feed_forward = wrap(feed_forward)
         self.local_loss = wrap(local_loss)
+
+
+def teacher_layer(layer: Any, hidden: Tensor, call: Call, last: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What leaves the layer (None where `last`), what its attention got and what that gave."""
+    normed = layer.input_layernorm(hidden)
+    attention = attend(layer.self_attn, normed, call)
+    if last:
+        return None, normed, attention
+    return feed_forward(layer.post_attention_layernorm, layer.mlp, hidden, attention), normed, attention
 
 
 def normalise(norm: nn.Module, hidden: Tensor) -> Tensor:
@@ -126,10 +136,7 @@ class LayerPair(nn.Module):
         entered, normed, target, loss = teacher, None, None, None
         if teacher is not None:
             with torch.no_grad():
-                layer = self.teacher
-                normed = self.operations.normalise(layer.input_layernorm, teacher)
-                target = self.operations.attend(layer.self_attn, normed, call)
-                teacher = None if last else self._feed_forward(layer, teacher, target)
+                teacher, normed, target = self.operations.teacher_layer(self.teacher, teacher, call, last)
         if teacher_share is not None:
             assert entered is not None and student is not None and target is not None
             mixed = teacher_share * entered + (1 - teacher_share) * student.detach()
@@ -155,7 +162,7 @@ class LayerPair(nn.Module):
         else:
             with torch.enable_grad():
                 loss, output = self.distil(normed, target, call)
-        return self._feed_forward(None, hidden, output), loss
+        return self._feed_forward(hidden, output), loss
 
     def _student(self, hidden: Tensor, call: Call) -> Tensor:
         normed = self.operations.normalise(self._part("input_layernorm"), hidden)
@@ -163,14 +170,14 @@ class LayerPair(nn.Module):
             output = self.operations.attend(self._part("self_attn"), normed, call)
         else:
             output = self.attention(normed, call)
-        return self._feed_forward(None, hidden, output)
+        return self._feed_forward(hidden, output)
 
     def _part(self, name: str) -> nn.Module:
         return getattr(self.teacher, name) if self.trunk is None else self.trunk[name]
 
-    def _feed_forward(self, layer: Any, hidden: Tensor, attention: Tensor) -> Tensor:
-        part = self._part if layer is None else lambda name: getattr(layer, name)
-        return self.operations.feed_forward(part("post_attention_layernorm"), part("mlp"), hidden, attention)
+    def _feed_forward(self, hidden: Tensor, attention: Tensor) -> Tensor:
+        norm, mlp = self._part("post_attention_layernorm"), self._part("mlp")
+        return self.operations.feed_forward(norm, mlp, hidden, attention)
 
 
 class Embeddings(nn.Module):
