@@ -73,6 +73,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._random_before_validation: dict[str, Any] = {}
         self._random_to_restore: dict[str, Any] | None = None
         self._signals = SignalWatch()
+        self._ending: Interrupted | None = None
 
     # when
 
@@ -88,6 +89,7 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # in place of Lightning's handlers, which end a run between the batches of one optimizer step
+        self._ending = None
         self._signals.begin(signal.SIGTERM, signal.SIGINT, *_requeue_signals(trainer))
         self._saved_at = time.monotonic()
         self._seen_step = self._last_global_step_saved = trainer.global_step
@@ -101,6 +103,9 @@ class ResumableCheckpoint(ModelCheckpoint):
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._end_if_asked()  # not in `on_train_batch_end`: Lightning logs the step's values after that
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         stepped = trainer.global_step != self._seen_step  # not in the middle of accumulated gradients
         self._seen_step = trainer.global_step
@@ -113,18 +118,21 @@ class ResumableCheckpoint(ModelCheckpoint):
             self._random_before_validation = random_state(pl_module.device)
             just_saved = self._last_global_step_saved == trainer.global_step  # as if validation were not to come
             self._save_if_older(0 if just_saved else self.every_seconds / 2, trainer, validation_is_due=True)
+            self._end_if_asked()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         # Several processes agree at the ends of validation only: they may have unequal numbers of batches.
         if self._signals.received and trainer.world_size == 1 and _validates_in_training(trainer):
             if self._last_global_step_saved != trainer.global_step:
                 self._save(trainer, validation_is_due=True)
-            self._end_if_asked(trainer)
+            self._ask(trainer)
+            self._end_if_asked()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _validates_in_training(trainer):
             self._keep_best(trainer)
             self._save_if_older(self.every_seconds / 2, trainer)
+            self._end_if_asked()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Epochs do not matter here."""
@@ -133,7 +141,9 @@ class ResumableCheckpoint(ModelCheckpoint):
         if self._last_global_step_saved != trainer.global_step or self._newest_lacks_validation:
             self._save(trainer)
         self._signals.end()
-        self._end_if_asked(trainer)
+        if self._ending is None:
+            self._ask(trainer)
+        self._end_if_asked()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._signals.end()
@@ -194,7 +204,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         older = trainer.is_global_zero and time.monotonic() - self._saved_at >= seconds
         if trainer.strategy.reduce_boolean_decision(older or self._signals.received is not None, all=False):
             self._save(trainer, validation_is_due=validation_is_due)
-            self._end_if_asked(trainer)
+            self._ask(trainer)
 
     def _save(self, trainer: Trainer, *, validation_is_due: bool = False) -> None:
         path = self._folder / f"last-{trainer.global_step:08d}.ckpt"
@@ -244,17 +254,18 @@ class ResumableCheckpoint(ModelCheckpoint):
             self._writing_before_validation = False
         return trainer.strategy.broadcast(failure)
 
-    def _end_if_asked(self, trainer: Trainer) -> None:
-        """Ends the training if a signal has come to any rank."""
+    def _ask(self, trainer: Trainer) -> None:
+        """Whether a signal that has come to any rank is to end the training, now that it is saved."""
         signum = _highest(self._signals.received or 0, trainer)
-        if signum == 0:
-            return
-        if signum in _requeue_signals(trainer) and not trainer.strategy.broadcast(
-            trainer.is_global_zero and requeue_slurm_job()
-        ):
+        requeue = signum in _requeue_signals(trainer)
+        if requeue and not trainer.strategy.broadcast(trainer.is_global_zero and requeue_slurm_job()):
             self._signals.received = None
-            return
-        raise Interrupted(signum, trainer.global_step, self.last_model_path or None)
+        elif signum:
+            self._ending = Interrupted(signum, trainer.global_step, self.last_model_path or None)
+
+    def _end_if_asked(self) -> None:
+        if self._ending is not None:
+            raise self._ending
 
 
 def _validates_in_training(trainer: Trainer) -> bool:

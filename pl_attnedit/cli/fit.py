@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,23 @@ class AttentionEditingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
-        path = self.config[self.config.subcommand].ckpt_path
+        settings = self.config[self.config.subcommand]
+        if settings.ckpt_path is None and self.config.subcommand == "fit" and _slurm_has_requeued():
+            settings.ckpt_path = "last"
+        path = settings.ckpt_path
         if path is not None and path not in ("last", "best", "hpc", "registry"):
             check_checkpoint(Path(path))
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []
         config["callbacks"] = given if isinstance(given, list) else [given]
-        for default, family in (
+        defaults: tuple[tuple[Callable[[], Callback], type[Callback]], ...] = (
             (Progress, Progress),
             (Throughput, Throughput),
             (NaNGuard, NaNGuard),
-            (ResumableCheckpoint, ModelCheckpoint),
-        ):
+            (_resumable_checkpoint, ModelCheckpoint),
+        )
+        for default, family in defaults:
             wanted = family is not ModelCheckpoint or config.get("enable_checkpointing") is not False
             if wanted and not any(isinstance(callback, family) for callback in config["callbacks"]):
                 config["callbacks"].append(default())
@@ -56,6 +61,16 @@ class AttentionEditingCLI(LightningCLI):
             if isinstance(error, UserError):
                 raise
             raise UserError(f"trainer: {error}") from error
+
+
+def _resumable_checkpoint() -> ResumableCheckpoint:
+    """In a SLURM job its folder is one that the job finds again when it was requeued."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return ResumableCheckpoint(dirpath=None if job is None else f"runs/job-{job}")
+
+
+def _slurm_has_requeued() -> bool:
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
 
 def main(arguments: Sequence[str]) -> int:

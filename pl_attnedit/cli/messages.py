@@ -1,11 +1,15 @@
-"""Which errors are a user's mistake, and what to say about them."""
+"""Which errors are a user's mistake, and what to say about them and about a run that a signal has ended."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+from typing import TYPE_CHECKING
 
 from pl_attnedit.errors import UserError
+
+if TYPE_CHECKING:  # it imports Lightning, which takes seconds
+    from pl_attnedit.interruption import Interrupted
 
 _OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 _NOISE = ("Subtypes: ", "Given value", "Does not validate against any of the Union", "- Expected a <class 'NoneType'>")
@@ -23,6 +27,19 @@ def message_of(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return None
+
+
+def farewell(command: str, stopped: Interrupted) -> str:
+    """Where the checkpoint is, and how to go on."""
+    what = f"interrupted by {stopped.signum.name}"
+    if stopped.step is not None:
+        what += f" after step {stopped.step}"
+    if command == "convert":
+        there = f"from {stopped.checkpoint}" if stopped.checkpoint else "where it was"
+        return f"{what}; the same command goes on {there}"
+    if stopped.checkpoint:
+        return f"{what}; the same command with --ckpt_path {stopped.checkpoint} goes on there"
+    return f"{what}; " + ("there is no checkpoint yet" if command == "fit" else "start it again")
 
 
 def _compact(message: str) -> str:

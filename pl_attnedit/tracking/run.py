@@ -138,7 +138,7 @@ def status_of(error: BaseException | None) -> Status:
     """How a run ended that was left by this exception (None: normally)."""
     if error is None:
         return "FINISHED"
-    if isinstance(error, SystemExit):  # the Trainer turns Ctrl-C into an exit
+    if isinstance(error, SystemExit) and not isinstance(error, SIGTERMException):  # the Trainer's, after Ctrl-C
         error = error.__context__ or error
     return "KILLED" if isinstance(error, (KeyboardInterrupt, SIGTERMException)) else "FAILED"
 

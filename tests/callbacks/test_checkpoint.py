@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,54 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_the_training_goes_on(tmp_p
     assert torch.equal(resumed.weights(), unbroken.weights())
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, check=False)
+    except OSError as error:
+        pytest.skip(f"no mount here: {error}")
+    if done.returncode != 0:
+        pytest.skip(f"mounting is not permitted: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path) -> None:
+    ballast = small_disk / "ballast"
+
+    class FillDisk(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 5:
+                with ballast.open("wb", buffering=0) as file, suppress(OSError):
+                    while True:
+                        file.write(b"x" * 4096)
+            elif trainer.global_step == 7:
+                ballast.unlink()
+
+    def best_and_last(folder: Path, *others: Callback) -> Tiny:
+        module, memory = Tiny(), Memory()
+        callbacks = [ResumableCheckpoint(folder, 0, monitor="val/loss"), *others]
+        trainer = make_trainer(
+            callbacks, enable_checkpointing=True, logger=memory, **(EVERY_FOUR_STEPS | {"val_check_interval": 2})
+        )
+        trainer.fit(module, loader(), loader(2))
+        return module
+
+    lost = r"%s could not be written: .*No space left.*%s"
+    with (
+        pytest.warns(UserWarning, match=lost % ("last-00000006.ckpt", "last good checkpoint is: .*last-00000005.ckpt")),
+        pytest.warns(UserWarning, match=lost % ("last-00000007.ckpt", "last good checkpoint is: .*last-00000005.ckpt")),
+        pytest.warns(UserWarning, match=lost % ("best.ckpt", "best checkpoint is: .*best.ckpt")),
+    ):
+        trained = best_and_last(small_disk / "ckpt", FillDisk())
+    assert names(small_disk / "ckpt") == ["best.ckpt", "last-00000011.ckpt", "last-00000012.ckpt"]
+    assert torch.equal(best_and_last(small_disk / "unbroken").weights(), trained.weights())
+
+
 def test_killed_while_writing_the_earlier_checkpoint_stays_and_the_rest_is_cleaned(tmp_path: Path) -> None:
     path = tmp_path / "last-00000001.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
@@ -219,3 +269,64 @@ def test_a_failed_write_on_rank_0_does_not_hang_the_other_process(tmp_path: Path
     settings = {"strategy": strategy, "devices": 2, "plugins": [FailingIO()], "max_steps": 3, "limit_val_batches": 0}
     fit(tmp_path, **settings)
     assert names(tmp_path) == ["last-00000001.ckpt", "last-00000003.ckpt"]
+
+
+class Measured(Callback):
+    """Gives each validation a value, in order."""
+
+    def __init__(self, *values: float) -> None:
+        self._values = iter(values)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.log("val/kl", next(self._values))
+
+
+def fit_for_best(folder: Path, *others: Callback, mode: Any = "min", **settings: Any) -> Trainer:
+    callbacks = [ResumableCheckpoint(folder, 3600, monitor="val/kl", mode=mode), *others]
+    options = {
+        "enable_checkpointing": True,
+        "logger": Memory(),
+        "val_check_interval": 3,
+        "num_sanity_val_steps": 0,
+        "check_val_every_n_epoch": None,
+    }
+    trainer = make_trainer(callbacks, **options)
+    with suppress(Killed):
+        trainer.fit(Tiny(), loader(), loader(2), **settings)
+    return trainer
+
+
+def step_of_best(folder: Path) -> int:
+    return int(torch.load(folder / "best.ckpt", weights_only=True)["global_step"])
+
+
+@pytest.mark.parametrize(("mode", "step"), [("min", 6), ("max", 3)])
+def test_the_best_checkpoint_by_a_monitored_value(mode: str, step: int, tmp_path: Path) -> None:
+    trainer = fit_for_best(tmp_path, Measured(0.5, 0.2, float("nan"), 0.3), mode=mode)
+    assert names(tmp_path) == ["best.ckpt", "last-00000012.ckpt"]
+    assert step_of_best(tmp_path) == step
+    assert trainer.checkpoint_callback.best_model_path == str(tmp_path / "best.ckpt")
+    resumed = fit_for_best(tmp_path, Measured(0.9, 0.9, 0.9), mode=mode, ckpt_path=str(tmp_path / "best.ckpt"))
+    assert resumed.global_step == 12  # a best checkpoint is one to resume from, too
+
+
+def test_a_resumed_run_knows_what_was_best(tmp_path: Path) -> None:
+    fit_for_best(tmp_path, Measured(0.2, 0.5), KillAt("on_train_batch_start", 8))
+    assert names(tmp_path) == ["best.ckpt"]
+    fit(tmp_path, max_steps=1, limit_val_batches=0)  # another run's best is not this one's
+    fit_for_best(tmp_path, Measured(0.9, 0.8, 0.7, 0.6))
+    assert step_of_best(tmp_path) == 12
+
+    folder = tmp_path / "resumed"
+    fit_for_best(folder, Measured(0.2, 0.5), KillAt("on_train_batch_start", 8))
+    fit_for_best(folder, Measured(0.3, 0.4), ckpt_path=str(folder / "best.ckpt"))
+    assert step_of_best(folder) == 3
+    fit_for_best(folder, Measured(0.1, 0.4), ckpt_path=str(folder / "best.ckpt"))
+    assert step_of_best(folder) == 6
+
+
+def test_a_monitored_value_must_be_measured(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="monitor = 'val/kl': must be a value that validation logs: val/loss"):
+        fit_for_best(tmp_path)
+    with pytest.raises(UserError, match="mode = 'least': must be min or max"):
+        ResumableCheckpoint(tmp_path, monitor="val/kl", mode="least")  # type: ignore[arg-type]
