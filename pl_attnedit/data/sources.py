@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,18 +38,26 @@ class Source:
         config: the configuration of a hub dataset, e.g. `sample-10BT`.
         split: the split of a hub dataset; slices such as `train[:1%]` work.
         column: the column with the text, or with the messages of a conversation. Default: `messages`, else `text`.
+        weight: the source's part of the training sequences, relative to the weights of the other sources: 3 beside 1 is
+            three quarters. Either all sources have one or none. Default: as much as there is.
     """
 
     name: str
     config: str | None = None
     split: str = "train"
     column: str | None = None
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise invalid("weight", self.weight, f"must be a positive number, it is the weight of {self.name}")
 
 
 @dataclass(frozen=True)
 class OpenSource:
     """A source that was found: what identifies its content, and its documents (texts or lists of messages)."""
 
+    name: str
     identity: str
     documents: Callable[[], Iterator[Document]]
 
@@ -60,11 +70,11 @@ def open_source(source: str | Source) -> OpenSource:
     """
     source = Source(source) if isinstance(source, str) else source
     if source.name == BUILTIN:
-        return OpenSource(builtin_identity(), builtin_documents)
+        return OpenSource(BUILTIN, builtin_identity(), builtin_documents)
     if files := _local_files(source.name):
         content = [f"{file.suffix} {file_sha256(file)}" for file in files]
         identity = json.dumps(["files", PASSAGE_CHARACTERS, source.column, content])
-        return OpenSource(identity, lambda: _read_files(files, source.column))
+        return OpenSource(source.name, identity, lambda: _read_files(files, source.column))
     return _open_hub(source)
 
 
@@ -106,7 +116,8 @@ def _read_files(files: list[Path], column: str | None) -> Iterator[Document]:
         if file.suffix in readers:
             yield from readers[file.suffix](file, column)
         else:
-            yield from _passages(_decode(file, file.read_bytes()))
+            with file.open("rb") as lines:
+                yield from _passages(_decode_lines(file, lines))
 
 
 def _read_parquet(file: Path, column: str | None) -> Iterator[Document]:
@@ -149,13 +160,20 @@ def _decode(file: Path, content: bytes, where: str = "") -> str:
         raise invalid("source", str(file), f"must be UTF-8 text: {where}byte {error.start} is none") from error
 
 
-def _passages(text: str) -> Iterator[str]:
-    """A file's text, cut at blank lines into passages of at least `PASSAGE_CHARACTERS`."""
+def _decode_lines(file: Path, lines: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        yield _decode(file, line, f"line {number}, ")
+
+
+def _passages(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a file, cut at blank lines into passages of at least `PASSAGE_CHARACTERS`."""
     passage: list[str] = []
     length = 0
-    for paragraph in re.split(r"(?:\r?\n[ \t]*){2,}", text):
-        passage.append(paragraph)
-        length += len(paragraph)
+    for blank, paragraph in itertools.groupby(lines, lambda line: not line.strip()):
+        if blank:
+            continue
+        passage.append("".join(paragraph).rstrip("\r\n").lstrip(" \t"))
+        length += len(passage[-1])
         if length >= PASSAGE_CHARACTERS:
             yield "\n\n".join(passage)
             passage, length = [], 0
@@ -174,9 +192,12 @@ def _open_hub(source: Source) -> OpenSource:
     chosen = _choose_column(source.name, table.column_names, source.column)
     rows = table.select_columns(chosen)
     identity = json.dumps(["hub", source.name, source.config, source.split, chosen, table._fingerprint])
-    return OpenSource(
-        identity, lambda: (document for row in rows for document in _document(source.name, chosen, row[chosen]))
-    )
+
+    def documents() -> Iterator[Document]:
+        for row in rows:
+            yield from _document(source.name, chosen, row[chosen])
+
+    return OpenSource(source.name, identity, documents)
 
 
 def _choose_column(where: str, columns: list[str], wanted: str | None) -> str:

@@ -6,11 +6,12 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pl_attnedit.data.chat import check_chat, mark_answers, render
 from pl_attnedit.data.sources import Document, OpenSource, document_hash
-from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.errors import invalid
 from pl_attnedit.teachers.source import (
     PACKAGE_PREFIX,
     TEACHER_SOURCES,
@@ -30,15 +31,17 @@ from pl_attnedit.teachers.source import (
 )
 
 # Part of the cache key: raise it when documents would be tokenised differently.
-VERSION = 1
-BATCH = 256  # documents handed to the tokenizer at once; it spreads them over the cores
+VERSION = 2
+# Documents are handed to the tokenizer, which spreads them over the cores, until they have this many characters: bounded
+# memory for books, enough work for many cores. Its Encodings take some 100 bytes per token.
+BATCH_CHARACTERS = 4_000_000
 
 LossOn = Literal["all", "answers"]
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Tokenised documents on disk, without exact duplicates, each ending with EOS.
+    """The tokenised documents of one source on disk, each ending with EOS; duplicates are still in.
 
     Legend: N tokens in all, D documents. The arrays are memory maps.
     """
@@ -47,14 +50,15 @@ class TokenStore:
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """Token ids of all documents one after the other, shape (N,), int32."""
-        return np.memmap(self.path / "tokens.bin", dtype=np.int32, mode="r")
+        """Token ids of all documents one after the other, shape (N,), uint16 where the vocabulary fits, else int32."""
+        [file] = self.path.glob("tokens.*")
+        return _memory_map(file, file.suffix[1:])
 
     @cached_property
     def answers(self) -> np.ndarray | None:
         """Is this token (part of) an answer? Shape (N,), bool; None where the loss is on all tokens."""
-        file = self.path / "answers.bin"
-        return np.memmap(file, dtype=bool, mode="r") if file.exists() else None
+        file = self.path / "answers.bool"
+        return _memory_map(file, "bool") if file.exists() else None
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -66,8 +70,17 @@ class TokenStore:
         """Hash of each document's content, shape (D,), uint64."""
         return np.load(self.path / "hashes.npy", mmap_mode="r")
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in self.path.iterdir())
+
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         return TokenStore, (self.path,)  # worker processes open the files themselves
+
+
+def _memory_map(file: Path, dtype: str) -> np.ndarray:
+    return np.asarray(np.memmap(file, dtype, mode="r"))  # a plain array is sliced several times as fast
 
 
 def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -118,53 +131,64 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def tokenize(sources: Sequence[OpenSource], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> TokenStore:
-    """The tokens of all documents of the sources, from the cache where they have been made before.
+def tokenize(sources: Sequence[OpenSource], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> list[TokenStore]:
+    """The tokens of all documents of each source, from the cache where they have been made before.
 
     Plain text is encoded as the tokenizer does by itself (with a BOS token where it has one); EOS is appended where the
     text does not end with it. With ``loss_on="answers"`` the tokens of the answers in conversations are marked, and all
-    tokens of plain text.
+    tokens of plain text beside them. Documents stream through; memory grows by 16 bytes per document.
 
     Raises:
-        UserError: a source that cannot be read, no document in any of them, no conversation for ``answers``.
+        UserError: a source that cannot be read or has no document, no conversation for ``answers``.
     """
-    described = [VERSION, [source.identity for source in sources], tokenizer_digest(tokenizer), loss_on]
-    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
     # Worker processes are forked later; without this the tokenizer's threads make each of them print a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    documents = itertools.chain.from_iterable(source.documents() for source in sources)
-    folder = cache_root() / "tokens" / key
-    return TokenStore(build_once(folder, lambda part: _write(part, documents, tokenizer, loss_on)))
-
-
-def _write(folder: Path, documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> None:
-    starts, seen = [0], dict[int, None]()  # the dict keeps the order of the documents
-    conversations = False
-    with (folder / "tokens.bin").open("wb") as tokens, (folder / "answers.bin").open("wb") as answers:
-        new = _without_duplicates(
-            tqdm(documents, "tokenising", unit=" documents", delay=2, leave=False, disable=None), seen
-        )
-        while batch := list(itertools.islice(new, BATCH)):
-            conversations |= any(not isinstance(document, str) for document in batch)
-            for ids, marked in _encode(batch, tokenizer, loss_on):
-                _append(tokens, np.asarray(ids, dtype=np.int32))
-                _append(answers, marked)
-                starts.append(starts[-1] + len(ids))
-    if not seen:
-        raise UserError("source: holds no documents with text")
-    if loss_on == "all":
-        (folder / "answers.bin").unlink()
-    elif not conversations:
+    digest = tokenizer_digest(tokenizer)
+    stores = [_stored(source, tokenizer, digest, loss_on) for source in sources]
+    if loss_on == "answers" and all(store.answers is None for store in stores):
         raise invalid("loss_on", loss_on, "needs chat data (a column with messages), the source has plain text only")
+    return stores
+
+
+def _stored(source: OpenSource, tokenizer: PreTrainedTokenizerBase, digest: str, loss_on: LossOn) -> TokenStore:
+    key = hashlib.sha256(json.dumps([VERSION, source.identity, digest, loss_on]).encode()).hexdigest()[:32]
+    folder = cache_root() / "tokens" / key
+    return TokenStore(build_once(folder, lambda part: _write(part, source, tokenizer, loss_on)))
+
+
+def _write(folder: Path, source: OpenSource, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> None:
+    starts, hashes = array("q", [0]), array("Q")
+    dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "int32"
+    chat = False
+    documents = tqdm(source.documents(), "tokenising", unit=" documents", delay=2, leave=False, disable=None)
+    with (folder / f"tokens.{dtype}").open("wb") as tokens, (folder / "answers.bool").open("wb") as answers:
+        for batch in _batches(documents):
+            chat = chat or any(not isinstance(document, str) for document in batch)
+            for ids, marked in _encode(batch, tokenizer, loss_on):
+                tokens.write(np.asarray(ids, dtype).tobytes())
+                if loss_on == "answers":
+                    answers.write(marked.tobytes())
+                starts.append(starts[-1] + len(ids))
+            hashes.extend(map(document_hash, batch))
+    if not hashes:
+        raise invalid("source", source.name, "holds no documents with text")
+    if not (loss_on == "answers" and chat):
+        (folder / "answers.bool").unlink()
     np.save(folder / "starts.npy", np.array(starts, dtype=np.int64))
-    np.save(folder / "hashes.npy", np.fromiter(seen, dtype=np.uint64, count=len(seen)))
+    np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
 
 
-def _without_duplicates(documents: Iterator[Document], seen: dict[int, None]) -> Iterator[Document]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
     for document in documents:
-        if (key := document_hash(document)) not in seen:
-            seen[key] = None
-            yield document
+        batch.append(document)
+        characters += len(str(document))
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _encode(
@@ -180,7 +204,12 @@ def _encode(
         else:
             texts = list(group)  # type: ignore[arg-type]
         encoded = tokenizer(
-            texts, add_special_tokens=not chat, return_offsets_mapping=chat and want_answers, verbose=False
+            texts,
+            add_special_tokens=not chat,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=chat and want_answers,
+            verbose=False,
         )
         for i, ids in enumerate(encoded["input_ids"]):
             supervised = not (chat and want_answers)
@@ -188,7 +217,3 @@ def _encode(
             if ids[-1:] != [tokenizer.eos_token_id]:
                 ids, marked = [*ids, tokenizer.eos_token_id], np.append(marked, supervised)
             yield ids, marked
-
-
-def _append(file: BinaryIO, array: np.ndarray) -> None:
-    file.write(array.tobytes())

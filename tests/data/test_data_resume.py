@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
-from pl_attnedit.data import TextDataModule
+from pl_attnedit.data import Source, TextDataModule
 from pl_attnedit.errors import UserError
 
 SILENT: dict[str, Any] = {
@@ -53,12 +53,23 @@ def batches_per_epoch(tokenizer: Any, corpus: str) -> int:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "weights"), [(1, None), (2, None), (1, (1, 2))])
 def test_resume_continues_with_the_next_batch(
-    tokenizer: Any, corpus: str, tmp_path: Path, workers: int, accumulate: int, recwarn: pytest.WarningsRecorder
+    tokenizer: Any,
+    corpus: str,
+    write_jsonl: Any,
+    make_text: Any,
+    tmp_path: Path,
+    workers: int,
+    accumulate: int,
+    weights: tuple[float, float] | None,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
+    if weights is not None:
+        other = write_jsonl([{"text": make_text(100 + i, 50)} for i in range(5)], "other.jsonl")
+        corpus = [Source(corpus, weight=weights[0]), Source(other, weight=weights[1])]  # type: ignore[assignment]
     per_epoch = batches_per_epoch(tokenizer, corpus)
-    assert 4 <= per_epoch <= 12
+    assert 4 <= per_epoch <= 14
     options = {**SILENT, "max_epochs": 2, "accumulate_grad_batches": accumulate, "default_root_dir": tmp_path}
     save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     whole = Recorder()
@@ -96,7 +107,7 @@ def test_resume_from_validation_and_epoch_end_checkpoints(
 
 def test_interrupted_batch_is_seen_again(tokenizer: Any, corpus: str, tmp_path: Path) -> None:
     whole = Recorder()
-    Trainer(**SILENT, max_steps=8, enable_checkpointing=False).fit(whole, make_data(tokenizer, corpus))
+    Trainer(**SILENT, max_steps=8, enable_checkpointing=False).fit(whole, make_data(tokenizer, corpus))  # no workers
     broken = Recorder(fail_at=3)
     rescue = OnExceptionCheckpoint(tmp_path, "rescue")
     with pytest.raises(RuntimeError, match="power cut"):
@@ -105,7 +116,7 @@ def test_interrupted_batch_is_seen_again(tokenizer: Any, corpus: str, tmp_path: 
         )
     resumed = Recorder()
     trainer = Trainer(**SILENT, max_steps=8, enable_checkpointing=False)
-    trainer.fit(resumed, make_data(tokenizer, corpus), ckpt_path=tmp_path / "rescue.ckpt")
+    trainer.fit(resumed, make_data(tokenizer, corpus, num_workers=2), ckpt_path=tmp_path / "rescue.ckpt")
     assert broken.seen + resumed.seen == whole.seen
 
 
@@ -121,7 +132,12 @@ def test_short_lightning_epochs_go_through_the_whole_text(tokenizer: Any, corpus
 
 @pytest.mark.parametrize(
     ("change", "field"),
-    [({"seed": 1}, "seed"), ({"batch_size": 6}, "global_batch_size"), ({"seq_len": 16}, "fingerprint")],
+    [
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 6}, "global_batch_size"),
+        ({"seq_len": 16}, "fingerprint"),
+        ({"num_workers": 1}, "num_workers"),
+    ],
 )
 def test_resume_with_other_data_is_refused(
     tokenizer: Any, corpus: str, tmp_path: Path, change: dict[str, Any], field: str
@@ -132,6 +148,18 @@ def test_resume_with_other_data_is_refused(
     other = Trainer(**SILENT, max_steps=4, enable_checkpointing=False)
     with pytest.raises(UserError, match=f"data's {field} was"):
         other.fit(Recorder(), make_data(tokenizer, corpus, **change), ckpt_path=tmp_path / "two.ckpt")
+
+
+def test_resume_with_other_processes_is_refused(tokenizer: Any, corpus: str, tmp_path: Path) -> None:
+    trainer = Trainer(**SILENT, max_steps=1, default_root_dir=tmp_path)
+    trainer.fit(Recorder(), make_data(tokenizer, corpus))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    content = torch.load(tmp_path / "one.ckpt", weights_only=False)
+    content["TextDataModule"]["num_processes"] = 2  # as if two processes had shared the same global batch
+    torch.save(content, tmp_path / "two.ckpt")
+    other = Trainer(**SILENT, max_steps=4, enable_checkpointing=False)
+    with pytest.raises(UserError, match="data's num_processes was 2 in the checkpoint and is 1 now"):
+        other.fit(Recorder(), make_data(tokenizer, corpus), ckpt_path=tmp_path / "two.ckpt")
 
 
 def test_datamodule_starts_afresh_with_a_new_trainer(tokenizer: Any, corpus: str) -> None:

@@ -125,8 +125,8 @@ def test_loss_on_answers_marks_the_position_before(
 def test_text_beside_chat_is_supervised_entirely(tokenizer: Any, corpus: str, write_jsonl: Callable[..., str]) -> None:
     chat = [{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}]
     data = make(tokenizer, [Source(corpus), write_jsonl(chat)], loss_on="answers", val_sequences=2)
-    answers = np.asarray(data.train_sequences.store.answers)
-    assert 0 < (~answers).sum() < 30
+    supervised = torch.cat([item["loss_mask"] for item in data.train_sequences])
+    assert 0 < (~supervised).sum() < 30
 
 
 def test_order_is_shared_by_the_processes_and_new_in_each_epoch(tokenizer: Any, corpus: str) -> None:
@@ -137,7 +137,7 @@ def test_order_is_shared_by_the_processes_and_new_in_each_epoch(tokenizer: Any, 
 
     whole = epoch(0)
     batches = len(whole) // 12
-    assert whole == epoch_order(len(packed), 0, 0)[: batches * 12].tolist()
+    assert whole == epoch_order(packed.sizes, packed.sizes, 0, 0)[: batches * 12].tolist()
     ranks = [np.reshape(epoch(0, num_replicas=3, rank=rank), (-1, 4)) for rank in range(3)]
     assert np.concatenate(ranks, axis=1).flatten().tolist() == whole
     assert epoch(batches) != whole
@@ -161,11 +161,43 @@ def test_cache_follows_tokenizer_and_loss(tokenizer: Any, corpus: str, cache: Pa
     assert len([folder for folder in (cache / "tokens").iterdir() if folder.is_dir()]) == 2
 
 
+def test_tokens_take_two_bytes_where_the_vocabulary_fits(tokenizer: Any, corpus: str) -> None:
+    small = make(tokenizer, corpus).train_sequences
+    large = pickle.loads(pickle.dumps(tokenizer))
+    large.add_tokens([f"<{i}>" for i in range(2**16)])
+    wide = make(large, corpus).train_sequences
+    assert small.corpus.stores[0].tokens.dtype == np.uint16
+    assert wide.corpus.stores[0].tokens.dtype == np.int32
+    assert torch.equal(small[7]["input_ids"], wide[7]["input_ids"])
+
+
+def test_a_batch_is_its_items(tokenizer: Any, corpus: str, write_jsonl: Callable[..., str], make_text: Any) -> None:
+    chat = [
+        {"messages": [{"role": "user", "content": make_text(i, 9)}, {"role": "assistant", "content": make_text(-i, i)}]}
+        for i in range(1, 20)
+    ]
+    options: dict[str, Any] = {"loss_on": "answers", "respect_documents": True, "val_sequences": 2}
+    packed = make(tokenizer, [corpus, write_jsonl(chat)], **options).train_sequences
+    chosen = [5, 0, len(packed) - 1, 5]
+    batch = packed.__getitems__(chosen)
+    assert set(batch) == {"input_ids", "loss_mask", "position_ids"}
+    for name, rows in batch.items():
+        assert torch.equal(rows, torch.stack([packed[index][name] for index in chosen]))
+    joined = np.concatenate(
+        [
+            packed.corpus.stores[packed.corpus.source[d]].tokens[packed.corpus.starts[d] :][: packed.corpus.lengths[d]]
+            for d in packed.documents
+        ]
+    )
+    everything = packed.__getitems__(range(len(packed)))["input_ids"]
+    assert everything.flatten().tolist() == joined[: len(packed) * 32].tolist()
+
+
 def test_sequences_travel_to_worker_processes_without_the_tokens(tokenizer: Any, corpus: str) -> None:
     packed = make(tokenizer, corpus).train_sequences
     packed[0]
     copy = pickle.loads(pickle.dumps(packed))
-    assert "tokens" not in copy.store.__dict__
+    assert "tokens" not in copy.corpus.stores[0].__dict__
     assert torch.equal(copy[5]["input_ids"], packed[5]["input_ids"])
 
 
@@ -204,6 +236,9 @@ def test_tokenizer_from_a_folder(tokenizer: Any, corpus: str, tmp_path: Path) ->
         ({"loss_on": "questions"}, "loss_on = 'questions': must be all or answers"),
         ({"seq_len": 64, "max_context": 48}, "seq_len = 64: must be at most 48, the context of the model"),
         ({"source": []}, "source = .*: must name at least one source"),
+        ({"val_source": []}, "source = .*: must name at least one source"),
+        ({"val_source": Source("builtin:", weight=1)}, "val_source = .*: takes no weight"),
+        ({"source": [Source("a.txt", weight=2), "b.txt"]}, "weight = None: either all .* or none; b.txt has none"),
         ({"loss_on": "answers"}, "loss_on = 'answers': needs chat data"),
         ({"seq_len": 100_000}, "seq_len = 100000: the text is shorter than one sequence, it has 3"),
         ({"val_sequences": 5000}, r"val_sequences = 5000: .*60 documents.*allowed are at most [1-9]\d* held-out"),
@@ -223,7 +258,7 @@ def test_texts_that_are_too_short(tokenizer: Any, corpus: str, write_jsonl: Call
     with pytest.raises(UserError, match="val_sequences = 8: the held-out text has 0 of 32 tokens"):
         make(tokenizer, corpus, val_source=short)
     (tmp_path / "blank.txt").write_text(" \n\n ")
-    with pytest.raises(UserError, match="source: holds no documents with text"):
+    with pytest.raises(UserError, match=r"source = .*blank.txt': holds no documents with text"):
         make(tokenizer, str(tmp_path / "blank.txt"))
     with pytest.raises(UserError, match=r"batch_size = 4000: 1 process\(es\) of it need 4000 training sequences"):
         make(tokenizer, corpus, batch_size=4000).train_dataloader()

@@ -37,6 +37,17 @@ def test_long_text_file_becomes_passages(tmp_path: Path) -> None:
     assert "\n\n".join(passages).split() == "\n\n".join(paragraphs).split()
 
 
+def test_blank_lines_of_any_kind_separate_paragraphs(tmp_path: Path) -> None:
+    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbfOne\r\nmore\r\n \t\r\n\r\n  Two \n\n\n")
+    assert read(str(tmp_path / "dos.txt")) == ["One\r\nmore\n\nTwo"]
+
+
+def test_weights_are_positive_numbers() -> None:
+    for weight in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"weight = .*: must be a positive number, it is the weight of builtin:"):
+            Source("builtin:", weight=weight)
+
+
 def test_columns_of_jsonl_and_parquet(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
     rows = [{"text": "plain", "body": "other", "n": 1}, {"text": " ", "body": "more", "n": 2}]
     jsonl, parquet = write_jsonl(rows), str(tmp_path / "data.parquet")
@@ -67,7 +78,7 @@ def test_unknown_columns_are_listed(write_jsonl: Callable[..., str]) -> None:
     [
         ("empty.txt", b"", "this file is empty"),
         ("empty.jsonl", b"", "this file is empty"),
-        ("latin.txt", "caf\xe9".encode("latin-1"), r"must be UTF-8 text: byte 3 is none"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), r"must be UTF-8 text: line 1, byte 3 is none"),
         ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"must be UTF-8 text: line 2, byte 13 is none"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
         ("list.jsonl", b'["a"]\n', "line 1 must be a JSON object"),

@@ -1,0 +1,94 @@
+"""`pl-attnedit prepare`: tokenises and packs the text of a recipe ahead of time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.data.packing import Corpus
+from pl_attnedit.errors import invalid
+from pl_attnedit.teachers.source import TEACHER_SOURCES
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = ArgumentParser(
+        prog="pl-attnedit prepare",
+        exit_on_error=False,
+        description="Tokenise text ahead of time, before GPUs are reserved. The tokens go into the cache folder, where "
+        "convert and fit with the same teacher and data find them.",
+    )
+    help_ = "recipe, or config of a stage: its teacher and data count; options given after it override it"
+    parser.add_argument("-c", "--config", action=_DataOfConfig, help=help_)
+    parser.add_argument("--teacher", type=str | None, help="whose tokenizer is used")
+    parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer"}, instantiate=False)
+    config = parser.parse_args(list(arguments))
+    if config.teacher is None:
+        raise invalid("teacher", None, f"must be given, by --teacher or in the config; allowed: {TEACHER_SOURCES}")
+    print(_summary(TextDataModule(config.teacher, **dict(parser.instantiate_classes(config).data))))
+    return 0
+
+
+class _DataOfConfig(ActionConfigFile):
+    """Takes teacher and data out of a recipe or a LightningCLI config, and leaves the rest."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        super().__call__(parser, cfg, json.dumps(_teacher_and_data(values), default=str), option_string)
+
+
+def _teacher_and_data(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise invalid("config", path, f"cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise invalid("config", path, f"is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise invalid("config", path, "must be a recipe or the config of a stage")
+    model: Any = content.get("model")  # of a stage
+    named = (model.get("init_args") or {}) if isinstance(model, dict) else content
+    return {"teacher": named.get("teacher"), "data": content.get("data") or {}}
+
+
+def _summary(data: TextDataModule) -> str:
+    packed, held_out = data.train_sequences, data.held_out
+    rows: list[tuple[str, ...]] = [("source", "documents", "tokens", "bytes", "of an epoch", "passes", "folder")]
+    rows += _rows(packed.corpus, *_epoch(data))
+    if data.val_source is not None:
+        n = len(held_out.corpus.stores)
+        rows += _rows(held_out.corpus, ["held out"] * n, [""] * n)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join(
+        [
+            *lines,
+            f"epoch: {len(packed):,} sequences of {data.seq_len} tokens, from {len(packed.documents):,} documents",
+            f"held out: {data.val_sequences} of {len(held_out):,} sequences, from {len(held_out.documents):,} documents",
+            f"fingerprint: {data.fingerprint}",
+        ]
+    )
+
+
+def _rows(corpus: Corpus, shares: list[str], passes: list[str]) -> list[tuple[str, ...]]:
+    return [
+        (name, f"{len(store.hashes):,}", f"{store.starts[-1]:,}", f"{store.n_bytes:,}", share, times, str(store.path))
+        for name, store, share, times in zip(corpus.names, corpus.stores, shares, passes)
+    ]
+
+
+def _epoch(data: TextDataModule) -> tuple[list[str], list[str]]:
+    """Each source's part of an epoch, and how often an epoch goes through the source."""
+    packed = data.train_sequences
+    if data.weights:
+        part, passes = packed.per_epoch(), packed.per_epoch() / packed.sizes
+    else:
+        sources = packed.corpus.source[packed.documents]
+        part = np.bincount(sources, weights=packed.lengths, minlength=len(packed.corpus.stores))
+        passes = np.ones(len(part))
+    return [f"{share:.1%}" for share in part / part.sum()], [f"{times:.2f}" for times in passes]
