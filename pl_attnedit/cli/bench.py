@@ -36,10 +36,12 @@ def main(arguments: Sequence[str]) -> int:
     init.add_argument("--heldout-sequences", type=int, default=16, help="default 16")
     init.add_argument("--device", default="cpu", help="torch device (default cpu)")
     stages = [_stage_options(commands, name) for name in ("stage1", "stage2")]
-    for command in (cache, init, *stages):
+    trl = _trl_options(commands)
+    for command in (cache, init, *stages, trl):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(list(arguments))
-    return {"cache": _cache, "init": _init, "stage1": _stage, "stage2": _stage}[options.command](options)
+    run = {"cache": _cache, "init": _init, "stage1": _stage, "stage2": _stage, "trl": _trl}
+    return run[options.command](options)
 
 
 def _stage_options(commands: Any, name: str) -> ArgumentParser:
@@ -47,7 +49,9 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
         name, help=f"a training step of {name} beside its bound and beside plain PyTorch"
     )
     stage.add_argument(
-        "--model", default="smollm2-135m", help=f"a shape with random weights ({', '.join(SHAPES)}), or a {TEACHER_HELP}"
+        "--model",
+        default="smollm2-135m",
+        help=f"a shape with random weights ({', '.join(SHAPES)}), or a {TEACHER_HELP}",
     )
     stage.add_argument("--layers", type=int, help="of a shape: another number of layers")
     stage.add_argument(
@@ -69,6 +73,22 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
         stage.add_argument("--train", choices=["attention", "all"], default="attention", help="what trains")
         stage.add_argument("--activation-checkpointing", action="store_true")
     return stage
+
+
+def _trl_options(commands: Any) -> ArgumentParser:
+    trl: ArgumentParser = commands.add_parser("trl", help="stage 2 beside TRL's distillation trainers, on the CPU")
+    trl.add_argument("--train", choices=["attention", "all"], default="attention", help="what trains")
+    trl.add_argument("--batch", type=int, default=4, help="sequences (default 4)")
+    trl.add_argument("--seq", type=int, default=256, help="tokens of a sequence (default 256)")
+    trl.add_argument("--steps", type=int, default=4, help="timed steps of a run (default 4)")
+    trl.add_argument("--rounds", type=int, default=3, help="runs of each, in turn (default 3)")
+    trl.add_argument(
+        "--beside",
+        nargs="*",
+        default=["distillation", "distillation+checkpointing", "gkd", "gkd+checkpointing"],
+        help="distillation, gkd or ours, each also with +checkpointing; distillation+liger up to TRL 1.8",
+    )
+    return trl
 
 
 def _stage(options: Namespace) -> int:
@@ -95,6 +115,16 @@ def _stage(options: Namespace) -> int:
     result = bench_step(teacher, bench)
     print(json.dumps(result, indent=2) if options.json else step_table(result))
     return 0
+
+
+def _trl(options: Namespace) -> int:
+    from pl_attnedit.eval.bench.trl import bench_trl, trl_table
+    from pl_attnedit.eval.bench.trl_runs import TrlBench
+
+    bench = TrlBench(train=options.train, batch=options.batch, seq=options.seq, steps=options.steps)
+    result = bench_trl(bench, options.beside, rounds=options.rounds)
+    print(json.dumps(result, indent=2) if options.json else trl_table(result))
+    return 0 if result["agree"] else 1
 
 
 def _cache(options: Namespace) -> int:
