@@ -74,7 +74,7 @@ def bench_init(
     """KL(teacher || student) in nats per token and top-1 agreement of untrained students, in the teacher's dtype.
 
     One teacher pass over the calibration text serves all rows. Documents are joined as the tokenizer encodes them by
-    itself, with EOS behind each, held-out ones in file order and calibration ones shuffled, and cut into sequences.
+    itself, with EOS behind each, held-out ones in file order, of calibration ones a piece each in random order, and cut into sequences.
 
     Args:
         calibration, heldout: local files with text (.parquet, .jsonl, .txt, .md).
@@ -107,16 +107,23 @@ def bench_init(
 def sequences(
     field: str, path: str, tokenizer: PreTrainedTokenizerBase, count: int, seq_len: int, shuffle: bool = False
 ) -> torch.Tensor:
-    """The first `count` sequences of a file, (count, seq_len) int64, its documents in file order or shuffled by `SEED`."""
+    """The first `count` sequences of a file, (count, seq_len) int64, of its documents in file order.
+
+    shuffle: documents shuffled by `SEED`, and of each only a piece of at most `seq_len` tokens: files are often sorted by
+    source and some documents long, so the first ones would stand for little of the text.
+    """
+    rng = random.Random(SEED)
 
     def tokens() -> Iterator[int]:
         documents = list(open_source(path).documents())
-        if shuffle:  # files are often sorted by source: the first documents would stand for one of them only
-            random.Random(SEED).shuffle(documents)
+        if shuffle:
+            rng.shuffle(documents)
         for document in documents:
             if not isinstance(document, str):
                 raise invalid(field, path, "must hold plain text, not conversations")
-            yield from tokenizer(document, verbose=False)["input_ids"]
+            ids = tokenizer(document, verbose=False)["input_ids"]
+            start = rng.randrange(max(len(ids) - seq_len, 0) + 1) if shuffle else 0
+            yield from ids[start : start + seq_len] if shuffle else ids
             yield tokenizer.eos_token_id
 
     found = list(islice(tokens(), count * seq_len))

@@ -155,7 +155,9 @@ class Windows(Callback):
         bound = LayerwiseBound if self.options.stage == "stage1" else ModelBound
         if "bound" in self.options.beside:
             for kind in ("eager", "compiled") if self.options.compiled is not False else ("eager",):
-                self.variants[f"bound_{kind}"] = step_of(bound(module, batch, compiled=kind == "compiled"), module, optimizer)
+                self.variants[f"bound_{kind}"] = step_of(
+                    bound(module, batch, compiled=kind == "compiled"), module, optimizer
+                )
         if "naive" in self.options.beside:
             self.variants["naive"] = step_of(lambda: naive(module, batch, self.options.stage), module, optimizer)
         for step in self.variants.values():

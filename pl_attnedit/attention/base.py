@@ -54,6 +54,7 @@ class Target(nn.Module, ABC):
 
     config_class: ClassVar[type[TargetConfig]]
     needs_statistics: ClassVar[bool] = False  # whether `init_from` looks at calibration text
+    functional_gradients: ClassVar[bool] = True  # whether torch.func.grad can go through `forward`
 
     def __init__(self, target: TargetConfig, model_config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
@@ -126,5 +127,11 @@ def attend(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     causal = mask is None and query.shape[2] > 1
+    width = value.shape[-1]
+    if query.device.type == "cpu" and width != query.shape[-1]:  # its fast kernel wants equal widths
+        missing = query.shape[-1] - width
+        query, key = F.pad(query, (0, max(-missing, 0))), F.pad(key, (0, max(-missing, 0)))
+        value = F.pad(value, (0, max(missing, 0)))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+    output = output[..., :width]
     return output.transpose(1, 2).flatten(2)

@@ -53,6 +53,7 @@ class GateSWA(Target):
     """See the module's text. Parameters: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`, `gate_proj`."""
 
     config_class = GateSWAConfig
+    functional_gradients = False  # flex_attention stands in its way
     target: GateSWAConfig
 
     def __init__(self, target: GateSWAConfig, model_config: PreTrainedConfig, layer_idx: int) -> None:

@@ -33,6 +33,7 @@ _WARNINGS = (
     r".*does not have many workers",  # batches are read from memory
     r".*The `srun` command is available",
     r"LightningCLI's args parameter is intended",  # we are the command line
+    r".*You have overridden `on_before_batch_transfer`",  # stage 2 does so, and no data module of ours
     r".*Trying to infer the `batch_size`",
 )
 

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pl_attnedit.attention.base import attend
+from pl_attnedit.attention.windowed import attend_window
+
+
+@pytest.mark.parametrize("time", [5, 32, 33, 150])
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (4, 0), (4, 3), (40, 2), (40, 60), (200, 1)])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_a_window_is_a_masked_square(time: int, window: int, sinks: int, device: str) -> None:
+    """Outputs and gradients of what costs a window, against all scores with a mask."""
+    shapes = ((2, 6, time, 16), (2, 3, time, 16), (2, 3, time, 16))
+    inputs = [torch.randn(shape, dtype=torch.float32, device=device, requires_grad=True) for shape in shapes]
+    query_at, key_at = torch.arange(time, device=device)[:, None], torch.arange(time, device=device)
+    mask = (key_at <= query_at) & ((key_at > query_at - window) | (key_at < sinks))
+    expected = attend(*inputs, mask, 0.3)
+    found = attend_window(*inputs, window, sinks, 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(expected)
+    plain = torch.autograd.grad(expected, inputs, upstream)
+    for ours, other in zip(torch.autograd.grad(found, inputs, upstream), plain, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=2e-5)
+
+
+def test_work_grows_with_the_window_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that are made: linear in the length of the text."""
+    plain, made = F.scaled_dot_product_attention, []
+
+    def counted(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(query.shape[:-1].numel() * key.shape[-2])
+        return plain(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    for time in (512, 2048):
+        query = torch.randn(1, 2, time, 8)
+        attend_window(query, query, query, 32, 2, 1.0)
+    assert made[0] == 2 * 512 * (2 + 2 * 32)
+    assert made[1] == 4 * made[0]

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
+from pl_attnedit.cli import main
+from pl_attnedit.eval.bench.flops import step_flops
+from pl_attnedit.eval.bench.stages import StepBench, bench_step, step_table
+
+KEYS = {"step_ms", "bound_ms", "step_over_bound", "tokens_per_s", "flop_utilisation", "peak_bytes"}
+LATENT = MLAConfig(kv_lora_rank=8, qk_rope_head_dim=4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stage": "stage1", "targets": LATENT},
+        {"stage": "stage2", "targets": GateSWAConfig(window=8, sinks=1)},
+        {"stage": "stage2", "targets": LATENT, "train": "all", "activation_checkpointing": True},
+    ],
+)
+def test_ours_bound_and_naive_are_measured_in_one_run(
+    make_teacher: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    result = bench_step(
+        make_teacher("qwen3"), StepBench(batch=2, seq=32, repeats=3, warmup=1, compiled=False, **options)
+    )
+    assert result.keys() >= KEYS
+    assert result["variants"].keys() == {"ours", "bound_eager", "naive"}
+    ours = result["variants"]["ours"]
+    assert ours["min_ms"] <= ours["median_ms"] == result["step_ms"] <= ours["max_ms"]
+    assert result["step_over_bound"] == pytest.approx(result["step_ms"] / result["bound_ms"])
+    assert result["tokens_per_s"] == pytest.approx(2 * 32 / result["step_ms"] * 1e3)
+    json.dumps(result)
+    assert "tokens/s" in step_table(result)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_flops_are_those_of_the_matrix_products(make_teacher: Callable[..., Any], stage: str) -> None:
+    """Against what torch counts, where attention to a single token leaves nothing but the linear layers."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    teacher = make_teacher("llama").requires_grad_(False)
+    student = edit_model(teacher, LATENT, init="random", pattern="S")
+    ids = torch.randint(300, (1, 16))
+    hidden = torch.randn(1, 16, teacher.config.hidden_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for layer in teacher.model.layers:
+            layer.mlp(hidden)
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                linear = getattr(layer.self_attn, name)
+                linear(torch.randn(16, linear.in_features))
+    forward = counter.get_total_flops() / 16
+    ours = step_flops(teacher, student, stage=stage, trained="attention", seq_len=ids.shape[1])
+    new = sum(2 * p.numel() for layer in student.model.layers for p in layer.self_attn.parameters() if p.dim() == 2)
+    mlp = sum(2 * p.numel() for layer in student.model.layers for p in layer.mlp.parameters())
+    head = 2 * teacher.lm_head.weight.numel()
+    attention = student.model.layers[0].self_attn
+    scores = len(student.model.layers) * 2 * 8.5
+    teacher_scores = scores * teacher.config.num_attention_heads * 2 * attention.spec.head_dim
+    student_scores = scores * attention.num_heads * (attention.nope_dim + attention.rope_dim + attention.v_dim)
+    no_input = sum(
+        2 * linear.weight.numel()
+        for layer in student.model.layers
+        for linear in (layer.self_attn.q_proj, layer.self_attn.kv_a_proj_with_mqa)
+    )
+    expected = forward + teacher_scores + 3 * new + 3 * student_scores
+    expected += -no_input if stage == "stage1" else 2 * mlp + 3 * head
+    assert ours == pytest.approx(expected)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--layers",
+        "1",
+        "--batch",
+        "1",
+        "--seq",
+        "16",
+        "--repeats",
+        "1",
+        "--beside",
+        "bound",
+        "--compiled",
+        "false",
+    ]
+    assert main(["bench", "stage1", "--json", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["step_ms"] > 0
+    assert result["variants"].keys() == {"ours", "bound_eager"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "--batch = 0"),
+        (["--target", "{type: nothing}"], "nothing"),
+        (["--model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_impossible_values_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "stage1", "--layers", "1", *arguments]) == 2
+    assert message in capsys.readouterr().err
