@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
-from pl_attnedit.cli.messages import message_of
+from pl_attnedit.cli.messages import farewell, message_of
 
 COMMANDS: dict[str, str] = {
     "convert": "run a whole conversion from a recipe: init, stage 1, stage 2, evaluation, report",
@@ -21,14 +22,9 @@ COMMANDS: dict[str, str] = {
     "bench": "cache bytes of real caches; quality of the init without training",
 }
 
-AFTER_INTERRUPT = {
-    "convert": "the same command goes on from the last checkpoint",
-    "fit": "the same command with --ckpt_path last goes on from the last checkpoint",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. A user's mistake is one message and status 2; an interrupt is status 130."""
+    """Runs a command. A user's mistake is one message and status 2; a signal is one message and status 128 + signal."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -38,24 +34,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pl-attnedit: error: unknown command {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
     from pl_attnedit.cli.quiet import quiet
+    from pl_attnedit.interruption import Interrupted, termination_as_exception
 
     quiet()
     module = importlib.import_module(f"pl_attnedit.cli.{'fit' if name == 'validate' else name}")
     try:
-        return module.main([name, *rest] if module.__name__.endswith(".fit") else rest)
+        with termination_as_exception():
+            return module.main([name, *rest] if module.__name__.endswith(".fit") else rest)
+    except Interrupted as stopped:
+        interrupted = stopped
+    except KeyboardInterrupt:
+        interrupted = Interrupted(signal.SIGINT)
     except SystemExit as left:  # of --help and of argparse's own errors; the Trainer turns Ctrl-C into one
         if not isinstance(left.__context__, KeyboardInterrupt):
             return left.code if isinstance(left.code, int) else int(left.code is not None)
-    except KeyboardInterrupt:
-        pass
+        interrupted = Interrupted(signal.SIGINT)
     except Exception as error:
         message = message_of(error)
         if message is None:
             raise
         print(f"pl-attnedit {name}: error: {message}", file=sys.stderr)
         return 2
-    print(f"pl-attnedit {name}: interrupted; {AFTER_INTERRUPT.get(name, 'start it again')}", file=sys.stderr)
-    return 130
+    print(f"pl-attnedit {name}: {farewell(name, interrupted)}", file=sys.stderr)
+    return 128 + interrupted.signum
 
 
 def _usage() -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 from fixtures_stages import (  # noqa: F401
+    LATENT,
+    WINDOW,
     cache_of_tests,
     make_data,
     make_stage1,
@@ -62,3 +64,39 @@ def start(tmp_path: Path, session_cache: Path) -> Callable[..., Started]:  # noq
         return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
 
     return run
+
+
+def unfreezing(**options: Any) -> dict[str, Any]:
+    return {"class_path": "pl_attnedit.callbacks.ProgressiveUnfreezing", "init_args": options}
+
+
+@pytest.fixture
+def fit_config(teacher_folder: Callable[..., str], tiny_corpus: str) -> Callable[..., dict[str, Any]]:  # noqa: F811
+    """`fit_config(stage, steps)` for `pl-attnedit fit`: stage 1 accumulates batches that two processes load, stage 2
+    trains everything. Weights are unfrozen in groups; validation is every 8 steps."""
+
+    def make(stage: str, steps: int) -> dict[str, Any]:
+        model = {"teacher": teacher_folder(), "targets": {"S": WINDOW, "M": LATENT}, "pattern": "SMFS"}
+        model |= {"calibration_tokens": 128, "learning_rate": 3e-3, "warmup_steps": 4}
+        data = {"source": tiny_corpus, "seq_len": 32, "batch_size": 2, "val_sequences": 5}
+        if stage == "stage1":
+            module, accumulate = "LayerwiseDistillation", 2
+            data |= {"num_workers": 2}
+            order = unfreezing(order="bottom_up", layers_per_group=1, steps_per_group=steps // 3)
+        else:
+            module, accumulate = "ModelDistillation", 1
+            model |= {"train": "all", "feature_weight": 0.1}
+            order = unfreezing(order="parts", steps_per_group=steps // 3)
+        trainer = {
+            "accelerator": "cpu",
+            "logger": False,
+            "max_steps": steps,
+            "accumulate_grad_batches": accumulate,
+            "val_check_interval": 8 * accumulate,  # batches
+            "check_val_every_n_epoch": None,
+            "callbacks": [order],
+        }
+        model = {"class_path": f"pl_attnedit.distillation.{module}", "init_args": model}
+        return {"trainer": trainer, "model": model, "data": data}
+
+    return make

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -61,18 +62,19 @@ class ForkedFit:
     Args:
         folder: gets the config, the output of the last run, and the checkpoints in `ckpt`.
         config: of `pl-attnedit fit`, without the callbacks `Shaky` and `ResumableCheckpoint`.
-        every_seconds: of the `ResumableCheckpoint`.
+        every_seconds: of the `ResumableCheckpoint`; None = the command line's own instead.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], every_seconds: float = 0.05) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], every_seconds: float | None = 0.05) -> None:
         self.folder, self.checkpoints, self._steps = folder, folder / "ckpt", folder / "steps"
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = {"dirpath": str(self.checkpoints), "every_seconds": every_seconds, "monitor": "val/kl"}
+        options = {"dirpath": str(self.checkpoints), "every_seconds": every_seconds, "monitor": "val/kl"}
+        checkpoint = {"class_path": "pl_attnedit.callbacks.ResumableCheckpoint", "init_args": options}
         trainer = config["trainer"]
         callbacks = [
             *trainer.get("callbacks", []),
             {"class_path": "forked_runs.Shaky", "init_args": {"steps": str(self._steps)}},
-            {"class_path": "pl_attnedit.callbacks.ResumableCheckpoint", "init_args": checkpoint},
+            *([] if every_seconds is None else [checkpoint]),
         ]
         content = config | {"trainer": trainer | {"callbacks": callbacks}}
         (folder / "config.yaml").write_text(yaml.safe_dump(content))
@@ -120,11 +122,24 @@ class ForkedFit:
         return {key: content[key] for key in keys}
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two pieces of checkpoints hold the same bits."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
 def _run(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
     os.chdir(folder)
+    os.setpgid(0, 0)  # a group of its own, for signals to all of its processes
     os.environ.update(environment)
     torch.set_num_threads(1)  # the threads of the process that was forked are not here
     status = 70  # of a traceback

@@ -146,7 +146,9 @@ def test_killed_and_interrupted_conversions_go_on_to_the_same_figures(
     monkeypatch.chdir(tmp_path)
     assert main(["convert", "-c", str(slow_stages), "--runs", "unbroken"]) == 0
     folder = tmp_path / "runs" / "tiny"
-    for stage, number in (("stage1", signal.SIGKILL), ("stage2", signal.SIGKILL), ("stage2", signal.SIGINT)):
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    said = "after step {}; the same command goes on from " + str(folder.resolve())
+    for stage, number in (("stage1", signal.SIGTERM), ("stage2", signal.SIGKILL), ("stage2", signal.SIGINT)):
         before = set((folder / stage).glob("last-*.ckpt"))
         process = start("convert", "-c", slow_stages)
         wait_for(process, lambda: set((folder / stage).glob("last-*.ckpt")) - before)  # noqa: B023
@@ -154,9 +156,15 @@ def test_killed_and_interrupted_conversions_go_on_to_the_same_figures(
         _, errors = process.communicate(timeout=60)
         assert not (folder / "summary.json").exists()
         assert stage not in json.loads((folder / "progress.json").read_text())
-    assert process.returncode == 130
-    assert "interrupted; the same command goes on from the last checkpoint" in errors
-    assert "Traceback" not in errors
+        assert process.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[number]
+        if number != signal.SIGKILL:
+            newest = max((folder / stage).glob("last-*.ckpt"))
+            step = int(newest.stem.removeprefix("last-"))
+            assert f"interrupted by {number.name} {said.format(step)}/{stage}/{newest.name}" in errors
+            assert "Traceback" not in errors
+            runs = json.loads((folder / "mlflow.json").read_text())
+            statuses = [client.get_run(run).info.status for run in (runs["run_id"], runs["children"][stage])]
+            assert statuses == ["KILLED", "KILLED"]
     capsys.readouterr()
     assert main(["convert", "-c", str(slow_stages)]) == 0
     errors = capsys.readouterr().err
