@@ -15,7 +15,8 @@ def random_state(device: torch.device) -> dict[str, Any]:
     All of it is what `torch.load(weights_only=True)` takes.
     """
     name, keys, *rest = np.random.get_state(legacy=True)
-    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    numpy = (name, np.asarray(keys).tolist(), *rest)
+    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
     if device.type != "cpu":
         state["device"] = torch.get_device_module(device).get_rng_state(device)
     return state
