@@ -3,6 +3,7 @@
 from pl_attnedit.callbacks.checkpoint import ResumableCheckpoint
 from pl_attnedit.callbacks.checkpoint_files import AtomicCheckpointIO, check_checkpoint, latest_checkpoint
 from pl_attnedit.callbacks.nan_guard import NaNGuard, NonFiniteLossError
+from pl_attnedit.callbacks.process_watch import ProcessWatch
 from pl_attnedit.callbacks.progress import Progress
 from pl_attnedit.callbacks.progressive_unfreezing import ProgressiveUnfreezing
 from pl_attnedit.callbacks.teacher_forcing import TeacherForcing
@@ -12,6 +13,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "NaNGuard",
     "NonFiniteLossError",
+    "ProcessWatch",
     "Progress",
     "ProgressiveUnfreezing",
     "ResumableCheckpoint",

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pl_attnedit.errors import UserError, invalid
@@ -95,6 +97,12 @@ def check_checkpoint(
                 "checkpoint", str(path), f"was written for another {what}: {found!r}, but this run has {wanted!r}"
             )
     return content
+
+
+def last_checkpoint(trainer: Trainer) -> str:
+    """The path of the last checkpoint of a running training, or that there is none; for messages."""
+    paths = [c.last_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return next((path for path in paths if path), "none has been written yet")
 
 
 def newest_first(folder: Path) -> list[Path]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pl_attnedit.callbacks.checkpoint_files import last_checkpoint
+from pl_attnedit.distillation.sharding import local
 from pl_attnedit.errors import UserError
 
 _LOSS = "loss"
@@ -47,7 +48,7 @@ class NaNGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         losses, self._losses = self._losses, []
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        gradients = [] if scaled else [_local(p.grad) for p in pl_module.parameters() if p.grad is not None]
+        gradients = [] if scaled else [local(p.grad) for p in pl_module.parameters() if p.grad is not None]
         finite = [torch.isfinite(value) for _, value in losses]
         if gradients:
             finite.append(torch.isfinite(torch.nn.utils.get_total_norm(gradients, float("inf"))))
@@ -56,7 +57,7 @@ class NaNGuard(Callback):
             found = _everywhere(None if fine else _first_bad(losses, pl_module), trainer)
             raise NonFiniteLossError(
                 f"{found} at step {trainer.global_step + 1}: must be a finite number. Training has stopped before this "
-                f"step changed the parameters. Last good checkpoint: {_last_checkpoint(trainer)}. Resume from it with "
+                f"step changed the parameters. Last good checkpoint: {last_checkpoint(trainer)}. Resume from it with "
                 "a lower learning rate, gradient clipping or a higher precision."
             )
 
@@ -83,14 +84,9 @@ def _first_bad(losses: list[tuple[str, Tensor]], module: LightningModule) -> str
         if not torch.isfinite(value):
             return f"{_LOSS}{name} = {value.item()}"
     for name, parameter in module.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(_local(parameter.grad)).all():
+        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
             return f"gradient of {name} = nan or inf"
     raise AssertionError("something was not finite a moment ago")
-
-
-def _local(value: Tensor) -> Tensor:
-    """The tensor itself, or this process's part of a sharded one."""
-    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def _everywhere(found: str | None, trainer: Trainer) -> str:
@@ -102,8 +98,3 @@ def _everywhere(found: str | None, trainer: Trainer) -> str:
     # Reducing has spread one process's bad loss over the gradients of all: the loss is where it came from.
     found_texts = [text for text in findings if text is not None]
     return min(found_texts, key=lambda text: not text.startswith(_LOSS))
-
-
-def _last_checkpoint(trainer: Trainer) -> str:
-    paths = [c.last_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    return next((path for path in paths if path), "none has been written yet")

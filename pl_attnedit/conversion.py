@@ -16,9 +16,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import pl_attnedit.strategies  # noqa: F401  # knows `strategy: fsdp2`
 from pl_attnedit.attention import TargetConfig
 from pl_attnedit.callbacks import (
     NaNGuard,
+    ProcessWatch,
     Progress,
     ResumableCheckpoint,
     Throughput,
@@ -29,6 +31,7 @@ from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, ModelDistillation
 from pl_attnedit.distillation.base import TeacherHidden
 from pl_attnedit.distillation.settings import parse_targets
+from pl_attnedit.distillation.sharding import whole_state_dict
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.card import write_card
 from pl_attnedit.eval.continuations import greedy_continuations
@@ -55,8 +58,8 @@ from pl_attnedit.tracking import (
 STAGES: dict[str, type[DistillationModule]] = {"stage1": LayerwiseDistillation, "stage2": ModelDistillation}
 
 
-def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
-    """Runs what is left of a conversion and returns its summary.
+def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any] | None:
+    """Runs what is left of a conversion and returns its summary; None in the further processes of a distributed one.
 
     Args:
         recipe: the recipe.
@@ -69,8 +72,11 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     check_plan(recipe, targets)
     resolve_tracking_uri(recipe.tracking_uri)
     data.setup()
-    build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
-    folder = RunFolder(Path(recipe.runs) / recipe.name, plain)
+    trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
+    folder = RunFolder(Path(recipe.runs) / recipe.name, plain, follows=not trainer.is_global_zero)
+    if not trainer.is_global_zero:
+        Conversion(recipe, data, folder, None, plain).follow()
+        return None
     if folder.done("report"):
         Conversion.say(f"{recipe.name}: done before")
         return json.loads((folder.path / "summary.json").read_text())
@@ -86,12 +92,22 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
 
 
 class Conversion:
-    """The phases of one conversion over its run folder and its MLflow runs."""
+    """The phases of one conversion over its run folder and its MLflow runs.
+
+    With several processes that of rank 0 does all of it, and has the run folder and the MLflow runs to itself; the others
+    `follow`: they take part where a model is trained or measured by all.
+    """
 
     def __init__(
-        self, recipe: Recipe, data: LightningDataModule, folder: RunFolder, runs: ConversionRuns, plain: dict[str, Any]
+        self,
+        recipe: Recipe,
+        data: LightningDataModule,
+        folder: RunFolder,
+        runs: ConversionRuns | None,
+        plain: dict[str, Any],
     ) -> None:
-        self.recipe, self.data, self.folder, self.runs, self.plain = recipe, data, folder, runs, plain
+        self.recipe, self.data, self.folder, self.plain = recipe, data, folder, plain
+        self._runs = runs
         self._teacher_hidden: TeacherHidden = {}
 
     def run(self) -> dict[str, Any]:
@@ -112,6 +128,24 @@ class Conversion:
             self.summarise(parent)
         self.phase("report", self.report)
         return json.loads((self.folder.path / "summary.json").read_text())
+
+    def follow(self) -> None:
+        """The part of `run` for processes other than rank 0. Which phases are done cannot change without them."""
+        if not self.folder.done("init"):
+            self.initialise()
+        if not self.folder.done("stage1"):
+            self.stage("stage1", self.recipe.stage1, "init")
+        if not self.folder.done("stage2"):
+            self.stage("stage2", self.recipe.stage2, "stage1/student")
+
+    @property
+    def runs(self) -> ConversionRuns:
+        assert self._runs is not None, "of rank 0 only"
+        return self._runs
+
+    @property
+    def follows(self) -> bool:
+        return self._runs is None
 
     def phase(self, name: str, work: Any) -> None:
         if self.folder.done(name):
@@ -144,7 +178,8 @@ class Conversion:
         module = self.module("stage1", self.recipe.stage1, None)
         trainer = self.trainer("init", None)
         found = self.validate(trainer, module)
-        self.runs.run("stage1").log_metrics(found, step=0)  # where the curves of stage 1 begin
+        if not self.follows:
+            self.runs.run("stage1").log_metrics(found, step=0)  # where the curves of stage 1 begin
         self.folder.save_folder("init", lambda path: save_student(module, path))
         return found
 
@@ -163,7 +198,8 @@ class Conversion:
         folder = "student" if name == "stage2" else f"{name}/student"
         self.folder.save_folder(folder, lambda path: save_student(module, path))
         found = self.validate(trainer, module)
-        self.runs.run(name).finish()
+        if not self.follows:
+            self.runs.run(name).finish()
         batch = trainer.num_devices * trainer.num_nodes * stage.accumulate
         data = self.data
         return found | {"tokens": stage.steps * batch * data.batch_size * data.seq_len}  # type: ignore[attr-defined]
@@ -260,7 +296,7 @@ class Conversion:
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
             "log_every_n_steps": 1,
-            "callbacks": [Progress(name)],
+            "callbacks": [Progress(name), ProcessWatch()],
         }
         if stage is None:
             options |= {"logger": False, "enable_checkpointing": False}
@@ -272,11 +308,13 @@ class Conversion:
                 "limit_val_batches": 1.0 if every else 0,
                 "val_check_interval": every * stage.accumulate if every else None,
                 "check_val_every_n_epoch": None if every else 1,
-                "logger": TrackingLogger(
+                "logger": not self.follows
+                and TrackingLogger(
                     self.runs.tracking_uri, run_id=self.runs.children[name], spool_dir=self.runs.spool_dir
                 ),
                 "callbacks": [
                     Progress(name),
+                    ProcessWatch(),
                     Throughput(),
                     NaNGuard(),
                     *self.checkpointing(name, stage),
@@ -326,7 +364,9 @@ def build_trainer(options: dict[str, Any]) -> Trainer:
 
 
 def save_student(module: DistillationModule, path: Path) -> None:
-    """The student as a Hugging Face folder with its tokenizer."""
+    """The student as a Hugging Face folder with its tokenizer. All processes must call it; rank 0 writes."""
     assert module.tokenizer is not None
-    module.student.save_pretrained(path)
-    module.tokenizer.save_pretrained(path)
+    state = whole_state_dict(module.student)
+    if module.global_rank == 0:
+        module.student.save_pretrained(path, state_dict=state)
+        module.tokenizer.save_pretrained(path)

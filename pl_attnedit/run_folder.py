@@ -22,10 +22,24 @@ class RunFolder:
     """`runs/NAME`: recipe.yaml, progress.json, the stages' checkpoints, the student.
 
     A folder belongs to one recipe and to one process at a time. `progress` maps each finished phase to what it found.
+
+    Args:
+        follows: for the further processes of a distributed conversion, which only read what is done; nothing is written.
     """
 
-    def __init__(self, path: str | Path, recipe: dict[str, Any]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, recipe: dict[str, Any], *, follows: bool = False) -> None:
+        self.path, self.follows = Path(path), follows
+        if not follows:
+            self._take(recipe)
+        progress = self.path / "progress.json"
+        try:
+            self.progress: dict[str, Any] = json.loads(progress.read_text()) if progress.exists() else {}
+        except ValueError as error:
+            raise invalid(
+                "run folder", str(self.path), f"its progress.json is broken ({error}); remove the folder"
+            ) from error
+
+    def _take(self, recipe: dict[str, Any]) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  # held open as long as the process lives
@@ -36,13 +50,6 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run folder {self.path}: another process is running this conversion") from error
         self._claim(recipe)
-        progress = self.path / "progress.json"
-        try:
-            self.progress: dict[str, Any] = json.loads(progress.read_text()) if progress.exists() else {}
-        except ValueError as error:
-            raise invalid(
-                "run folder", str(self.path), f"its progress.json is broken ({error}); remove the folder"
-            ) from error
 
     def start(self) -> None:
         """Begins to count working time. A start that was killed counts up to its last sign of life, the newest file."""
@@ -90,6 +97,9 @@ class RunFolder:
     def save_folder(self, name: str, save: Callable[[Path], None]) -> Path:
         """Lets `save` fill a temporary folder, then puts it in place."""
         final, temporary = self.path / name, self.path / f".{name.replace('/', '-')}.tmp"
+        if self.follows:
+            save(temporary)  # takes part, and writes nothing
+            return final
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         save(temporary)

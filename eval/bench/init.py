@@ -74,7 +74,8 @@ def bench_init(
     """KL(teacher || student) in nats per token and top-1 agreement of untrained students, in the teacher's dtype.
 
     One teacher pass over the calibration text serves all rows. Documents are joined as the tokenizer encodes them by
-    itself, with EOS behind each, held-out ones in file order, of calibration ones a piece each in random order, and cut into sequences.
+    itself, with EOS behind each, held-out ones in file order, of calibration ones a piece each in random order, and cut
+    into sequences.
 
     Args:
         calibration, heldout: local files with text (.parquet, .jsonl, .txt, .md).

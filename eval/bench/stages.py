@@ -19,16 +19,19 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import TargetConfig
 from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, ModelDistillation
 from pl_attnedit.distillation.pairs import attend
+from pl_attnedit.distillation.sharding import local
 from pl_attnedit.eval.bench.flops import matmul_rate, step_flops
 from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden, plain_kl, plain_layer_losses
-from pl_attnedit.eval.bench.timing import peak_bytes, reset_peak, spread, synchronize
+from pl_attnedit.eval.bench.timing import current_bytes, peak_bytes, reset_peak, spread, synchronize
+
+PROFILED = 2  # steps after the timed ones, whose kernels are looked at
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,24 @@ class StepBench:
     window: int = 1
     repeats: int = 5
     warmup: int = 2
-    beside: tuple[str, ...] = ("bound", "naive")
+    beside: tuple[str, ...] = ("bound", "naive")  # on one device only
+    devices: int = 1
+    strategy: str = "auto"
 
 
 def bench_step(teacher: PreTrainedModel, options: StepBench) -> dict[str, Any]:
     """Measures one stage on the teacher's device; the keys are those of the JSON."""
+    import pl_attnedit.strategies  # noqa: F401  # registers fsdp2
+
     device = next(teacher.parameters()).device
     module = make_module(teacher, options)
     measured = Windows(options, device)
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=1,
+        devices=options.devices,
+        strategy=options.strategy,
         precision=options.precision,  # type: ignore[arg-type]
-        max_steps=options.warmup + options.window * options.repeats,
+        max_steps=options.warmup + options.window * options.repeats + (PROFILED if options.devices > 1 else 0),
         callbacks=[measured],
         logger=False,
         enable_checkpointing=False,
@@ -67,7 +75,7 @@ def bench_step(teacher: PreTrainedModel, options: StepBench) -> dict[str, Any]:
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    tokens = RandomTokens(teacher.config.vocab_size, options.seq, options.batch * trainer.max_steps)
+    tokens = RandomTokens(teacher.config.vocab_size, options.seq, options.batch * trainer.max_steps * options.devices)
     trainer.fit(module, DataLoader(tokens, batch_size=options.batch, pin_memory=device.type == "cuda"))
     return summarise(module, measured, options, device)
 
@@ -90,7 +98,7 @@ def make_module(teacher: PreTrainedModel, options: StepBench) -> DistillationMod
     else:
         checkpointing = options.activation_checkpointing
         module = ModelDistillation(**shared, train=options.train, activation_checkpointing=checkpointing)  # type: ignore[arg-type]
-    module.find_teacher = lambda dtype: (teacher, None, "in memory")  # type: ignore[method-assign,assignment]
+    module.find_teacher = lambda dtype: (teacher, None, "in memory")  # type: ignore[method-assign]
     return module
 
 
@@ -115,19 +123,39 @@ class Windows(Callback):
         self.options, self.device = options, device
         self.seconds: dict[str, list[float]] = {"ours": []}
         self.peaks: dict[str, int] = {}
-        self.resident = 0
+        self.above: dict[str, int] = {}  # what stays between steps: weights and optimizer states
         self.variants: dict[str, Callable[[], None]] = {}
+        self.fixed_bytes = 0
+        self.communication = 0.0
+        self.ranks: list[dict[str, float]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.options.warmup:
             self.begin()
+        if batch_idx == self.options.warmup + self.options.window * self.options.repeats:
+            synchronize(self.device)
+            self._profiler = torch.profiler.profile()
+            self._profiler.__enter__()
+            self._profiled_since = time.perf_counter()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        if not self.fixed_bytes:
+            self.fixed_bytes = fixed_bytes(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        mine = {"peak_bytes": self.peaks["ours"], "fixed_bytes": self.fixed_bytes}
+        every = trainer.strategy.all_gather(torch.tensor(list(mine.values()), dtype=torch.float64, device=self.device))
+        self.ranks = [dict(zip(mine, rank.tolist(), strict=True)) for rank in every.view(-1, len(mine))]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         done = batch_idx + 1 - self.options.warmup
-        if done <= 0 or done % self.options.window:
+        timed = self.options.window * self.options.repeats
+        if done == timed + PROFILED:
+            self.communication = self.look_at_kernels()
+        if done <= 0 or done > timed or done % self.options.window:
             return
         self.end("ours")
-        if not self.variants:
+        if not self.variants and self.options.beside:
             self.prepare(pl_module, trainer.optimizers[0], batch)
         for name, step in self.variants.items():
             self.begin()
@@ -139,18 +167,27 @@ class Windows(Callback):
     def begin(self) -> None:
         synchronize(self.device)
         reset_peak(self.device)
+        self._resident = current_bytes(self.device)
         self._begun = time.perf_counter()
 
     def end(self, name: str) -> None:
         synchronize(self.device)
         self.seconds.setdefault(name, []).append((time.perf_counter() - self._begun) / self.options.window)
         self.peaks[name] = max(self.peaks.get(name, 0), peak_bytes(self.device))
+        self.above[name] = max(self.above.get(name, 0), peak_bytes(self.device) - self._resident)
+
+    def look_at_kernels(self) -> float:
+        """Share of the time in which communication kernels run, beside others or alone."""
+        synchronize(self.device)
+        seconds = time.perf_counter() - self._profiled_since
+        self._profiler.__exit__(None, None, None)
+        kernels = (event for event in self._profiler.key_averages() if event.key.startswith("ncclDevKernel"))
+        return sum(event.self_device_time_total for event in kernels) / 1e6 / seconds
 
     def prepare(self, module: Any, optimizer: Any, batch: dict[str, Tensor]) -> None:
         """The other variants, each warmed up."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            self.resident = torch.cuda.memory_allocated(self.device)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper counts steps
         bound = LayerwiseBound if self.options.stage == "stage1" else ModelBound
         if "bound" in self.options.beside:
@@ -246,7 +283,6 @@ def summarise(module: Any, measured: Windows, options: StepBench, device: torch.
     low = "bf16" in options.precision
     rate = matmul_rate(device, torch.bfloat16 if low else torch.float32)
     flops = step_flops(module.teacher, module.student, stage=options.stage, trained=options.train, seq_len=options.seq)
-    trained = [p for p in module.parameters() if p.requires_grad]
     result: dict[str, Any] = {
         "step_ms": 1e3 * step,
         "bound_ms": 1e3 * min(bounds.values()) if bounds else None,
@@ -254,21 +290,33 @@ def summarise(module: Any, measured: Windows, options: StepBench, device: torch.
         "tokens_per_s": tokens / step,
         "flop_utilisation": flops * tokens / step / rate,
         "peak_bytes": measured.peaks["ours"],
-        "weights_gradients_optimizer_bytes": fixed_bytes(module, trained),
+        "weights_gradients_optimizer_bytes": measured.fixed_bytes,
+        "working_bytes": measured.above["ours"] - gradient_bytes(module),
         "matmul_flops": rate,
         "flops_per_token": flops,
         "variants": {name: spread(s) | {"peak_bytes": measured.peaks[name]} for name, s in measured.seconds.items()},
         "machine": machine(device),
     }
+    if options.devices > 1:
+        result["ranks"] = measured.ranks
+        result["communication_share"] = measured.communication
     if "naive" in measured.seconds:
         result["naive_over_step"] = statistics.median(measured.seconds["naive"]) / step
     return result
 
 
-def fixed_bytes(module: Any, trained: list[nn.Parameter]) -> int:
-    """Bytes of all weights, and of gradients and AdamW's two moments of what trains."""
+def fixed_bytes(module: Any) -> int:
+    """Bytes in this process of all weights, and of gradients and AdamW's two moments of what trains."""
     weights = {id(p): p for model in (module.teacher, module.student) for p in model.parameters()}
-    return sum(p.numel() * p.element_size() for p in [*weights.values(), *(p for p in trained for _ in range(3))])
+    trained = [p for p in module.parameters() if p.requires_grad]
+    parts = (local(p) for p in [*weights.values(), *(p for p in trained for _ in range(3))])
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def gradient_bytes(module: Any) -> int:
+    """Bytes in this process of the gradients of what trains."""
+    parts = [local(p) for p in module.parameters() if p.requires_grad]
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -283,6 +331,10 @@ def step_table(result: dict[str, Any]) -> str:
     for name, found in result["variants"].items():
         times = " ".join(f"{found[key]:{width}.1f}" for key, width in (("median_ms", 10), ("min_ms", 9), ("max_ms", 9)))
         rows.append(f"{name:16} {times} {found['peak_bytes'] / 1e9:8.2f}")
+    if "ranks" in result:
+        peaks = ", ".join(f"{rank['peak_bytes'] / 1e9:.2f}" for rank in result["ranks"])
+        rows.append(f"per device: {result['scaling_efficiency']:.1%} of the tokens/s of one alone, peak GB {peaks},")
+        rows.append(f"communication runs in {result['communication_share']:.1%} of the time")
     ratio = result["step_over_bound"]
     rows.append(
         f"{result['tokens_per_s']:,.0f} tokens/s, {result['flop_utilisation']:.0%} of the measured matrix product rate"

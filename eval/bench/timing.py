@@ -39,12 +39,23 @@ def reset_peak(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
+def current_bytes(device: torch.device) -> int:
+    """Memory now: of tensors on an accelerator, of the process on a Linux CPU."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).memory_allocated(device))
+    return _status("VmRSS")
+
+
 def peak_bytes(device: torch.device) -> int:
     """Highest memory since `reset_peak`."""
     if device.type != "cpu":
         return int(torch.get_device_module(device).max_memory_allocated(device))
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return int(lines["VmHWM"].split()[0]) * 1024
+    return int(lines[field].split()[0]) * 1024
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

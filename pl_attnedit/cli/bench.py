@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +38,18 @@ def main(arguments: Sequence[str]) -> int:
     init.add_argument("--calibration-sequences", type=int, default=64, help="default 64, which is 32k tokens")
     init.add_argument("--heldout-sequences", type=int, default=16, help="default 16")
     init.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    loss = commands.add_parser("loss", help="the KL of stage 2 beside the same from full logits: time and memory")
+    loss.add_argument("--vocabulary", type=int, default=151936, help="default 151936")
+    loss.add_argument("--hidden", type=int, default=256, help="width of the hidden states (default 256)")
+    loss.add_argument("--tokens", type=int, default=1024, help="default 1024")
+    loss.add_argument("--dtype", default="float32", help="torch dtype (default float32)")
+    loss.add_argument("--device", default="cpu", help="torch device (default cpu)")
     stages = [_stage_options(commands, name) for name in ("stage1", "stage2")]
     trl = _trl_options(commands)
-    for command in (cache, init, *stages, trl):
+    for command in (cache, init, loss, *stages, trl):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(list(arguments))
-    run = {"cache": _cache, "init": _init, "stage1": _stage, "stage2": _stage, "trl": _trl}
+    run = {"cache": _cache, "init": _init, "loss": _loss, "stage1": _stage, "stage2": _stage, "trl": _trl}
     return run[options.command](options)
 
 
@@ -66,6 +75,10 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
     stage.add_argument("--precision", default="32-true", help="the Trainer's: 32-true, bf16-mixed, bf16-true")
     stage.add_argument("--device", default="cpu", help="torch device (default cpu)")
     stage.add_argument("--compiled", type=yaml.safe_load, help="true or false: torch.compile; default: on a GPU")
+    stage.add_argument(
+        "--devices", type=int, default=1, help="GPUs; beside more than one the same work on one is measured"
+    )
+    stage.add_argument("--strategy", choices=["ddp", "fsdp2"], default="fsdp2", help="for several devices")
     stage.add_argument("--window", type=int, default=1, help="steps that are timed together (default 1)")
     stage.add_argument("--repeats", type=int, default=5, help="windows (default 5)")
     stage.add_argument("--beside", nargs="*", default=["bound", "naive"], help="what to measure beside ours")
@@ -102,19 +115,54 @@ def _stage(options: Namespace) -> int:
     for name in ("batch", "seq", "window", "repeats"):
         if getattr(options, name) < 1:
             raise invalid("--" + name, getattr(options, name), "must be at least 1")
-    device = torch.device(options.device)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    alone = _alone(options) if options.devices > 1 and rank == 0 else None
+    device = torch.device(options.device, rank) if options.device == "cuda" else torch.device(options.device)
     dtype = torch.float32 if options.precision == "32-true" else torch.bfloat16
+    torch.manual_seed(0)  # the same weights in all processes
     if options.model in SHAPES:
         teacher = random_model(options.model, layers=options.layers, dtype=dtype, device=device)
     else:
-        teacher = load_teacher(options.model, dtype=dtype)[0].to(device)  # type: ignore[arg-type]
+        teacher = load_teacher(options.model, dtype=dtype)[0].to(device)
     names = {field.name for field in dataclasses.fields(StepBench)} - {"stage", "targets"}
     chosen = {name: value for name, value in vars(options).items() if name in names}
-    chosen["beside"] = tuple(chosen["beside"])
+    chosen["beside"] = tuple(chosen["beside"]) if options.devices == 1 else ()
+    chosen["strategy"] = "auto" if options.devices == 1 else options.strategy
     bench = StepBench(stage=options.command, targets=parse_targets(options.target), **chosen)
     result = bench_step(teacher, bench)
+    if rank > 0:
+        return 0
+    if alone is not None:
+        result["alone"] = alone
+        result["scaling_efficiency"] = result["tokens_per_s"] / alone["tokens_per_s"]
     print(json.dumps(result, indent=2) if options.json else step_table(result))
     return 0
+
+
+def _loss(options: Namespace) -> int:
+    import torch
+
+    from pl_attnedit.eval.bench.loss import bench_loss
+
+    for name in ("vocabulary", "hidden", "tokens"):
+        if getattr(options, name) < 1:
+            raise invalid("--" + name, getattr(options, name), "must be at least 1")
+    result = bench_loss(
+        vocabulary=options.vocabulary,
+        hidden=options.hidden,
+        tokens=options.tokens,
+        dtype=getattr(torch, options.dtype),
+        device=torch.device(options.device),
+    )
+    print(json.dumps(result, indent=2) if options.json else "\n".join(f"{k:22} {v}" for k, v in result.items()))
+    return 0
+
+
+def _alone(options: Namespace) -> dict[str, Any]:
+    """The same work of one process on one device, measured in a process of its own."""
+    arguments = [sys.executable, "-m", "pl_attnedit.cli", *sys.argv[1:], "--devices", "1", "--beside", "--json"]
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
 
 
 def _trl(options: Namespace) -> int:

@@ -16,6 +16,8 @@ def main(arguments: Sequence[str]) -> int:
     ready = parser.instantiate_classes(config)
     recipe = Recipe(**{field.name: getattr(ready, field.name) for field in fields(Recipe)})
     summary = convert(recipe, dict(ready.data), plain)
+    if summary is None:  # a further process of a distributed conversion
+        return 0
     budget = summary["kv_bytes_per_token_student"] / summary["kv_bytes_per_token_teacher"]
     print(
         f"KL(teacher||student) {summary['kl_before']:.4f} -> {summary['kl_after_stage1']:.4f} -> "

@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from pl_attnedit.callbacks import NaNGuard, Progress, ResumableCheckpoint, Throughput, check_checkpoint
+import pl_attnedit.strategies  # noqa: F401  # knows `strategy: fsdp2`
+from pl_attnedit.callbacks import NaNGuard, ProcessWatch, Progress, ResumableCheckpoint, Throughput, check_checkpoint
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import DistillationModule
 from pl_attnedit.errors import UserError
@@ -49,6 +50,7 @@ class AttentionEditingCLI(LightningCLI):
             (Progress, Progress),
             (Throughput, Throughput),
             (NaNGuard, NaNGuard),
+            (ProcessWatch, ProcessWatch),
             (_resumable_checkpoint, ModelCheckpoint),
         )
         for default, family in defaults:

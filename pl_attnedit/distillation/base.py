@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.attention import Target
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 from pl_attnedit.distillation.pairs import Batch, Pairs
 from pl_attnedit.distillation.settings import check_hyperparameters, parse_targets, plain_targets
+from pl_attnedit.distillation.sharding import data_parallel_mesh, local, shard, take_from_rank_0
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, load, unshare_trunk
 from pl_attnedit.modeling.edit import Init, assemble, check_teacher, initialise
@@ -88,6 +90,7 @@ class DistillationModule(LightningModule):
         # the teacher's last hidden states on the held-out text, the same at every validation
         self.teacher_hidden: TeacherHidden = {}
         self._share_counted: list[torch.Tensor] = []
+        self.sharded = False  # over processes; its parameters are on the devices then, and stay there
 
     # building
 
@@ -123,11 +126,12 @@ class DistillationModule(LightningModule):
 
     def configure_model(self) -> None:
         """Builds teacher and student once. A run that resumes skips the init: its weights come from the checkpoint."""
-        if self._held is not None:
-            return
-        dtype = self._weight_dtype()
-        with default_dtype(torch.float32):  # of what is computed on the way; `bf16-true` has changed it
-            self._build(dtype)
+        if self._held is None:
+            dtype = self._weight_dtype()
+            with default_dtype(torch.float32):  # of what is computed on the way; `bf16-true` has changed it
+                self._build(dtype)
+        if self.sharded:
+            self._prepare_for_shards()
 
     def _weight_dtype(self) -> torch.dtype:
         precision = "32-true" if self._trainer is None else self.trainer.precision
@@ -157,9 +161,27 @@ class DistillationModule(LightningModule):
             initialise(student, teacher, "random", None)
         else:
             self._initialise(student, teacher)
+        if self._trainer is not None and self.trainer.world_size > 1:
+            for attention in edited_attention(student).values():  # a random init is each process's own
+                take_from_rank_0(attention, self.trainer.strategy.root_device)
         self._held = (teacher, student)
         self.layer_nmse = LayerNMSE(len(plan.edited_layers))
         self.prepare_training()
+        self._shard()
+
+    def _shard(self) -> None:
+        """Shards teacher and student where the strategy is FSDP2; optimisers are made of the shards then."""
+        mesh = None if self._trainer is None else data_parallel_mesh(self)
+        if mesh is None:
+            return
+        self.sharded = True
+        shard(self.pairs, mesh, str(self.trainer.precision), gather_once=self.stage == "stage1")
+
+    def _prepare_for_shards(self) -> None:
+        for loop in (self.trainer.validate_loop, self.trainer.fit_loop.epoch_loop.val_loop):
+            loop.inference_mode = False  # what is gathered there must serve training too
+        if path := self.trainer.ckpt_path:  # Lightning loads its weights first, and would miss some of a foreign one
+            self.on_load_checkpoint(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
 
     def find_teacher(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
         """The teacher with its tokenizer and fingerprint."""
@@ -213,10 +235,11 @@ class DistillationModule(LightningModule):
         self._place()
 
     def _place(self) -> None:
-        self.teacher.to(self.device).eval()
-        self.student.to(self.device)
+        self.teacher.eval()
         for model in (self.teacher, self.student):
-            rotary = model.model.rotary_emb
+            rotary = model.model.rotary_emb.to(self.device)
+            if not self.sharded:
+                model.to(self.device)
             if rotary.inv_freq.dtype != torch.float32:  # `bf16-true` has converted it; positions need it exact
                 model.model.rotary_emb = type(rotary)(config=model.config).to(self.device)
 
@@ -262,7 +285,12 @@ class DistillationModule(LightningModule):
         total = self.trainer.strategy.reduce(total, reduce_op="mean")
         # the Trainer has divided by the former; where no token counts all gradients are zero
         scale = self.trainer.accumulate_grad_batches / total.clamp(min=torch.finfo(total.dtype).tiny)
-        torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
+        torch._foreach_mul_([local(p.grad) for p in self.parameters() if p.grad is not None], scale)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Drops the gradients at once: Lightning keeps them through the next forward pass, which may take new ones."""
+        super().optimizer_step(*args, **kwargs)
+        self.zero_grad()
 
     def lr_share(self, step: int) -> float:
         """Learning rate at a step over the peak."""
@@ -285,21 +313,35 @@ class DistillationModule(LightningModule):
         text = f"{getattr(data, 'fingerprint', '')} {len(batch['input_ids'])}"
         key = (text, batch_idx) if hasattr(data, "fingerprint") and self.trainer.world_size == 1 else None
         known = self.teacher_hidden.get(key) if batch_idx >= self.hparams["nmse_batches"] else None  # type: ignore[arg-type]
+        self.pairs(self._validate, batch, batch_idx, key, known)
+
+    def _validate(self, batch: Batch, batch_idx: int, key: tuple[str, int] | None, known: torch.Tensor | None) -> None:
         assert self.layer_nmse is not None
         teacher, student, calls = self.pairs.begin(batch)
-        place = 0
+        place, rows = 0, self._rows_of_its_own(batch, batch_idx)
         for pair, call in self.pairs.with_calls(calls):
-            states = pair(teacher if known is None else None, student, call)
+            states = pair(teacher if known is None else None, student, call=call)
             teacher, student = states.teacher, states.student
             if pair.attention is not None and batch_idx < self.hparams["nmse_batches"]:
-                self.layer_nmse.update(place, pair.attention(states.normed, call), states.target)
+                output = pair.attention(states.normed, call)
+                self.layer_nmse.update(place, output[:rows], states.target[:rows])
                 place += 1
         if known is not None:
             teacher = known.to(self.device)
         elif key is not None:
             self.teacher_hidden[key] = teacher.cpu()
-        update = partial(self.fidelity.update, input_ids=batch["input_ids"], mask=batch["loss_mask"])
-        self.pairs.heads(teacher, student, update)
+        update = partial(self.fidelity.update, input_ids=batch["input_ids"][:rows], mask=batch["loss_mask"][:rows])
+        self.pairs.heads(teacher[:rows], student[:rows], update)
+
+    def _rows_of_its_own(self, batch: Batch, batch_idx: int) -> int:
+        """How many of a validation batch's sequences count: with several processes the sampler repeats the first ones, so
+        that all have as many."""
+        rows, loader = len(batch["input_ids"]), self.trainer.val_dataloaders
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler):
+            return rows
+        own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+        return min(rows, max(0, own - batch_idx * loader.batch_size))
 
     def on_validation_epoch_end(self) -> None:
         assert self.layer_nmse is not None

@@ -45,22 +45,29 @@ class LayerwiseDistillation(DistillationModule):
         losses = self.layer_losses(batch)
         loss = torch.stack(list(losses.values())).sum()
         self.log("step", float(self.global_step + 1))  # of the optimiser step that this batch is for
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         named = {f"layer_{index:02d}": value.detach() for index, value in losses.items()}
         every = self.trainer.log_every_n_steps if self._trainer else 1  # type: ignore[attr-defined]
         if (self.global_step + 1) % every == 0:  # taking in so many values each step would keep a GPU waiting
-            self.log_dict({f"train/nmse/{name}": value for name, value in named.items()})
+            self.log_dict({f"train/nmse/{name}": value for name, value in named.items()}, sync_dist=True)
         return {"loss": loss, "layer_losses": named}
 
     def layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
         """Normalised squared error of each edited layer against the teacher's activation."""
+        return self.pairs(self._layer_losses, batch)
+
+    def _layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
         hidden, own, calls = self.pairs.begin(batch)
         share = None if self.teacher_share == 1 else self.teacher_share
         last = max(self.trained_layers)
         losses: dict[int, torch.Tensor] = {}
+        on_own_path: list[torch.Tensor] = []
         for index, (pair, call) in enumerate(self.pairs.with_calls(calls[: last + 1])):
-            states = pair(hidden, None if share is None else own, call, last=index == last, teacher_share=share)
-            hidden, own, loss = states.teacher, states.student, states.loss
+            own_path = (
+                {} if share is None else {"student": own, "teacher_share": share, "take_loss": on_own_path.append}
+            )
+            states = pair(hidden, call=call, last=index == last, **own_path)
+            hidden, own = states.teacher, states.student
             if index in self.trained_layers:
-                losses[index] = pair.distil(states.normed, states.target, call)[0] if share is None else loss
+                losses[index] = pair.distil(states.normed, states.target, call)[0] if share is None else on_own_path[-1]
         return losses

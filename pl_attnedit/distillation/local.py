@@ -6,29 +6,65 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+Gradients = Callable[[], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
 
 
-class LocalGradients(torch.autograd.Function):
-    """`apply(loss, inputs, *parameters)`: a local loss whose graph is freed at once; its gradients wait for the backward pass.
+class Anchor(torch.autograd.Function):
+    """Its input as something that requires a gradient and gets none. FSDP2 hangs its hooks on such inputs.
 
-    loss: function of the inputs giving (loss (), output); parameters: the leaves it reads. Returns (loss, output), the output
-    without a gradient; the inputs get none either. Activation memory is one layer's instead of all layers'.
+    A leaf would do, but autograd holds leaves until the backward pass: one hidden state for every layer.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, loss: Callable[[Tensor], tuple[Tensor, Tensor]], inputs: Tensor, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            value, output = loss(inputs.detach())
-        ctx.gradients = torch.autograd.grad(value, parameters)
-        output = output.detach()
+    def forward(ctx: Any, anchor: Tensor, states: Tensor) -> Tensor:
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any) -> tuple[None, None]:
+        return None, None
+
+
+class LocalGradients(torch.autograd.Function):
+    """`apply(gradients, states, *parameters)`: a loss with its gradients already there; they wait for the backward pass.
+
+    gradients: function giving the loss (), the output and the gradient of each parameter. Returns (loss, output), the output
+    without a gradient; the states get none either. Activation memory is one layer's instead of all layers'.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Gradients, states: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        loss, output, ctx.gradients = gradients()
         ctx.mark_non_differentiable(output)
-        return value.detach(), output
+        return loss, output
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         torch._foreach_mul_(gradients, upstream)
         return (None, None, *gradients)
+
+
+def eager_gradients(
+    loss: Callable[..., tuple[Tensor, Tensor]], module: nn.Module, *inputs: Any
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """`loss(module, *inputs)` gives (loss, output); returns them and the gradients of the module's parameters that train."""
+    with torch.enable_grad():
+        value, output = loss(module, *inputs)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return value.detach(), output.detach(), torch.autograd.grad(value, parameters)
+
+
+def traced_gradients(
+    loss: Callable[..., tuple[Tensor, Tensor]], module: nn.Module, *inputs: Any
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The same in a form that torch.compile makes one graph of, forward and backward: half the calls, nothing saved between."""
+    trained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+    def of(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return loss(lambda **call: functional_call(module, parameters, kwargs=call), *inputs)
+
+    gradients, (value, output) = grad_and_value(of, has_aux=True)(trained)
+    return value, output, tuple(gradients.values())

@@ -63,20 +63,24 @@ class ModelDistillation(DistillationModule):
         return {**batch, "rows": batch["loss_mask"].flatten().nonzero().flatten()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        weight, mask = self.hparams["feature_weight"], batch["loss_mask"]
-        teacher, student, calls = self.pairs.begin(batch)
-        distances = []
-        for pair, call in self.pairs.with_calls(calls):
-            states = pair(teacher, student, call)
-            teacher, student = states.teacher, states.student
-            if weight > 0:
-                distances.append(cosine_distance(student, teacher, mask))
-        loss = self.pairs.heads(teacher, student, partial(self.kl, rows=batch.get("rows"), mask=mask))
-        self.log("train/kl", loss.detach())
+        weight = self.hparams["feature_weight"]
+        loss, distances = self.pairs(self._losses, batch)
+        self.log("train/kl", loss.detach(), sync_dist=True)
         if weight > 0:
             feature = torch.stack(distances).mean()
-            self.log("train/feature", feature.detach())
+            self.log("train/feature", feature.detach(), sync_dist=True)
             loss = loss + weight * feature
         self.log("step", float(self.global_step + 1))  # of the optimiser step that this batch is for
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        return {"loss": self.count(loss, mask)}
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        return {"loss": self.count(loss, batch["loss_mask"])}
+
+    def _losses(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The mean KL, and each layer's cosine distance where that is wanted."""
+        mask, distances = batch["loss_mask"], []
+        teacher, student, calls = self.pairs.begin(batch)
+        for pair, call in self.pairs.with_calls(calls):
+            states = pair(teacher, student, call=call)
+            teacher, student = states.teacher, states.student
+            if self.hparams["feature_weight"] > 0:
+                distances.append(cosine_distance(student, teacher, mask))
+        return self.pairs.heads(teacher, student, partial(self.kl, rows=batch.get("rows"), mask=mask)), distances

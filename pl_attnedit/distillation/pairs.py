@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import Target
-from pl_attnedit.distillation.local import LocalGradients
+from pl_attnedit.distillation.local import Anchor, LocalGradients, eager_gradients, traced_gradients
 from pl_attnedit.distillation.losses import nmse
 
 Batch = dict[str, Tensor]
@@ -31,7 +32,6 @@ class LayerStates(NamedTuple):
     student: Tensor | None
     normed: Tensor | None  # what the teacher's attention got, and
     target: Tensor | None  # what it gave: after `o_proj`, before the residual
-    loss: Tensor | None  # of stage 1, on the student's own path
 
 
 class Operations:
@@ -46,6 +46,12 @@ class Operations:
         self.attend = wrap(attend)
         self.feed_forward = wrap(feed_forward)
         self.local_loss = wrap(local_loss)
+        self._eager = partial(eager_gradients, self.local_loss)
+        self._traced = wrap(partial(traced_gradients, local_loss)) if compiled else self._eager
+
+    def local_gradients(self, attention: Target, *inputs: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Loss and output of a new attention, and the gradients of its parameters."""
+        return (self._traced if attention.functional_gradients else self._eager)(attention, *inputs)
 
 
 def teacher_layer(layer: Any, hidden: Tensor, call: Call, last: bool) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -61,7 +67,7 @@ def normalise(norm: nn.Module, hidden: Tensor) -> Tensor:
     return norm(hidden)
 
 
-def attend(attention: nn.Module, normed: Tensor, call: Call) -> Tensor:
+def attend(attention: Callable[..., Any], normed: Tensor, call: Call) -> Tensor:
     return attention(hidden_states=normed, **call)[0]
 
 
@@ -70,7 +76,7 @@ def feed_forward(norm: nn.Module, mlp: nn.Module, hidden: Tensor, attention: Ten
     return hidden + mlp(norm(hidden))
 
 
-def local_loss(attention: nn.Module, normed: Tensor, target: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def local_loss(attention: Callable[..., Any], normed: Tensor, target: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     output = attend(attention, normed, call)
     return nmse(output, target), output
 
@@ -85,18 +91,16 @@ class EditedAttention(nn.Module):
     def forward(self, normed: Tensor, call: Call, target: Tensor | None = None) -> Any:
         """The attention's output (batch, time, hidden); with a target (loss, output), their graph freed already.
 
-        With a target `normed` must require a gradient, though it gets none: FSDP2 hangs its hooks on it.
+        With a target `normed` must require a gradient (see `Anchor`), though it gets none.
         """
         if target is None:
             return self.operations.attend(self.attention, normed, call)
-        if not torch.is_grad_enabled():
-            return self.operations.local_loss(self.attention, normed, target, call)
-
-        def loss(inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return self.operations.local_loss(self.attention, inputs, target, call)
-
-        parameters = [p for p in self.attention.parameters() if p.requires_grad]
-        return LocalGradients.apply(loss, normed, *parameters)
+        trained = [p for p in self.attention.parameters() if p.requires_grad]
+        if not (torch.is_grad_enabled() and trained):
+            with torch.no_grad():
+                return self.operations.local_loss(self.attention, normed, target, call)
+        gradients = partial(self.operations.local_gradients, self.attention, normed.detach(), target, call)
+        return LocalGradients.apply(gradients, normed, *trained)
 
 
 class LayerPair(nn.Module):
@@ -122,47 +126,51 @@ class LayerPair(nn.Module):
     def forward(
         self,
         teacher: Tensor | None,
-        student: Tensor | None,
-        call: Call,
+        student: Tensor | None = None,
         *,
+        call: Call,
         last: bool = False,
         teacher_share: float | None = None,
+        take_loss: Callable[[Tensor], None] | None = None,
     ) -> LayerStates:
         """Runs the paths whose input (batch, time, hidden) is given.
 
         last: the teacher's path ends with its attention. teacher_share: the student's path is the own path of stage 1, its
-        input mixed with this share of the teacher's, its gradients local to the new attention.
+        input mixed with this share of the teacher's, its gradients local to the new attention; `take_loss` gets its
+        loss. It is not returned: FSDP2 would take it for an output whose backward pass needs the whole layer.
         """
-        entered, normed, target, loss = teacher, None, None, None
+        entered, normed, target = teacher, None, None
         if teacher is not None:
             with torch.no_grad():
                 teacher, normed, target = self.operations.teacher_layer(self.teacher, teacher, call, last)
         if teacher_share is not None:
-            assert entered is not None and student is not None and target is not None
+            assert entered is not None and student is not None
+            assert target is not None and take_loss is not None
             mixed = teacher_share * entered + (1 - teacher_share) * student.detach()
-            student, loss = self._own_path(mixed, call, target)
+            student = self._own_path(mixed, call, target, take_loss)
         elif student is not None:
             if self.recompute and torch.is_grad_enabled():
                 student = checkpoint(self._student, student, call, use_reentrant=False)
             else:
                 student = self._student(student, call)
-        return LayerStates(teacher, student, normed, target, loss)
+        return LayerStates(teacher, student, normed, target)
 
     def distil(self, normed: Tensor, target: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """The new attention's loss against the teacher's activation, and its output without a gradient."""
         assert self.attention is not None
-        return self.attention(normed.detach().requires_grad_(), call, target)
+        anchor = torch.empty((), device=normed.device, requires_grad=True)
+        return self.attention(Anchor.apply(anchor, normed), call, target)
 
     @torch.no_grad()
-    def _own_path(self, hidden: Tensor, call: Call, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _own_path(self, hidden: Tensor, call: Call, target: Tensor, take_loss: Callable[[Tensor], None]) -> Tensor:
         normed = self.operations.normalise(self._part("input_layernorm"), hidden)
-        loss = None
         if self.attention is None:
             output = self.operations.attend(self._part("self_attn"), normed, call)
         else:
             with torch.enable_grad():
                 loss, output = self.distil(normed, target, call)
-        return self._feed_forward(hidden, output), loss
+            take_loss(loss)
+        return self._feed_forward(hidden, output)
 
     def _student(self, hidden: Tensor, call: Call) -> Tensor:
         normed = self.operations.normalise(self._part("input_layernorm"), hidden)
@@ -220,6 +228,10 @@ class Pairs(nn.Module):
         self.layers = nn.ModuleList(LayerPair(t, s, operations, recompute=recompute) for t, s in layers)
         self.embeddings, self.heads = Embeddings(teacher, student), Heads(teacher, student)
         self._model = (teacher.model,)  # only for its way of making masks and positions; not a child
+
+    def forward(self, work: Callable[..., Any], *args: Any) -> Any:
+        """`work(*args)`. All that reads the pairs runs in here: for FSDP2 it is one forward pass."""
+        return work(*args)
 
     def begin(self, batch: Batch) -> tuple[Tensor, Tensor, list[Call]]:
         """Embeddings (batch, time, hidden) of teacher and student, and each layer's `Call`."""

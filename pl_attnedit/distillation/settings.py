@@ -42,8 +42,7 @@ def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
     for name in ("dtype", "teacher_dtype"):
         dtype = hparams[name]
         if not (
-            name == "teacher_dtype"
-            and dtype is None
+            (name == "teacher_dtype" and dtype is None)
             or getattr(getattr(torch, dtype, None), "is_floating_point", False)
         ):
             raise invalid(name, dtype, "must be a torch dtype such as float32 or bfloat16")

@@ -106,3 +106,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_impossible_values_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "stage1", "--layers", "1", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_loss_needs_less_memory_than_full_logits(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--vocabulary", "40000", "--hidden", "16", "--tokens", "2048", "--json"]
+    assert main(["bench", "loss", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["gradient_difference"] < 1e-5
+    assert result["loss_bytes"] < result["reference_bytes"]

@@ -1,0 +1,62 @@
+"""`pl-attnedit convert` with two devices: Lightning starts the second process, and both end with one result."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from fixtures_stages import LATENT, subprocess_environment
+
+import pl_attnedit
+from pl_attnedit.cli import main
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_a_conversion_by_two_processes(
+    strategy: str,
+    teacher_folder: Callable[..., str],
+    tiny_corpus: str,
+    session_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe: dict[str, Any] = {
+        "name": "tiny",
+        "teacher": teacher_folder(),
+        "targets": {"S": LATENT},
+        "pattern": "SSFS",
+        "calibration_tokens": 128,
+        "data": {"source": tiny_corpus, "seq_len": 32, "batch_size": 2, "val_sequences": 5},
+        "stage1": {"steps": 4, "learning_rate": 1e-3},
+        "stage2": {"steps": 3, "learning_rate": 1e-3, "options": {"train": "all"}},
+        "evaluation": {"documents": 2, "cloze": 2, "continuation_tokens": 2},
+        "trainer": {"accelerator": "cpu", "devices": 2, "strategy": strategy},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    environment = subprocess_environment(session_cache) | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    command = [sys.executable, "-m", "pl_attnedit.cli", "convert", "-c", str(path)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "tiny"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["tokens_stage1"], summary["tokens_stage2"]) == (4 * 2 * 2 * 32, 3 * 2 * 2 * 32)
+    assert done.stdout.count("KL(teacher||student)") == 1
+    assert len(re.findall("== stage2", done.stderr)) == 1  # rank 0 alone speaks
+    assert not list(folder.glob(".*.tmp"))
+    student = pl_attnedit.load(folder / "student")
+    assert student(torch.ones(1, 20, dtype=torch.long)).logits.isfinite().all()
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "-c", str(path)]) == 0
+    assert "done before" in capsys.readouterr().err

@@ -1,0 +1,197 @@
+"""DDP and FSDP2 on two CPU processes equal one process: gradients, checkpoints, saved students, validation."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+
+from pl_attnedit.modeling import load
+
+HERE = Path(__file__).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_two(*arguments: str) -> list[subprocess.Popen[str]]:
+    """Two processes of `runs.py` that find each other."""
+    port = str(free_port())
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    common |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "runs.py"), *arguments],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "seed": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Callable[..., str]) -> Path:
+    """Holds the teachers, and what every case has left."""
+    path = tmp_path_factory.mktemp("two")
+    for family in ("llama", "qwen3"):
+        (path / family).symlink_to(teacher_folder(family))
+    return path
+
+
+@pytest.fixture(scope="session")
+def two(folder: Path, one: Any) -> Path:
+    """All cases run by two processes."""
+    for case in runs.CASES:
+        one(case)  # whose checkpoints the two load
+    processes = start_two("all", str(folder))
+    texts = [process.communicate(timeout=240)[0] for process in processes]
+    for rank, (process, text) in enumerate(zip(processes, texts, strict=True)):
+        assert process.returncode == 0, f"rank {rank}:\n{text[-6000:]}"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one(folder: Path) -> Callable[[str], dict[str, Any]]:
+    """`one(case)`: the case by one process."""
+    found: dict[str, Any] = {}
+
+    def get(case: str) -> dict[str, Any]:
+        if case not in found:
+            found[case] = runs.train(case, folder, folder / f"{case}-one")
+        return found[case]
+
+    return get
+
+
+case = pytest.mark.parametrize("case", list(runs.CASES))
+strategy = pytest.mark.parametrize("strategy", runs.STRATEGIES)
+
+
+def of(two: Path, case: str, strategy: str, rank: int = 0) -> dict[str, Any]:
+    return torch.load(two / f"{case}-{strategy}" / f"found-{rank}.pt", weights_only=True)
+
+
+@case
+@strategy
+def test_gradients_equal_those_of_one_process(two: Path, one: Any, case: str, strategy: str) -> None:
+    expected, found = one(case)["gradients"], of(two, case, strategy)["gradients"]
+    assert len(expected) == len(found) == runs.STEPS
+    for step, (plain, ours) in enumerate(zip(expected, found, strict=True)):
+        assert plain.keys() == ours.keys(), step
+        for name, gradient in plain.items():
+            error = (ours[name] - gradient).norm() / gradient.norm()
+            # later steps start from weights that Adam has moved apart by rounding
+            assert error < (1e-5 if step == 0 else 1e-3), (step, name)
+    trained = [len(step) for step in expected]
+    assert (trained[0] < trained[-1]) == (case != "own-path")  # unfrozen on the way
+
+
+@case
+@strategy
+def test_validation_and_logged_loss_equal_those_of_one_process(two: Path, one: Any, case: str, strategy: str) -> None:
+    expected = one(case)
+    for rank in range(2):
+        found = of(two, case, strategy, rank)
+        assert found["validation"].keys() == expected["validation"].keys()
+        for name, value in expected["validation"].items():
+            torch.testing.assert_close(found["validation"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@case
+def test_only_fsdp2_shards_the_teacher(two: Path, one: Any, case: str) -> None:
+    whole = one(case)["sizes"]
+    assert of(two, case, "ddp")["sizes"] == whole
+    shards = [of(two, case, "fsdp2", rank)["sizes"] for rank in range(2)]
+    used = [a + b for a, b in zip(*shards, strict=True)]
+    assert used == whole
+    assert max(shards[0]) < max(whole)
+
+
+def checkpoint_of(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_content(found: dict[str, Any], expected: dict[str, Any], **tolerance: float) -> None:
+    assert found["state_dict"].keys() == expected["state_dict"].keys()
+    for name, value in expected["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][name], value, **tolerance, msg=name)
+    [ours], [theirs] = found["optimizer_states"], expected["optimizer_states"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for index, state in theirs["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(ours["state"][index][name], value, **tolerance, msg=f"{index} {name}")
+    assert [group["params"] for group in ours["param_groups"]] == [group["params"] for group in theirs["param_groups"]]
+    assert [group["lr"] for group in ours["param_groups"]] == [group["lr"] for group in theirs["param_groups"]]
+    assert found["global_step"] == expected["global_step"] == runs.STEPS
+    assert found["pl_attnedit"] == expected["pl_attnedit"]
+
+
+@case
+@strategy
+def test_checkpoints_have_the_content_of_one_process(two: Path, one: Any, case: str, strategy: str) -> None:
+    one(case)
+    found, expected = (checkpoint_of(runs.last(two / f"{case}-{who}")) for who in (strategy, "one"))
+    assert_same_content(found, expected, rtol=1e-3, atol=1e-4)
+    assert len(found["pl_attnedit_random_states"]) == 2
+
+
+@case
+@strategy
+def test_two_processes_load_a_checkpoint_of_one(two: Path, case: str, strategy: str) -> None:
+    loaded, source = (
+        checkpoint_of(two / f"{case}-{strategy}" / "loaded.ckpt"),
+        checkpoint_of(runs.last(two / f"{case}-one")),
+    )
+    assert_same_content(loaded, source, rtol=0, atol=0)
+
+
+@case
+@strategy
+def test_one_process_loads_a_checkpoint_of_two(two: Path, case: str, strategy: str) -> None:
+    source = runs.last(two / f"{case}-{strategy}")
+    loaded = two / f"{case}-{strategy}" / "loaded-by-one.ckpt"
+    runs.load_and_save(case, two, source, loaded)
+    assert_same_content(checkpoint_of(loaded), checkpoint_of(source), rtol=0, atol=0)
+
+
+@case
+@strategy
+def test_the_saved_student_is_that_of_the_checkpoint(two: Path, case: str, strategy: str) -> None:
+    student = load(two / f"{case}-{strategy}" / "student").state_dict()
+    saved = checkpoint_of(runs.last(two / f"{case}-{strategy}"))["state_dict"]
+    for name, value in saved.items():
+        part, _, rest = name.partition(".")
+        if part == "attention":
+            index, _, rest = rest.partition(".")
+            rest = f"model.layers.{index}.self_attn.{rest}"
+        assert torch.equal(student[rest], value), name
+
+
+def test_a_killed_process_ends_the_other_with_a_message(folder: Path) -> None:
+    processes = start_two("killed", str(folder))
+    began = time.monotonic()
+    assert processes[1].wait(60) == -signal.SIGKILL
+    killed = time.monotonic()
+    text = processes[0].communicate(timeout=60)[0]
+    assert time.monotonic() - killed < 10, killed - began
+    assert processes[0].returncode == 1
+    checkpoint = runs.last(folder / "killed")
+    assert "process 1 of 2 is gone" in text, text
+    assert checkpoint.name in text, text
+    runs.load_and_save("layers", folder, checkpoint, folder / "resumed.ckpt")
+    assert checkpoint_of(folder / "resumed.ckpt")["global_step"] == runs.STEPS
