@@ -70,7 +70,7 @@ class ProcessWatch(Callback):
         if trainer.global_rank:
             port = trainer.strategy.broadcast(0)
             peer = socket.create_connection((environment.main_address, port), timeout=_CONNECT)
-            peer.sendall(trainer.global_rank.to_bytes(4))
+            peer.sendall(trainer.global_rank.to_bytes(4, "big"))
             peer.settimeout(None)
             self._peers = {0: peer}
             return
@@ -80,7 +80,7 @@ class ProcessWatch(Callback):
             while len(self._peers) < trainer.world_size - 1:
                 peer, _ = server.accept()
                 peer.settimeout(_CONNECT)
-                self._peers[int.from_bytes(peer.recv(4, socket.MSG_WAITALL))] = peer
+                self._peers[int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "big")] = peer
 
     def _watch(self, trainer: Trainer) -> None:
         with selectors.DefaultSelector() as selector:

@@ -40,8 +40,11 @@ class AttentionEditingCLI(LightningCLI):
         if settings.ckpt_path is None and self.config.subcommand == "fit" and _slurm_has_requeued():
             settings.ckpt_path = "last"
         path = settings.ckpt_path
-        if path is not None and path not in ("last", "best", "hpc", "registry"):
+        if _is_file(path):
             check_checkpoint(Path(path))
+
+    def before_fit(self) -> None:
+        self.model.resuming = _is_file(self.config.fit.ckpt_path)  # an init would be overwritten
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []
@@ -69,6 +72,11 @@ def _resumable_checkpoint() -> ResumableCheckpoint:
     """In a SLURM job its folder is one that the job finds again when it was requeued."""
     job = os.environ.get("SLURM_JOB_ID")
     return ResumableCheckpoint(dirpath=None if job is None else f"runs/job-{job}")
+
+
+def _is_file(ckpt_path: str | None) -> bool:
+    """Whether it names a file, and not one that Lightning is to look for and may not find."""
+    return ckpt_path not in (None, "last", "best", "hpc", "registry")
 
 
 def _slurm_has_requeued() -> bool:

@@ -89,6 +89,7 @@ class DistillationModule(LightningModule):
         self.layer_nmse: LayerNMSE | None = None
         # the teacher's last hidden states on the held-out text, the same at every validation
         self.teacher_hidden: TeacherHidden = {}
+        self.resuming = False  # set by who knows: the Trainer only looks for its checkpoint when the models are there
         self._share_counted: list[torch.Tensor] = []
         self.sharded = False  # over processes; its parameters are on the devices then, and stay there
 
@@ -154,10 +155,9 @@ class DistillationModule(LightningModule):
         student.requires_grad_(False)
         for attention in edited_attention(student).values():
             attention.to(dtype)
-        resuming = self._trainer is not None and self.trainer.ckpt_path is not None
         if hparams["init_from"] is not None:  # also when resuming: its trunk may not be in the checkpoint
             copy_weights(student, Path(hparams["init_from"]))
-        elif resuming:
+        elif self.resuming:
             initialise(student, teacher, "random", None)
         else:
             self._initialise(student, teacher)
@@ -341,7 +341,7 @@ class DistillationModule(LightningModule):
         if not isinstance(sampler, DistributedSampler):
             return rows
         own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-        return min(rows, max(0, own - batch_idx * loader.batch_size))
+        return min(rows, max(0, own - batch_idx * loader.batch_size))  # type: ignore[union-attr]
 
     def on_validation_epoch_end(self) -> None:
         assert self.layer_nmse is not None

@@ -15,6 +15,9 @@ class LayerwiseDistillation(DistillationModule):
     """Every edited layer learns the teacher's attention output (after `o_proj`, before the residual) from the teacher's
     own hidden state, independently of all other layers. Loss: sum over layers of the normalised squared error.
 
+    A batch's squared error is normalised by that batch's own energy; over the batches of an optimiser step, accumulated or
+    of several processes, the loss is the plain mean.
+
     One pass of the teacher feeds all layers. The gradients of a layer are taken as soon as its loss is known, so activations
     of one layer exist at a time, however deep the model is.
 

@@ -60,7 +60,7 @@ def eager_gradients(
 def traced_gradients(
     loss: Callable[..., tuple[Tensor, Tensor]], module: nn.Module, *inputs: Any
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """The same in a form that torch.compile makes one graph of, forward and backward: half the calls, nothing saved between."""
+    """The same in a form that torch.compile makes one graph of, forward and backward: half the calls, nothing saved."""
     trained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
 
     def of(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

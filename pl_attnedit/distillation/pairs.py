@@ -144,8 +144,10 @@ class LayerPair(nn.Module):
             with torch.no_grad():
                 teacher, normed, target = self.operations.teacher_layer(self.teacher, teacher, call, last)
         if teacher_share is not None:
-            assert entered is not None and student is not None
-            assert target is not None and take_loss is not None
+            assert entered is not None
+            assert student is not None
+            assert target is not None
+            assert take_loss is not None
             mixed = teacher_share * entered + (1 - teacher_share) * student.detach()
             student = self._own_path(mixed, call, target, take_loss)
         elif student is not None:

@@ -55,9 +55,10 @@ def shard(pairs: Pairs, mesh: DeviceMesh, precision: str, *, gather_once: bool) 
     )  # the residual stream stays as it is, as under autocast
     policy = mixed if precision == "bf16-mixed" else MixedPrecisionPolicy()
     for pair in pairs.layers:
-        if pair.attention is not None:
-            fully_shard(pair.attention, mesh=mesh, mp_policy=policy, reshard_after_forward=not gather_once)
-            pair.attention.register_forward_hook(_release_without_gradients)
+        attention = pair.attention
+        if isinstance(attention, nn.Module):
+            fully_shard(attention, mesh=mesh, mp_policy=policy, reshard_after_forward=not gather_once)
+            attention.register_forward_hook(_release_without_gradients)
         fully_shard(pair, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     embeddings, heads = ({id(p) for p in end.parameters()} for end in (pairs.embeddings, pairs.heads))
     if not embeddings & heads:  # a tied weight belongs to the root instead, and is whole throughout a step
@@ -66,8 +67,9 @@ def shard(pairs: Pairs, mesh: DeviceMesh, precision: str, *, gather_once: bool) 
     fully_shard(pairs, mesh=mesh, reshard_after_forward=False)
 
 
-def _release_without_gradients(module: FSDPModule, args: Any, output: Any) -> None:
+def _release_without_gradients(module: nn.Module, args: Any, output: Any) -> None:
     """No backward pass will free what was gathered."""
+    assert isinstance(module, FSDPModule)
     if not torch.is_grad_enabled():
         module.reshard()
 
@@ -97,6 +99,6 @@ def whole_state_dict(module: nn.Module) -> dict[str, Tensor]:
     whole: dict[int, Tensor] = {}
     for value in state.values():
         if id(value) not in whole:
-            full = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+            full = value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
             whole[id(value)] = full.cpu() if dist.get_rank() == 0 else full.new_empty(0)
     return {name: whole[id(value)] for name, value in state.items()} if dist.get_rank() == 0 else {}
