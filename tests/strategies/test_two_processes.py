@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
+import small_trainings
 import torch
 
 from pl_attnedit.modeling import load
@@ -28,13 +28,13 @@ def free_port() -> int:
 
 
 def start_two(*arguments: str) -> list[subprocess.Popen[str]]:
-    """Two processes of `runs.py` that find each other."""
+    """Two processes of `small_trainings.py` that find each other."""
     port = str(free_port())
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
     common |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
     return [
         subprocess.Popen(
-            [sys.executable, str(HERE / "runs.py"), *arguments],
+            [sys.executable, str(HERE / "small_trainings.py"), *arguments],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "seed": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Callable[..
 @pytest.fixture(scope="session")
 def two(folder: Path, one: Any) -> Path:
     """All cases run by two processes."""
-    for case in runs.CASES:
+    for case in small_trainings.CASES:
         one(case)  # whose checkpoints the two load
     processes = start_two("all", str(folder))
     texts = [process.communicate(timeout=240)[0] for process in processes]
@@ -72,14 +72,14 @@ def one(folder: Path) -> Callable[[str], dict[str, Any]]:
 
     def get(case: str) -> dict[str, Any]:
         if case not in found:
-            found[case] = runs.train(case, folder, folder / f"{case}-one")
+            found[case] = small_trainings.train(case, folder, folder / f"{case}-one")
         return found[case]
 
     return get
 
 
-case = pytest.mark.parametrize("case", list(runs.CASES))
-strategy = pytest.mark.parametrize("strategy", runs.STRATEGIES)
+case = pytest.mark.parametrize("case", list(small_trainings.CASES))
+strategy = pytest.mark.parametrize("strategy", small_trainings.STRATEGIES)
 
 
 def of(two: Path, case: str, strategy: str, rank: int = 0) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def of(two: Path, case: str, strategy: str, rank: int = 0) -> dict[str, Any]:
 @strategy
 def test_gradients_equal_those_of_one_process(two: Path, one: Any, case: str, strategy: str) -> None:
     expected, found = one(case)["gradients"], of(two, case, strategy)["gradients"]
-    assert len(expected) == len(found) == runs.STEPS
+    assert len(expected) == len(found) == small_trainings.STEPS
     for step, (plain, ours) in enumerate(zip(expected, found, strict=True)):
         assert plain.keys() == ours.keys(), step
         for name, gradient in plain.items():
@@ -137,7 +137,7 @@ def assert_same_content(found: dict[str, Any], expected: dict[str, Any], **toler
             torch.testing.assert_close(ours["state"][index][name], value, **tolerance, msg=f"{index} {name}")
     assert [group["params"] for group in ours["param_groups"]] == [group["params"] for group in theirs["param_groups"]]
     assert [group["lr"] for group in ours["param_groups"]] == [group["lr"] for group in theirs["param_groups"]]
-    assert found["global_step"] == expected["global_step"] == runs.STEPS
+    assert found["global_step"] == expected["global_step"] == small_trainings.STEPS
     assert found["pl_attnedit"] == expected["pl_attnedit"]
 
 
@@ -194,4 +194,4 @@ def test_a_killed_process_ends_the_other_with_a_message(folder: Path) -> None:
     assert "process 1 of 2 is gone" in text, text
     assert checkpoint.name in text, text
     runs.load_and_save("layers", folder, checkpoint, folder / "resumed.ckpt")
-    assert checkpoint_of(folder / "resumed.ckpt")["global_step"] == runs.STEPS
+    assert checkpoint_of(folder / "resumed.ckpt")["global_step"] == small_trainings.STEPS

@@ -1,6 +1,6 @@
 """The same small trainings for one process and for two: what `test_two_processes.py` compares.
 
-As a script, `python runs.py all|killed FOLDER` with RANK, WORLD_SIZE ... set, it is one of two processes.
+As a script, `python small_trainings.py all|killed FOLDER` with RANK, WORLD_SIZE ... set, it is one of two processes.
 """
 
 from __future__ import annotations
