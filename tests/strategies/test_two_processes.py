@@ -145,7 +145,7 @@ def assert_same_content(found: dict[str, Any], expected: dict[str, Any], **toler
 @strategy
 def test_checkpoints_have_the_content_of_one_process(two: Path, one: Any, case: str, strategy: str) -> None:
     one(case)
-    found, expected = (checkpoint_of(runs.last(two / f"{case}-{who}")) for who in (strategy, "one"))
+    found, expected = (checkpoint_of(small_trainings.last(two / f"{case}-{who}")) for who in (strategy, "one"))
     assert_same_content(found, expected, rtol=1e-3, atol=1e-4)
     assert len(found["pl_attnedit_random_states"]) == 2
 
@@ -155,7 +155,7 @@ def test_checkpoints_have_the_content_of_one_process(two: Path, one: Any, case: 
 def test_two_processes_load_a_checkpoint_of_one(two: Path, case: str, strategy: str) -> None:
     loaded, source = (
         checkpoint_of(two / f"{case}-{strategy}" / "loaded.ckpt"),
-        checkpoint_of(runs.last(two / f"{case}-one")),
+        checkpoint_of(small_trainings.last(two / f"{case}-one")),
     )
     assert_same_content(loaded, source, rtol=0, atol=0)
 
@@ -163,9 +163,9 @@ def test_two_processes_load_a_checkpoint_of_one(two: Path, case: str, strategy: 
 @case
 @strategy
 def test_one_process_loads_a_checkpoint_of_two(two: Path, case: str, strategy: str) -> None:
-    source = runs.last(two / f"{case}-{strategy}")
+    source = small_trainings.last(two / f"{case}-{strategy}")
     loaded = two / f"{case}-{strategy}" / "loaded-by-one.ckpt"
-    runs.load_and_save(case, two, source, loaded)
+    small_trainings.load_and_save(case, two, source, loaded)
     assert_same_content(checkpoint_of(loaded), checkpoint_of(source), rtol=0, atol=0)
 
 
@@ -173,7 +173,7 @@ def test_one_process_loads_a_checkpoint_of_two(two: Path, case: str, strategy: s
 @strategy
 def test_the_saved_student_is_that_of_the_checkpoint(two: Path, case: str, strategy: str) -> None:
     student = load(two / f"{case}-{strategy}" / "student").state_dict()
-    saved = checkpoint_of(runs.last(two / f"{case}-{strategy}"))["state_dict"]
+    saved = checkpoint_of(small_trainings.last(two / f"{case}-{strategy}"))["state_dict"]
     for name, value in saved.items():
         part, _, rest = name.partition(".")
         if part == "attention":
@@ -190,8 +190,8 @@ def test_a_killed_process_ends_the_other_with_a_message(folder: Path) -> None:
     text = processes[0].communicate(timeout=60)[0]
     assert time.monotonic() - killed < 10, killed - began
     assert processes[0].returncode == 1
-    checkpoint = runs.last(folder / "killed")
+    checkpoint = small_trainings.last(folder / "killed")
     assert "process 1 of 2 is gone" in text, text
     assert checkpoint.name in text, text
-    runs.load_and_save("layers", folder, checkpoint, folder / "resumed.ckpt")
+    small_trainings.load_and_save("layers", folder, checkpoint, folder / "resumed.ckpt")
     assert checkpoint_of(folder / "resumed.ckpt")["global_step"] == small_trainings.STEPS
