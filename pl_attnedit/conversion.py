@@ -32,7 +32,7 @@ from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, 
 from pl_attnedit.distillation.base import TeacherHidden
 from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.distillation.sharding import whole_state_dict
-from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.errors import UserError
 from pl_attnedit.eval.card import write_card
 from pl_attnedit.eval.continuations import greedy_continuations
 from pl_attnedit.eval.files import write_atomically
@@ -349,8 +349,7 @@ def check_plan(recipe: Recipe, targets: TargetConfig | dict[str, TargetConfig]) 
     family = family_of(config)
     family.check(config)
     plan = EditPlan.build(config.num_hidden_layers, targets, recipe.pattern, recipe.layers)
-    if not plan.edited_layers:
-        raise invalid("pattern", recipe.pattern, "edits no layer: every letter is F")
+    plan.require_edits()
     for target in plan.targets.values():
         target.check(family.attention_spec(config))
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pl_attnedit.attention import MLA, Target
+from pl_attnedit.eval.bench.timing import median_seconds
 from pl_attnedit.teachers import attention_spec
 
 
@@ -62,8 +63,6 @@ def _reading_the_input(attention: nn.Module, hidden_size: int) -> int:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product on random data: the median of ten."""
-    from pl_attnedit.eval.bench.timing import median_seconds
-
     size = 8192 if device.type == "cuda" else 1536
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / median_seconds(lambda: left @ right, device, repeats=10)

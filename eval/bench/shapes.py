@@ -36,16 +36,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def random_model(shape: str, *, layers: int | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A model of one of `SHAPES` with weights as after its own initialisation, made on the device itself."""
+    from pl_attnedit.distillation.base import default_dtype  # Lightning, which the names of the shapes do not need
+
     fields = dict(SHAPES[shape])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     if layers is not None:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:1] * layers
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with default_dtype(dtype), torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ class Windows(Callback):
         self.options, self.device = options, device
         self.seconds: dict[str, list[float]] = {"ours": []}
         self.peaks: dict[str, int] = {}
-        self.above: dict[str, int] = {}  # what stays between steps: weights and optimizer states
+        self.above: dict[str, int] = {}  # peaks above what stays between steps: weights and optimizer states
         self.variants: dict[str, Callable[[], None]] = {}
         self.fixed_bytes = 0
         self.communication = 0.0
@@ -218,7 +218,7 @@ class LayerwiseBound:
     """Stage 1's parts alone."""
 
     def __init__(self, module: Any, batch: dict[str, Tensor], *, compiled: bool) -> None:
-        self.batch, self.teacher = batch, module.teacher
+        self.batch = batch
         wrap: Callable[..., Any] = torch.compile if compiled else lambda function: function
         self.trunk, self.attend = wrap(module.teacher.model), wrap(attend)
         self.layers = module.layer_modules()
@@ -308,15 +308,17 @@ def summarise(module: Any, measured: Windows, options: StepBench, device: torch.
 def fixed_bytes(module: Any) -> int:
     """Bytes in this process of all weights, and of gradients and AdamW's two moments of what trains."""
     weights = {id(p): p for model in (module.teacher, module.student) for p in model.parameters()}
-    trained = [p for p in module.parameters() if p.requires_grad]
-    parts = (local(p) for p in [*weights.values(), *(p for p in trained for _ in range(3))])
-    return sum(part.numel() * part.element_size() for part in parts)
+    return bytes_here(weights.values()) + 3 * gradient_bytes(module)
 
 
 def gradient_bytes(module: Any) -> int:
     """Bytes in this process of the gradients of what trains."""
-    parts = [local(p) for p in module.parameters() if p.requires_grad]
-    return sum(part.numel() * part.element_size() for part in parts)
+    return bytes_here(p for p in module.parameters() if p.requires_grad)
+
+
+def bytes_here(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, of sharded ones this process's part."""
+    return sum(part.numel() * part.element_size() for part in map(local, tensors))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`pl-attnedit bench`: what a conversion's cache weighs, and how good an init is without training."""
+"""`pl-attnedit bench`: caches in bytes, inits without training, speed and memory of the stages and of the loss."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     loss.add_argument("--vocabulary", type=int, default=151936, help="default 151936")
     loss.add_argument("--hidden", type=int, default=256, help="width of the hidden states (default 256)")
     loss.add_argument("--tokens", type=int, default=1024, help="default 1024")
-    loss.add_argument("--dtype", default="float32", help="torch dtype (default float32)")
+    loss.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default float32")
     loss.add_argument("--device", default="cpu", help="torch device (default cpu)")
     stages = [_stage_options(commands, name) for name in ("stage1", "stage2")]
     trl = _trl_options(commands)
@@ -72,7 +72,9 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
     stage.add_argument("--pattern", help="layers that get it, default the target's own")
     stage.add_argument("--batch", type=int, default=4, help="sequences (default 4)")
     stage.add_argument("--seq", type=int, default=512, help="tokens of a sequence (default 512)")
-    stage.add_argument("--precision", default="32-true", help="the Trainer's: 32-true, bf16-mixed, bf16-true")
+    stage.add_argument(
+        "--precision", choices=["32-true", "bf16-mixed", "bf16-true"], default="32-true", help="the Trainer's"
+    )
     stage.add_argument("--device", default="cpu", help="torch device (default cpu)")
     stage.add_argument("--compiled", type=yaml.safe_load, help="true or false: torch.compile; default: on a GPU")
     stage.add_argument(
@@ -104,6 +106,12 @@ def _trl_options(commands: Any) -> ArgumentParser:
     return trl
 
 
+def _at_least_1(options: Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            raise invalid("--" + name.replace("_", "-"), getattr(options, name), "must be at least 1")
+
+
 def _stage(options: Namespace) -> int:
     import torch
 
@@ -112,9 +120,7 @@ def _stage(options: Namespace) -> int:
     from pl_attnedit.eval.bench.stages import StepBench, bench_step, step_table
     from pl_attnedit.teachers.source import load_teacher
 
-    for name in ("batch", "seq", "window", "repeats"):
-        if getattr(options, name) < 1:
-            raise invalid("--" + name, getattr(options, name), "must be at least 1")
+    _at_least_1(options, "batch", "seq", "window", "repeats", "devices")
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     alone = _alone(options) if options.devices > 1 and rank == 0 else None
     device = torch.device(options.device, rank) if options.device == "cuda" else torch.device(options.device)
@@ -144,9 +150,7 @@ def _loss(options: Namespace) -> int:
 
     from pl_attnedit.eval.bench.loss import bench_loss
 
-    for name in ("vocabulary", "hidden", "tokens"):
-        if getattr(options, name) < 1:
-            raise invalid("--" + name, getattr(options, name), "must be at least 1")
+    _at_least_1(options, "vocabulary", "hidden", "tokens")
     result = bench_loss(
         vocabulary=options.vocabulary,
         hidden=options.hidden,
@@ -193,9 +197,7 @@ def _init(options: Namespace) -> int:
     from pl_attnedit.eval.bench.init import bench_init, init_table
     from pl_attnedit.teachers.source import load_teacher
 
-    for name in ("seq_len", "calibration_sequences", "heldout_sequences"):
-        if getattr(options, name) < 1:
-            raise invalid("--" + name.replace("_", "-"), getattr(options, name), "must be at least 1")
+    _at_least_1(options, "seq_len", "calibration_sequences", "heldout_sequences")
     teacher, tokenizer = load_teacher(options.teacher, dtype="float32")
     result = bench_init(
         teacher.to(options.device),

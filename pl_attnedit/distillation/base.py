@@ -149,8 +149,7 @@ class DistillationModule(LightningModule):
         plan = EditPlan.build(
             teacher.config.num_hidden_layers, self.target_configs, hparams["pattern"], hparams["layers"]
         )
-        if not plan.edited_layers:
-            raise invalid("pattern", hparams["pattern"], "edits no layer: every letter is F")
+        plan.require_edits()
         student = assemble(teacher, plan)
         student.requires_grad_(False)
         for attention in edited_attention(student).values():

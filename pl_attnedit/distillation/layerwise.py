@@ -66,10 +66,11 @@ class LayerwiseDistillation(DistillationModule):
         losses: dict[int, torch.Tensor] = {}
         on_own_path: list[torch.Tensor] = []
         for index, (pair, call) in enumerate(self.pairs.with_calls(calls[: last + 1])):
-            own_path = (
-                {} if share is None else {"student": own, "teacher_share": share, "take_loss": on_own_path.append}
-            )
-            states = pair(hidden, call=call, last=index == last, **own_path)
+            at_end = index == last
+            if share is None:
+                states = pair(hidden, call=call, last=at_end)
+            else:
+                states = pair(hidden, own, call=call, last=at_end, teacher_share=share, take_loss=on_own_path.append)
             hidden, own = states.teacher, states.student
             if index in self.trained_layers:
                 losses[index] = pair.distil(states.normed, states.target, call)[0] if share is None else on_own_path[-1]

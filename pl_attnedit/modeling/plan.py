@@ -74,6 +74,11 @@ class EditPlan:
         """Indices of the layers that get a target, in order."""
         return [index for index, letter in enumerate(self.letters) if letter != FULL]
 
+    def require_edits(self) -> None:
+        """`UserError` for a plan that leaves nothing to train."""
+        if not self.edited_layers:
+            raise invalid("pattern", self.pattern, "edits no layer: every letter is F")
+
     @property
     def pattern(self) -> str:
         """The shortest pattern that repeats to this plan, e.g. SSSF."""

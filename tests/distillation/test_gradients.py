@@ -99,11 +99,14 @@ def assert_equal_gradients(found: Named, expected: Named) -> None:
         assert error <= 1e-5, name
 
 
+@pytest.mark.parametrize("stage", ["make_stage1", "make_stage2"])
 @families
 @targets
 @texts
-def test_stage_1(make_stage1: Make, family: str, target: dict[str, Any], packed: bool) -> None:
-    module, batch = configured(make_stage1, family, target), make_batch(packed=packed)
+def test_both_stages(
+    request: pytest.FixtureRequest, stage: str, family: str, target: dict[str, Any], packed: bool
+) -> None:
+    module, batch = configured(request.getfixturevalue(stage), family, target), make_batch(packed=packed)
     assert_equal_gradients(engine_gradients(module, batch), plain_gradients(module, batch))
 
 
@@ -113,14 +116,6 @@ def test_stage_1_on_the_students_own_path(make_stage1: Make) -> None:
     expected = plain_gradients(module, batch)
     module.teacher_share = 0.25
     assert_equal_gradients(engine_gradients(module, batch), expected)
-
-
-@families
-@targets
-@texts
-def test_stage_2(make_stage2: Make, family: str, target: dict[str, Any], packed: bool) -> None:
-    module, batch = configured(make_stage2, family, target), make_batch(packed=packed)
-    assert_equal_gradients(engine_gradients(module, batch), plain_gradients(module, batch))
 
 
 @families  # llama ties its embeddings and its head, qwen3 does not
