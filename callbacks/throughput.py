@@ -40,8 +40,9 @@ class TokenMeter:
 
 
 def count_tokens(batch: Mapping[str, Tensor], trainer: Trainer) -> int:
-    """Tokens of this batch on all processes: ``input_ids`` (B, T), the same size everywhere."""
-    return batch["input_ids"].numel() * trainer.world_size
+    """Tokens of this batch on all processes that have one of their own: ``input_ids`` (B, T), the same size everywhere."""
+    shards = trainer.distributed_sampler_kwargs or {"num_replicas": 1}
+    return batch["input_ids"].numel() * shards["num_replicas"]
 
 
 class Throughput(Callback):

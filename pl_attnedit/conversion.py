@@ -32,7 +32,7 @@ from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, 
 from pl_attnedit.distillation.base import TeacherHidden
 from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.distillation.sharding import whole_state_dict
-from pl_attnedit.errors import UserError
+from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.card import write_card
 from pl_attnedit.eval.continuations import greedy_continuations
 from pl_attnedit.eval.files import write_atomically
@@ -73,6 +73,8 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     resolve_tracking_uri(recipe.tracking_uri)
     data.setup()
     trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
+    if getattr(trainer.strategy, "deals_out_layers", False):
+        raise invalid("trainer.strategy", "layers", "is for stage 1 alone, run by `pl-attnedit fit`: use ddp or fsdp2")
     folder = RunFolder(Path(recipe.runs) / recipe.name, plain, follows=not trainer.is_global_zero)
     if not trainer.is_global_zero:
         Conversion(recipe, data, folder, None, plain).follow()

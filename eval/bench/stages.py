@@ -36,7 +36,7 @@ PROFILED = 2  # steps after the timed ones, whose kernels are looked at
 
 @dataclass(frozen=True)
 class StepBench:
-    """What is measured. batch: sequences; seq: tokens of each; window: steps timed together; repeats: windows."""
+    """What is measured. batch: sequences; seq: tokens of each; window: batches timed together; repeats: windows."""
 
     stage: str  # stage1 | stage2
     targets: TargetConfig | dict[str, TargetConfig]
@@ -48,12 +48,19 @@ class StepBench:
     compiled: bool | None = None
     liger: bool = False
     activation_checkpointing: bool = False
+    accumulate: int = 1  # batches per optimizer step
     window: int = 1
     repeats: int = 5
     warmup: int = 2
     beside: tuple[str, ...] = ("bound", "naive")  # on one device only
     devices: int = 1
     strategy: str = "auto"
+
+    @property
+    def batches(self) -> tuple[int, int, int]:
+        """How many are for warming up, timed, and looked at afterwards; whole optimizer steps each."""
+        profiled = max(PROFILED, self.accumulate) if self.devices > 1 else 0
+        return max(self.warmup, self.accumulate), self.window * self.repeats, profiled
 
 
 def bench_step(teacher: PreTrainedModel, options: StepBench) -> dict[str, Any]:
@@ -68,7 +75,8 @@ def bench_step(teacher: PreTrainedModel, options: StepBench) -> dict[str, Any]:
         devices=options.devices,
         strategy=options.strategy,
         precision=options.precision,  # type: ignore[arg-type]
-        max_steps=options.warmup + options.window * options.repeats + (PROFILED if options.devices > 1 else 0),
+        max_steps=sum(options.batches) // options.accumulate,
+        accumulate_grad_batches=options.accumulate,
         callbacks=[measured],
         logger=False,
         enable_checkpointing=False,
@@ -76,7 +84,8 @@ def bench_step(teacher: PreTrainedModel, options: StepBench) -> dict[str, Any]:
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    tokens = RandomTokens(teacher.config.vocab_size, options.seq, options.batch * trainer.max_steps * options.devices)
+    sequences = options.batch * sum(options.batches) * options.devices
+    tokens = RandomTokens(teacher.config.vocab_size, options.seq, sequences)
     trainer.fit(module, DataLoader(tokens, batch_size=options.batch, pin_memory=device.type == "cuda"))
     return summarise(module, measured, options, device)
 
@@ -132,9 +141,10 @@ class Windows(Callback):
         self.ranks: list[dict[str, float]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.options.warmup:
+        warmup, timed, _ = self.options.batches
+        if batch_idx == warmup:
             self.begin()
-        if batch_idx == self.options.warmup + self.options.window * self.options.repeats:
+        if batch_idx == warmup + timed:
             synchronize(self.device)
             self._profiler = torch.profiler.profile()
             self._profiler.__enter__()
@@ -150,9 +160,9 @@ class Windows(Callback):
         self.ranks = [dict(zip(mine, rank.tolist(), strict=True)) for rank in every.view(-1, len(mine))]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        done = batch_idx + 1 - self.options.warmup
-        timed = self.options.window * self.options.repeats
-        if done == timed + PROFILED:
+        warmup, timed, profiled = self.options.batches
+        done = batch_idx + 1 - warmup
+        if profiled and done == timed + profiled:
             self.communication = self.look_at_kernels()
         if done <= 0 or done > timed or done % self.options.window:
             return
@@ -281,7 +291,7 @@ def naive(module: Any, batch: dict[str, Tensor], stage: str) -> None:
 def summarise(module: Any, measured: Windows, options: StepBench, device: torch.device) -> dict[str, Any]:
     step = statistics.median(measured.seconds["ours"])
     bounds = {name: statistics.median(s) for name, s in measured.seconds.items() if name.startswith("bound")}
-    tokens = options.batch * options.seq
+    tokens = options.batch * options.seq / (options.devices if options.strategy == "layers" else 1)  # a device's share
     low = "bf16" in options.precision
     rate = matmul_rate(device, torch.bfloat16 if low else torch.float32)
     flops = step_flops(module.teacher, module.student, stage=options.stage, trained=options.train, seq_len=options.seq)
@@ -310,12 +320,13 @@ def summarise(module: Any, measured: Windows, options: StepBench, device: torch.
 def fixed_bytes(module: Any) -> int:
     """Bytes in this process of all weights, and of gradients and AdamW's two moments of what trains."""
     weights = {id(p): p for model in (module.teacher, module.student) for p in model.parameters()}
-    return bytes_here(weights.values()) + 3 * gradient_bytes(module)
+    here = (p for p in weights.values() if p.device == module.device)
+    return bytes_here(here) + 3 * gradient_bytes(module)
 
 
 def gradient_bytes(module: Any) -> int:
     """Bytes in this process of the gradients of what trains."""
-    return bytes_here(p for p in module.parameters() if p.requires_grad)
+    return bytes_here(p for p in module.parameters() if p.requires_grad and p.device == module.device)
 
 
 def bytes_here(tensors: Iterable[Tensor]) -> int:

@@ -81,8 +81,14 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
     stage.add_argument(
         "--devices", type=int, default=1, help="GPUs; beside more than one the same work on one is measured"
     )
-    stage.add_argument("--strategy", choices=["ddp", "fsdp2"], default="fsdp2", help="for several devices")
-    stage.add_argument("--window", type=int, default=1, help="steps that are timed together (default 1)")
+    stage.add_argument(
+        "--strategy",
+        choices=["ddp", "fsdp2", *(["layers"] if name == "stage1" else [])],
+        default="fsdp2",
+        help="for several devices",
+    )
+    stage.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step (default 1)")
+    stage.add_argument("--window", type=int, default=1, help="batches that are timed together (default 1)")
     stage.add_argument("--repeats", type=int, default=5, help="windows (default 5)")
     stage.add_argument("--beside", nargs="*", default=["bound", "naive"], help="what to measure beside ours")
     if name == "stage2":
@@ -121,7 +127,9 @@ def _stage(options: Namespace) -> int:
     from pl_attnedit.eval.bench.stages import StepBench, bench_step, step_table
     from pl_attnedit.teachers.source import load_teacher
 
-    _at_least_1(options, "batch", "seq", "window", "repeats", "devices")
+    _at_least_1(options, "batch", "seq", "accumulate", "window", "repeats", "devices")
+    if options.window % options.accumulate:
+        raise invalid("--window", options.window, f"must be whole optimizer steps of {options.accumulate} batches")
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     alone = _alone(options) if options.devices > 1 and rank == 0 else None
     device = torch.device(options.device, rank) if options.device == "cuda" else torch.device(options.device)

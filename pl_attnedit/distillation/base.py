@@ -17,11 +17,12 @@ from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.attention import Target
+from pl_attnedit.distillation.block import Block
 from pl_attnedit.distillation.liger import use_liger
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 from pl_attnedit.distillation.pairs import Batch, Pairs
 from pl_attnedit.distillation.settings import check_hyperparameters, parse_targets, plain_targets
-from pl_attnedit.distillation.sharding import data_parallel_mesh, local, shard, take_from_rank_0
+from pl_attnedit.distillation.sharding import data_parallel_mesh, local, shard, take_from
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, load, unshare_trunk
 from pl_attnedit.modeling.edit import Init, assemble, check_teacher, initialise
@@ -165,15 +166,21 @@ class DistillationModule(LightningModule):
             self._initialise(student, teacher)
         if self._trainer is not None and self.trainer.world_size > 1:
             for attention in edited_attention(student).values():  # a random init is each process's own
-                take_from_rank_0(attention, self.trainer.strategy.root_device)
+                take_from(0, attention, self.trainer.strategy.root_device)
         if hparams["liger"]:  # after the init, which may have run on the CPU
             device = self.device if self._trainer is None else self.trainer.strategy.root_device
             for model in (teacher, student):
                 use_liger(model, device)
         self._held = (teacher, student)
         self.layer_nmse = LayerNMSE(len(plan.edited_layers))
+        self.block = Block(0, 1, [0, teacher.config.num_hidden_layers])
         self.prepare_training()
         self._shard()
+
+    @property
+    def deals_out_layers(self) -> bool:
+        """Whether each process has layers of its own."""
+        return self._trainer is not None and getattr(self.trainer.strategy, "deals_out_layers", False)
 
     def _shard(self) -> None:
         """Shards teacher and student where the strategy is FSDP2; optimisers are made of the shards then."""
@@ -245,9 +252,16 @@ class DistillationModule(LightningModule):
         for model in (self.teacher, self.student):
             rotary = model.model.rotary_emb.to(self.device)
             if not self.sharded:
-                model.to(self.device)
+                self._place_parts(model)
             if rotary.inv_freq.dtype != torch.float32:  # `bf16-true` has converted it; positions need it exact
                 model.model.rotary_emb = type(rotary)(config=model.config).to(self.device)
+
+    def _place_parts(self, model: Any) -> None:
+        parts = [part for name, part in model.model.named_children() if name != "layers"]
+        for part in (*parts, model.lm_head):
+            part.to(self.device)
+        for index, layer in enumerate(model.model.layers):
+            layer.to(self.device if index in self.block.layers else "cpu")
 
     def layer_modules(self) -> dict[int, Target]:
         """The new attention modules by layer index."""
@@ -323,18 +337,22 @@ class DistillationModule(LightningModule):
 
     def _validate(self, batch: Batch, batch_idx: int, key: tuple[str, int] | None, known: torch.Tensor | None) -> None:
         assert self.layer_nmse is not None
-        teacher, student, calls = self.pairs.begin(batch)
-        place, rows = 0, self._rows_of_its_own(batch, batch_idx)
-        for pair, call in self.pairs.with_calls(calls):
+        *embedded, calls = self.pairs.begin(batch)
+        rows, edited = self._rows_of_its_own(batch, batch_idx), list(self.layer_modules())
+        teacher, student = self.block.take(*embedded)
+        for index, (pair, call) in self.block.own(list(self.pairs.with_calls(calls))):
             states = pair(teacher if known is None else None, student, call=call)
             teacher, student = states.teacher, states.student
             if pair.attention is not None and batch_idx < self.hparams["nmse_batches"]:
                 output = pair.attention(states.normed, call)
-                self.layer_nmse.update(place, output[:rows], states.target[:rows])
-                place += 1
+                self.layer_nmse.update(edited.index(index), output[:rows], states.target[:rows])
+        self.block.pass_on(teacher, student)
+        rows = rows if self.block.ends else 0  # of all others the hidden states are not the last ones
+        assert student is not None
         if known is not None:
             teacher = known.to(self.device)
-        elif key is not None:
+        assert teacher is not None
+        if key is not None and known is None:
             self.teacher_hidden[key] = teacher.cpu()
         update = partial(self.fidelity.update, input_ids=batch["input_ids"][:rows], mask=batch["loss_mask"][:rows])
         self.pairs.heads(teacher[:rows], student[:rows], update)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pl_attnedit.distillation.base import DistillationModule
+from pl_attnedit.distillation.block import Block
 from pl_attnedit.distillation.pairs import Batch
 from pl_attnedit.errors import invalid
 
@@ -20,6 +21,8 @@ class LayerwiseDistillation(DistillationModule):
 
     One pass of the teacher feeds all layers. The gradients of a layer are taken as soon as its loss is known, so activations
     of one layer exist at a time, however deep the model is.
+
+    With `strategy: layers` each process has layers of its own, see `LayersStrategy`.
 
     `teacher_share`, set by the callback `TeacherForcing`, is the share of the teacher's hidden state in a layer's input:
     1 is full teacher forcing, 0 the student's own path. Targets are the teacher's activations throughout.
@@ -43,29 +46,41 @@ class LayerwiseDistillation(DistillationModule):
         if not self.trained_layers or set(self.trained_layers) - set(edited):
             raise invalid("train_layers", self.trained_layers, f"must be some of the edited layers {edited}")
         self.register_trained({index: self.layer_modules()[index] for index in self.trained_layers})
+        if self.deals_out_layers:
+            layers = self.teacher.config.num_hidden_layers
+            self.block = Block.of(self.global_rank, self.trainer.world_size, layers, self.trained_layers)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         losses = self.layer_losses(batch)
         loss = torch.stack(list(losses.values())).sum()
+        self._log_losses({index: value.detach() for index, value in losses.items()}, batch_idx)
+        return {"loss": loss, "layer_losses": {f"layer_{index:02d}": v.detach() for index, v in losses.items()}}
+
+    def _log_losses(self, losses: dict[int, torch.Tensor], batch_idx: int) -> None:
+        together = self.block.processes == 1
+        if not together:
+            if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+                return  # the other processes may be a batch behind, and need not be waited for
+            losses = self.block.gather(losses, self.trained_layers)
         self.log("step", float(self.global_step + 1))  # of the optimiser step that this batch is for
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
-        named = {f"layer_{index:02d}": value.detach() for index, value in losses.items()}
+        self.log("train/loss", torch.stack(list(losses.values())).sum(), prog_bar=True, sync_dist=together)
         every = self.trainer.log_every_n_steps if self._trainer else 1  # type: ignore[attr-defined]
         if (self.global_step + 1) % every == 0:  # taking in so many values each step would keep a GPU waiting
-            self.log_dict({f"train/nmse/{name}": value for name, value in named.items()}, sync_dist=True)
-        return {"loss": loss, "layer_losses": named}
+            named = {f"train/nmse/layer_{index:02d}": value for index, value in losses.items()}
+            self.log_dict(named, sync_dist=together)
 
     def layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
         """Normalised squared error of each edited layer against the teacher's activation."""
         return self.pairs(self._layer_losses, batch)
 
     def _layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
-        hidden, own, calls = self.pairs.begin(batch)
+        embedded, embedded_too, calls = self.pairs.begin(batch)
         share = None if self.teacher_share == 1 else self.teacher_share
         last = max(self.trained_layers)
         losses: dict[int, torch.Tensor] = {}
         on_own_path: list[torch.Tensor] = []
-        for index, (pair, call) in enumerate(self.pairs.with_calls(calls[: last + 1])):
+        hidden, own = self.block.take(embedded, None if share is None else embedded_too)
+        for index, (pair, call) in self.block.own(list(self.pairs.with_calls(calls[: last + 1]))):
             at_end = index == last
             if share is None:
                 states = pair(hidden, call=call, last=at_end)
@@ -74,4 +89,5 @@ class LayerwiseDistillation(DistillationModule):
             hidden, own = states.teacher, states.student
             if index in self.trained_layers:
                 losses[index] = pair.distil(states.normed, states.target, call)[0] if share is None else on_own_path[-1]
+        self.block.pass_on(hidden, own)
         return losses

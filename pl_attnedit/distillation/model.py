@@ -47,6 +47,8 @@ class ModelDistillation(DistillationModule):
         self.train_parts = train
 
     def prepare_training(self) -> None:
+        if self.deals_out_layers:
+            raise invalid("strategy", "layers", "is for stage 1, where layers are independent: use ddp or fsdp2")
         if self.train_parts == "all":
             self.unshare()
         else:

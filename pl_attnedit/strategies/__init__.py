@@ -1,5 +1,6 @@
-"""Strategies for several devices: Lightning's own, and how FSDP2 shards teacher and student."""
+"""Strategies for several devices: Lightning's own, how FSDP2 shards teacher and student, and layers dealt out."""
 
 from pl_attnedit.strategies.fsdp2 import FSDP2Strategy
+from pl_attnedit.strategies.layers import LayersStrategy
 
-__all__ = ["FSDP2Strategy"]
+__all__ = ["FSDP2Strategy", "LayersStrategy"]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pl_attnedit.distillation.losses import ChunkedKL, cosine_distance, nmse
+from pl_attnedit.distillation.losses import ChunkedKL, chunk_terms, chunk_terms_in_cache, cosine_distance, nmse
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 
 ALL, SOME = torch.ones(3, 7, dtype=torch.bool), torch.arange(21).view(3, 7) % 3 == 0
@@ -56,6 +56,18 @@ def test_chunked_kl_is_the_plain_one(chunk: int, mask: torch.Tensor, dtype: torc
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-3}
     for ours, plain in ((loss, expected), (student.grad, x.grad), (head.weight.grad, reference.weight.grad)):
         torch.testing.assert_close(ours.double(), plain, **tolerance)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_terms_a_few_tokens_at_a_time_are_those_of_the_whole_chunk(dtype: torch.dtype) -> None:
+    student, teacher = torch.randn(2, 35, 8).to(dtype)
+    heads = torch.randn(2, 50, 8).to(dtype)
+    weight = (torch.rand(35, 1) > 0.3).float()
+    (ours, gradient), (loss, expected) = (
+        f(student, teacher, *heads, weight) for f in (chunk_terms_in_cache, chunk_terms)
+    )
+    torch.testing.assert_close(ours, loss)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_a_head_tied_to_the_embedding_gets_both_gradients() -> None:

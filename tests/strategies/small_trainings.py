@@ -33,7 +33,7 @@ from pl_attnedit.conversion import save_student
 from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
 
 STAGES = {"stage1": LayerwiseDistillation, "stage2": ModelDistillation}
-STRATEGIES = ("ddp", "fsdp2")
+STRATEGIES = ("ddp", "fsdp2")  # each process sees its own half of the data; under "layers" each sees everything
 BATCH, STEPS, TIME = 2, 3, 16  # sequences per process and batch, optimizer steps, tokens
 CASES: dict[str, dict[str, Any]] = {
     "layers": {
@@ -65,6 +65,11 @@ CASES: dict[str, dict[str, Any]] = {
         "accumulate": 1,
     },
 }
+RUNS = [
+    (case, strategy)
+    for case, spec in CASES.items()
+    for strategy in (*STRATEGIES, *(["layers"] if spec["stage"] == "stage1" else []))
+]
 
 
 class Gradients(Callback):
@@ -138,7 +143,7 @@ def own_rows(all_rows: list[Any]) -> DistributedSampler[Any]:
 
 def train(case: str, folder: Path, out: Path, strategy: str = "auto", **trainer_options: Any) -> dict[str, Any]:
     """Trains, and leaves a checkpoint and the saved student in `out`. Returns gradients and the validation's figures."""
-    processes = 1 if strategy == "auto" else 2
+    processes = 2 if strategy in STRATEGIES else 1  # that share the data
     module, gradients = build(case, folder), Gradients()
     batches, accumulate = loader(case, processes)
     trainer = make_trainer(
@@ -146,7 +151,8 @@ def train(case: str, folder: Path, out: Path, strategy: str = "auto", **trainer_
         *(gradients, NaNGuard(), Throughput(), ResumableCheckpoint(out, every_seconds=1000)),
         steps=STEPS,
         strategy=strategy,
-        devices=processes,
+        devices=1 if strategy == "auto" else 2,
+        use_distributed_sampler=strategy != "layers",
         accumulate_grad_batches=accumulate,
         limit_val_batches=1.0,
         val_check_interval=accumulate,
@@ -167,13 +173,13 @@ def train(case: str, folder: Path, out: Path, strategy: str = "auto", **trainer_
 
 def load_and_save(case: str, folder: Path, checkpoint: Path, out: Path, strategy: str = "auto") -> None:
     """What a run that resumes from `checkpoint` writes at once."""
-    processes = 1 if strategy == "auto" else 2
-    batches, accumulate = loader(case, processes)
+    batches, accumulate = loader(case, 2 if strategy in STRATEGIES else 1)
     trainer = make_trainer(
         ProgressiveUnfreezing("all") if case != "all" else ProgressiveUnfreezing("parts"),
         steps=STEPS,
         strategy=strategy,
-        devices=processes,
+        devices=1 if strategy == "auto" else 2,
+        use_distributed_sampler=strategy != "layers",
         accumulate_grad_batches=accumulate,
     )
     trainer.fit(build(case, folder), batches, ckpt_path=str(checkpoint), weights_only=True)
@@ -182,12 +188,11 @@ def load_and_save(case: str, folder: Path, checkpoint: Path, out: Path, strategy
 
 def all_runs(folder: Path) -> None:
     """Needs the checkpoints of one process, in `CASE-one`."""
-    for case in CASES:
-        for strategy in STRATEGIES:
-            out = folder / f"{case}-{strategy}"
-            found = train(case, folder, out, strategy)
-            torch.save(found, out / f"found-{os.environ['RANK']}.pt")
-            load_and_save(case, folder, last(folder / f"{case}-one"), out / "loaded.ckpt", strategy)
+    for case, strategy in RUNS:
+        out = folder / f"{case}-{strategy}"
+        found = train(case, folder, out, strategy)
+        torch.save(found, out / f"found-{os.environ['RANK']}.pt")
+        load_and_save(case, folder, last(folder / f"{case}-one"), out / "loaded.ckpt", strategy)
 
 
 def last(out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two CPU processes equal one process: gradients, checkpoints, saved students, validation."""
+"""DDP, FSDP2 and dealt out layers on two CPU processes equal one: gradients, checkpoints, saved students, validation."""
 
 from __future__ import annotations
 
@@ -79,17 +79,20 @@ def one(folder: Path) -> Callable[[str], dict[str, Any]]:
 
 
 case = pytest.mark.parametrize("case", list(small_trainings.CASES))
-strategy = pytest.mark.parametrize("strategy", small_trainings.STRATEGIES)
+runs = pytest.mark.parametrize(("case", "strategy"), small_trainings.RUNS)
 
 
 def of(two: Path, case: str, strategy: str, rank: int = 0) -> dict[str, Any]:
     return torch.load(two / f"{case}-{strategy}" / f"found-{rank}.pt", weights_only=True)
 
 
-@case
-@strategy
+@runs
 def test_gradients_equal_those_of_one_process(two: Path, one: Any, case: str, strategy: str) -> None:
     expected, found = one(case)["gradients"], of(two, case, strategy)["gradients"]
+    if strategy == "layers":  # of which each process has its own
+        others = of(two, case, strategy, 1)["gradients"]
+        assert not any(ours.keys() & theirs.keys() for ours, theirs in zip(found, others, strict=True))
+        found = [ours | theirs for ours, theirs in zip(found, others, strict=True)]
     assert len(expected) == len(found) == small_trainings.STEPS
     for step, (plain, ours) in enumerate(zip(expected, found, strict=True)):
         assert plain.keys() == ours.keys(), step
@@ -101,8 +104,7 @@ def test_gradients_equal_those_of_one_process(two: Path, one: Any, case: str, st
     assert (trained[0] < trained[-1]) == (case != "own-path")  # unfrozen on the way
 
 
-@case
-@strategy
+@runs
 def test_validation_and_logged_loss_equal_those_of_one_process(two: Path, one: Any, case: str, strategy: str) -> None:
     expected = one(case)
     for rank in range(2):
@@ -141,8 +143,7 @@ def assert_same_content(found: dict[str, Any], expected: dict[str, Any], **toler
     assert found["pl_attnedit"] == expected["pl_attnedit"]
 
 
-@case
-@strategy
+@runs
 def test_checkpoints_have_the_content_of_one_process(two: Path, one: Any, case: str, strategy: str) -> None:
     one(case)
     found, expected = (checkpoint_of(small_trainings.last(two / f"{case}-{who}")) for who in (strategy, "one"))
@@ -150,8 +151,7 @@ def test_checkpoints_have_the_content_of_one_process(two: Path, one: Any, case: 
     assert len(found["pl_attnedit_random_states"]) == 2
 
 
-@case
-@strategy
+@runs
 def test_two_processes_load_a_checkpoint_of_one(two: Path, case: str, strategy: str) -> None:
     loaded, source = (
         checkpoint_of(two / f"{case}-{strategy}" / "loaded.ckpt"),
@@ -160,8 +160,7 @@ def test_two_processes_load_a_checkpoint_of_one(two: Path, case: str, strategy: 
     assert_same_content(loaded, source, rtol=0, atol=0)
 
 
-@case
-@strategy
+@runs
 def test_one_process_loads_a_checkpoint_of_two(two: Path, case: str, strategy: str) -> None:
     source = small_trainings.last(two / f"{case}-{strategy}")
     loaded = two / f"{case}-{strategy}" / "loaded-by-one.ckpt"
@@ -169,8 +168,7 @@ def test_one_process_loads_a_checkpoint_of_two(two: Path, case: str, strategy: s
     assert_same_content(checkpoint_of(loaded), checkpoint_of(source), rtol=0, atol=0)
 
 
-@case
-@strategy
+@runs
 def test_the_saved_student_is_that_of_the_checkpoint(two: Path, case: str, strategy: str) -> None:
     student = load(two / f"{case}-{strategy}" / "student").state_dict()
     saved = checkpoint_of(small_trainings.last(two / f"{case}-{strategy}"))["state_dict"]
