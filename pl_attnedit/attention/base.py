@@ -124,9 +124,12 @@ def attend(
     Returns (batch, queries, heads * value width).
     """
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     causal = mask is None and query.shape[2] > 1
+    single = query.shape[2] == 1
+    if single:  # the heads of a group take the place of query positions: no key is copied for each of them
+        query = query.unflatten(1, (-1, groups)).squeeze(3)
+    elif groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     width = value.shape[-1]
     if query.device.type == "cpu" and width != query.shape[-1]:  # its fast kernel wants equal widths
         missing = query.shape[-1] - width
@@ -134,4 +137,4 @@ def attend(
         value = F.pad(value, (0, max(missing, 0)))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
     output = output[..., :width]
-    return output.transpose(1, 2).flatten(2)
+    return output.flatten(1)[:, None] if single else output.transpose(1, 2).flatten(2)

@@ -132,18 +132,19 @@ class MLA(Target):
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return query[..., : self.nope_dim], query[..., self.nope_dim :]
 
-    def frequency_index(self) -> torch.Tensor:
+    def frequency_index(self, device: torch.device | None = None) -> torch.Tensor:
         """Which of the teacher's head_dim / 2 frequencies the rope / 2 pairs of the RoPE key have.
 
         "high" gives the plain frequencies of a model of this RoPE width with base theta^(rope / head_dim), "spread" those
         with base theta where the width divides the head dim.
         """
-        index = torch.arange(self.rope_dim // 2)
+        index = torch.arange(self.rope_dim // 2, device=device)
         return index if self.target.rope_frequencies == "high" else index * self.spec.head_dim // self.rope_dim
 
     def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (batch, 1, time, rope / 2) of the RoPE key's pairs out of the teacher's (batch, time, head_dim)."""
-        index = self.frequency_index().to(cos.device)
+        high = self.target.rope_frequencies == "high"
+        index = slice(self.rope_dim // 2) if high else self.frequency_index(cos.device)
         return cos[:, None, :, index], sin[:, None, :, index]
 
     def expanded(
@@ -171,12 +172,13 @@ class MLA(Target):
         """The same for one query token, over the latents themselves: (batch, 1, heads * v)."""
         up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # (heads, nope + v, rank)
         key_up, value_up = up.split([self.nope_dim, self.v_dim], dim=1)
-        query_latent = torch.einsum("bhtn,hnr->bhtr", query_nope, key_up)
-        # the heads of the one query take the place of query positions: one shared key head, nothing is copied per head
-        query = torch.cat([query_latent, query_rope], dim=-1).transpose(1, 2)
-        key = torch.cat([latent, key_rope], dim=-1)
-        output = nn.functional.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=self.scaling)
-        return torch.einsum("bthr,hvr->bthv", output, value_up).flatten(2)
+        query_latent = torch.einsum("bhn,hnr->bhr", query_nope[:, :, 0] * self.scaling, key_up)
+        # plain products: the fused kernels want latent and RoPE key in one tensor, a copy of the whole cache at each step
+        scores = torch.baddbmm(query_latent @ latent[:, 0].mT, query_rope[:, :, 0] * self.scaling, key_rope[:, 0].mT)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, 0], float("-inf"))
+        weights = scores.softmax(-1, dtype=torch.float32).to(latent.dtype)
+        return torch.einsum("bhr,hvr->bhv", weights @ latent[:, 0], value_up).flatten(1)[:, None]
 
     def init_random(self, source: nn.Module) -> None:
         for module in self.modules():
