@@ -160,10 +160,11 @@ def hold(cache: DynamicCache) -> None:
 
     The queries of a step see exactly what they would see in the growing cache, at the length at which it is held.
     """
-    for layer in cache.layers:
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
         length = layer.get_seq_length()
         keys, values = layer.update(layer.keys[:, :, -1:], layer.values[:, :, -1:])
-        layer.update = partial(_overwrite_last, keys, values)  # type: ignore[method-assign]
+        layer.update = partial(_overwrite_last, keys, values)
         layer.keys, layer.values = keys[:, :, :-1], values[:, :, :-1]
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = length
@@ -187,16 +188,26 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, cache: DynamicCache, batch: int) -> None:
         self.model, self.cache = model, cache
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        self.position = torch.full((1, 1), cache.get_seq_length(), device=model.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         cache.batch_select_indices(self.token[:, 0])
         hold(cache)
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step, its kernels launched one by one."""
-        self.logits = self.model(
-            input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        ).logits
+        """One step, its kernels launched one by one.
+
+        Layer by layer: where a stream captures, the forward of transformers 5.17 makes a mask that masks nothing, and with
+        any mask its attention leaves the flash kernels and copies the keys for each query head.
+        """
+        trunk: Any = self.model.model
+        hidden = trunk.embed_tokens(self.token)
+        rotation = trunk.rotary_emb(hidden, self.position)
+        for layer in trunk.layers:
+            hidden = layer(
+                hidden, attention_mask=None, position_embeddings=rotation, past_key_values=self.cache, use_cache=True
+            )
+        self.logits = self.model.lm_head(trunk.norm(hidden))
         self.token.copy_(self.logits.argmax(-1))
 
     def capture(self) -> None:

@@ -44,7 +44,7 @@ def _ratios(teacher: dict[str, Any], student: dict[str, Any]) -> dict[str, Any]:
 
 def decode_table(result: dict[str, Any]) -> str:
     """The result as aligned text."""
-    table = [
+    table: list[tuple[str, ...]] = [
         ("context", "batch", "model", "prefill tokens/s", "decode tokens/s [quartiles]", "cache B/token", "peak GB")
     ]
     rows, ratios = result["efficiency"], result["ratios"]

@@ -178,7 +178,8 @@ def _decode(options: Namespace) -> int:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     teacher = _model(options.teacher, options.layers, dtype, device)
     if options.student:
-        student = load(options.student, dtype=dtype).to(device)
+        student: Any = load(options.student, dtype=dtype)
+        student.to(device)
     else:
         student = edit_model(teacher, parse_targets(options.target), pattern=options.pattern, init="random")
     result = bench_decode(
