@@ -34,6 +34,13 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 RESULTS_FILE = "results.json"
 TABLES = ("tasks", "by_position", "retrieval", "efficiency")  # parts of results.json that are also kept as tables
 CONTINUATIONS_FILE = "continuations.json"
+EFFICIENCY_FIELDS = (
+    "cache_bytes_per_token",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "first_token_s",
+    "peak_bytes",
+)
 DIFFERENCE_FIELDS = ("teacher", "student", "difference", "ci_low", "ci_high")
 
 
@@ -52,21 +59,13 @@ def log_evaluation(
     continuations.json where given.
     """
     content = json.loads(result.to_json())
-    run.log_metrics(
-        {
-            f"eval/{row['task']}/{row['metric']}/{name}": row[name]
-            for row in content["tasks"]
-            for name in DIFFERENCE_FIELDS
-        }
-        | _efficiency_metrics(content)
-        | _retrieval_metrics(content)
-    )
+    tasks = {f"{row['task']}/{row['metric']}": row for row in content.get("tasks") or []}
+    differences = {f"eval/{key}/{name}": row[name] for key, row in tasks.items() for name in DIFFERENCE_FIELDS}
+    run.log_metrics(differences | _efficiency_metrics(content) | _retrieval_metrics(content))
     for row in content.get("by_position") or []:
         values = {name: row[name] for name in ("kl", "top1", "nll_teacher", "nll_student") if row.get(name) is not None}
         run.log_metrics({f"eval/by_position/{name}": value for name, value in values.items()}, step=row["end"])
-    verdicts = {
-        f"verdict/{row['task']}/{row['metric']}": row["verdict"] for row in content["tasks"] if row.get("verdict")
-    }
+    verdicts = {f"verdict/{key}": row["verdict"] for key, row in tasks.items() if row.get("verdict")}
     suite = content.get("suite")
     run.set_tags(verdicts | ({"suite": suite["name"], "suite_version": suite["version"]} if suite else {}))
     _log_tables(run, {name: content[name] for name in TABLES if content.get(name)})
@@ -80,13 +79,7 @@ def log_evaluation(
 def _efficiency_metrics(content: dict[str, Any]) -> dict[str, float]:
     metrics = {}
     for row in content.get("efficiency") or []:
-        for name in (
-            "cache_bytes_per_token",
-            "prefill_tokens_per_s",
-            "decode_tokens_per_s",
-            "first_token_s",
-            "peak_bytes",
-        ):
+        for name in EFFICIENCY_FIELDS:
             value = row.get(name)
             if value is not None:
                 key = f"eval/efficiency/{row['model']}/{name}/{row['context']}x{row['batch']}"
@@ -158,15 +151,15 @@ class Conversion:
 
     @property
     def evaluation(self) -> Run | None:
-        """The latest evaluation that logged a result."""
-        return next(reversed(self.evaluations), None)
+        """The latest evaluation that logged differences."""
+        return next((run for run in reversed(self.evaluations) if eval_metrics(run)), None)
 
     @property
     def evaluations(self) -> list[Run]:
         """The latest evaluation of each suite that logged a result, oldest first."""
         latest: dict[str | None, Run] = {}
         for run in self.children.get("evaluation", []):
-            if eval_metrics(run):
+            if any(key.startswith("eval/") for key in run.data.metrics):
                 suite = run.data.tags.get("suite")
                 latest.pop(suite, None)
                 latest[suite] = run
@@ -241,8 +234,9 @@ def load_json(client: MlflowClient, run: Run | None, name: str) -> Any | None:
 def _by_id(client: MlflowClient, run_ids: Sequence[str]) -> list[Run]:
     """Conversions in the order of their ids, in one search instead of a request for each."""
     listed = ", ".join(f"'{run_id}'" for run_id in run_ids if re.fullmatch(r"[\w-]+", run_id))
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()] if listed else []
-    found = {run.info.run_id: run for run in _search(client, experiments, f"attributes.run_id IN ({listed})")}
+    experiments = client.search_experiments(max_results=10_000) if listed else []
+    places = [experiment.experiment_id for experiment in experiments]
+    found = {run.info.run_id: run for run in _search(client, places, f"attributes.run_id IN ({listed})")}
     for run_id in run_ids:
         if run_id not in found:
             raise invalid("run id", run_id, "must be a run in this MLflow store")
