@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,8 +32,10 @@ class ComparisonRow:
     top1_after: float | None
     ppl_teacher: float | None
     ppl_student: float | None
-    # "task/metric" -> teacher, student, difference, ci_low, ci_high
+    # "task/metric" -> teacher, student, difference, ci_low, ci_high; of the latest evaluation of each suite
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
+    verdicts: dict[str, str] = field(default_factory=dict)  # "task/metric" -> non-inferior, inferior, inconclusive
+    decode: dict[str, float] = field(default_factory=dict)  # "<context>x<batch>" -> tokens/s, student over teacher
 
     @property
     def kl_after(self) -> float | None:
@@ -45,13 +47,22 @@ def compare_runs(
     runs: Sequence[str] | str | None = None, tracking_uri: str | None = None, experiment: str = EXPERIMENT
 ) -> list[ComparisonRow]:
     """The conversions `runs`: run ids, an MLflow search filter, or None for all; see `find_conversions`."""
-    return [comparison_row(conversion) for conversion in find_conversions(runs, tracking_uri, experiment)]
+    found = find_conversions(runs, tracking_uri, experiment, kind="evaluation")
+    return [comparison_row(conversion) for conversion in found]
 
 
 def comparison_row(conversion: Conversion) -> ComparisonRow:
     """What a conversion's runs say about it."""
-    evaluation = conversion.evaluation
-    found = {} if evaluation is None else eval_metrics(evaluation)
+    differences: dict[str, dict[str, float]] = {}
+    verdicts: dict[str, str] = {}
+    decode: dict[str, float] = {}
+    for run in conversion.evaluations:
+        found = {f"{task}/{metric}": fields for (task, metric), fields in eval_metrics(run).items()}
+        said = run.data.tags
+        verdicts = {key: verdict for key, verdict in verdicts.items() if key not in found}
+        verdicts |= {key: said[f"verdict/{key}"] for key in found if f"verdict/{key}" in said}
+        differences |= found
+        decode |= _decode_ratios(run.data.metrics)
     tags = {name: conversion.tag(name) for name in ("recipe", "teacher", "target", "pattern")}
     names = ("kl_before", "kl_after_stage1", "kl_after_stage2", "top1_after", "ppl_teacher", "ppl_student")
     return ComparisonRow(
@@ -59,10 +70,23 @@ def comparison_row(conversion: Conversion) -> ComparisonRow:
         name=conversion.name,
         tokens=conversion.tokens,
         kv_budget=conversion.kv_budget,
-        differences={f"{task}/{metric}": fields for (task, metric), fields in sorted(found.items())},
+        differences=dict(sorted(differences.items())),
+        verdicts=dict(sorted(verdicts.items())),
+        decode=dict(sorted(decode.items(), key=lambda item: _size(item[0]))),
         **tags,  # type: ignore[arg-type]
         **{name: conversion.number(name) for name in names},  # type: ignore[arg-type]
     )
+
+
+def _decode_ratios(metrics: Mapping[str, float]) -> dict[str, float]:
+    teacher, student = (f"eval/efficiency/{model}/decode_tokens_per_s/" for model in ("teacher", "student"))
+    sizes = [key.removeprefix(teacher) for key in metrics if key.startswith(teacher)]
+    return {size: metrics[student + size] / metrics[teacher + size] for size in sizes if student + size in metrics}
+
+
+def _size(size: str) -> list[int]:
+    """Context and batch out of "4096x64"."""
+    return [int(number) for number in size.split("x")]
 
 
 def format_rows(rows: Sequence[ComparisonRow], style: str = "text") -> str:
@@ -80,14 +104,15 @@ def _cells(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
     """Header and cells for people; a difference never comes without its interval."""
     measured = sorted({key for row in rows for key in row.differences})
     header = ["conversion", "recipe", "target", "pattern", "tokens", "KV", "KL before", "KL after", "top-1"]
+    header += ["decode / teacher"]
     table = []
     for row in rows:
         cells = [row.name, row.recipe or "-", row.target or "-", row.pattern or "-", _number(row.tokens, ",.0f")]
         cells += [_number(row.kv_budget, ".1%"), _number(row.kl_before, ".3f"), _number(row.kl_after, ".3f")]
-        cells += [_number(row.top1_after, ".1%")]
+        cells += [_number(row.top1_after, ".1%"), _largest(row.decode)]
         for key in measured:
             found = row.differences.get(key)
-            cells.append("-" if found is None else _with_interval(found))
+            cells.append("-" if found is None else _with_interval(found, row.verdicts.get(key, "")))
         table.append([*cells, row.run_id])
     return [*header, *(f"{key} [95%]" for key in measured), "run"], table
 
@@ -96,9 +121,14 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _with_interval(fields: dict[str, float]) -> str:
+def _largest(decode: Mapping[str, float]) -> str:
+    """The ratio at the largest context and batch, the last one."""
+    return "-" if not decode else "{1:.2f} at {0}".format(*list(decode.items())[-1])
+
+
+def _with_interval(fields: dict[str, float], verdict: str) -> str:
     difference, low, high = (fields[name] for name in ("difference", "ci_low", "ci_high"))
-    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}] {verdict}".rstrip()
 
 
 def _text(rows: Sequence[ComparisonRow]) -> str:
@@ -121,6 +151,8 @@ def _csv(rows: Sequence[ComparisonRow]) -> str:
         values = asdict(row)
         for key, fields in values.pop("differences").items():
             values.update({f"{key}/{name}": value for name, value in fields.items()})
+        values.update({f"{key}/verdict": verdict for key, verdict in values.pop("verdicts").items()})
+        values.update({f"decode/{size}": ratio for size, ratio in values.pop("decode").items()})
         flat.append(values)
     columns = dict.fromkeys(key for values in flat for key in values)
     out = io.StringIO()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.tracking import TrackedRun, connect
@@ -30,7 +32,15 @@ if TYPE_CHECKING:  # comparing and reporting do not wait for lm-eval's import
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 RESULTS_FILE = "results.json"
+TABLES = ("tasks", "by_position", "retrieval", "efficiency")  # parts of results.json that are also kept as tables
 CONTINUATIONS_FILE = "continuations.json"
+EFFICIENCY_FIELDS = (
+    "cache_bytes_per_token",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "first_token_s",
+    "peak_bytes",
+)
 DIFFERENCE_FIELDS = ("teacher", "student", "difference", "ci_low", "ci_high")
 
 
@@ -39,21 +49,69 @@ def log_evaluation(
 ) -> None:
     """Log an evaluation to its run, a child of kind ``evaluation`` of a conversion.
 
-    Metrics ``eval/<task>/<metric>/{teacher,student,difference,ci_low,ci_high}``; artifacts results.json, the samples
-    under ``samples/`` (those that the evaluation wrote), and continuations.json where given.
+    Metrics:
+        ``eval/<task>/<metric>/{teacher,student,difference,ci_low,ci_high}``;
+        ``eval/efficiency/<model>/<what>/<context>x<batch>``, medians; ``eval/largest_batch/<model>/<context>``;
+        ``eval/by_position/{kl,top1,nll_teacher,nll_student}``, whose steps are positions in the context (ends of the spans);
+        ``eval/retrieval/<task>/<context>/{teacher,student}``, accuracies over all depths.
+    Tags ``suite``, ``suite_version``, and ``verdict/<task>/<metric>`` where there is one. Artifacts: results.json, its rows
+    as MLflow tables under ``tables/``, the samples under ``samples/`` (those that the evaluation wrote), and
+    continuations.json where given.
     """
-    run.log_metrics(
-        {
-            f"eval/{row.task}/{row.metric}/{name}": getattr(row, name)
-            for row in result.tasks
-            for name in DIFFERENCE_FIELDS
-        }
-    )
+    content = json.loads(result.to_json())
+    tasks = {f"{row['task']}/{row['metric']}": row for row in content.get("tasks") or []}
+    differences = {f"eval/{key}/{name}": row[name] for key, row in tasks.items() for name in DIFFERENCE_FIELDS}
+    run.log_metrics(differences | _efficiency_metrics(content) | _retrieval_metrics(content))
+    for row in content.get("by_position") or []:
+        values = {name: row[name] for name in ("kl", "top1", "nll_teacher", "nll_student") if row.get(name) is not None}
+        run.log_metrics({f"eval/by_position/{name}": value for name, value in values.items()}, step=row["end"])
+    verdicts = {f"verdict/{key}": row["verdict"] for key, row in tasks.items() if row.get("verdict")}
+    suite = content.get("suite")
+    run.set_tags(verdicts | ({"suite": suite["name"], "suite_version": suite["version"]} if suite else {}))
+    _log_tables(run, {name: content[name] for name in TABLES if content.get(name)})
     run.log_text(result.to_json(), RESULTS_FILE)
     for path in result.samples:
         run.log_file(path, "samples")
     if continuations is not None:
         run.log_text(json.dumps(list(continuations), indent=2, ensure_ascii=False) + "\n", CONTINUATIONS_FILE)
+
+
+def _efficiency_metrics(content: dict[str, Any]) -> dict[str, float]:
+    metrics = {}
+    for row in content.get("efficiency") or []:
+        for name in EFFICIENCY_FIELDS:
+            value = row.get(name)
+            if value is not None:
+                key = f"eval/efficiency/{row['model']}/{name}/{row['context']}x{row['batch']}"
+                metrics[key] = value["median"] if isinstance(value, dict) else value
+    for row in content.get("largest_batch") or []:
+        metrics[f"eval/largest_batch/{row['model']}/{row['context']}"] = row["batch"]
+    return metrics
+
+
+def _retrieval_metrics(content: dict[str, Any]) -> dict[str, float]:
+    """Accuracies by task and context: a metric for each depth would be hundreds."""
+    samples: dict[str, float] = defaultdict(float)
+    right: dict[tuple[str, str], float] = defaultdict(float)
+    for row in content.get("retrieval") or []:
+        key = f"eval/retrieval/{row['task']}/{row['context']}"
+        samples[key] += row["n"]
+        for model in ("teacher", "student"):
+            right[key, model] += row["n"] * row[model]
+    return {f"{key}/{model}": count / samples[key] for (key, model), count in right.items()}
+
+
+def _log_tables(run: TrackedRun, tables: dict[str, list[dict[str, Any]]]) -> None:
+    """As `MlflowClient.log_table` does it; but that one appends to what is there, so a delivery repeated would double it."""
+    paths = []
+    for name, rows in tables.items():
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        flat = [
+            [json.dumps(cell) if isinstance(cell, dict) else cell for cell in map(row.get, columns)] for row in rows
+        ]
+        paths.append(f"tables/{name}.json")
+        run.log_text(json.dumps({"columns": columns, "data": flat}), paths[-1])
+    run.set_tags({MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": path, "type": "table"} for path in paths])})
 
 
 @dataclass(frozen=True)
@@ -93,9 +151,19 @@ class Conversion:
 
     @property
     def evaluation(self) -> Run | None:
-        """The latest evaluation that logged a result."""
-        logged = (run for run in reversed(self.children.get("evaluation", [])) if eval_metrics(run))
-        return next(logged, None)
+        """The latest evaluation that logged differences."""
+        return next((run for run in reversed(self.evaluations) if eval_metrics(run)), None)
+
+    @property
+    def evaluations(self) -> list[Run]:
+        """The latest evaluation of each suite that logged a result, oldest first."""
+        latest: dict[str | None, Run] = {}
+        for run in self.children.get("evaluation", []):
+            if any(key.startswith("eval/") for key in run.data.metrics):
+                suite = run.data.tags.get("suite")
+                latest.pop(suite, None)
+                latest[suite] = run
+        return list(latest.values())
 
 
 def eval_metrics(run: Run) -> dict[tuple[str, str], dict[str, float]]:
@@ -110,7 +178,10 @@ def eval_metrics(run: Run) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def find_conversions(
-    runs: Sequence[str] | str | None = None, tracking_uri: str | None = None, experiment: str = EXPERIMENT
+    runs: Sequence[str] | str | None = None,
+    tracking_uri: str | None = None,
+    experiment: str = EXPERIMENT,
+    kind: str | None = None,
 ) -> list[Conversion]:
     """Conversions with their children, newest first (run ids: in the order given).
 
@@ -118,6 +189,7 @@ def find_conversions(
         runs: run ids of conversions, or an MLflow search filter such as ``tags.target = 'mla'``, or None for all.
         tracking_uri: see `pl_attnedit.tracking.resolve_tracking_uri`.
         experiment: where filters and None look.
+        kind: only children of this kind; None = all. The stages have most of the metrics, which take the time.
 
     Raises:
         UserError: MLflow cannot be reached, no such run or experiment, a filter MLflow does not understand.
@@ -129,12 +201,13 @@ def find_conversions(
             raise invalid("experiment", experiment, "does not exist in this MLflow store")
         parents = _search(client, [found.experiment_id], f"tags.`{KIND_TAG}` = 'conversion'", runs)
     else:
-        parents = [_get(client, run_id) for run_id in runs]
+        parents = _by_id(client, runs)
     children: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     experiments = sorted({parent.info.experiment_id for parent in parents})
     # One search for all children: a search for each parent would take minutes with hundreds of runs.
     only = f" and tags.`{PARENT_TAG}` = '{parents[0].info.run_id}'" if len(parents) == 1 else ""
-    for child in reversed(_search(client, experiments, f"tags.`{KIND_TAG}` != 'conversion'{only}")):
+    wanted = f"!= 'conversion'{only}" if kind is None else f"= '{kind}'{only}"
+    for child in reversed(_search(client, experiments, f"tags.`{KIND_TAG}` {wanted}")):
         tags = child.data.tags
         children[tags.get(PARENT_TAG, "")][tags[KIND_TAG]].append(child)
     return [Conversion(parent, dict(children[parent.info.run_id])) for parent in parents]
@@ -158,15 +231,19 @@ def load_json(client: MlflowClient, run: Run | None, name: str) -> Any | None:
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def _get(client: MlflowClient, run_id: str) -> Run:
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        raise invalid("run id", run_id, "must be a run in this MLflow store") from error
-    kind = run.data.tags.get(KIND_TAG)
-    if kind != "conversion":
-        raise invalid("run id", run_id, f"must be a conversion's parent run, but its {KIND_TAG} is {kind!r}")
-    return run
+def _by_id(client: MlflowClient, run_ids: Sequence[str]) -> list[Run]:
+    """Conversions in the order of their ids, in one search instead of a request for each."""
+    listed = ", ".join(f"'{run_id}'" for run_id in run_ids if re.fullmatch(r"[\w-]+", run_id))
+    experiments = client.search_experiments(max_results=10_000) if listed else []
+    places = [experiment.experiment_id for experiment in experiments]
+    found = {run.info.run_id: run for run in _search(client, places, f"attributes.run_id IN ({listed})")}
+    for run_id in run_ids:
+        if run_id not in found:
+            raise invalid("run id", run_id, "must be a run in this MLflow store")
+        kind = found[run_id].data.tags.get(KIND_TAG)
+        if kind != "conversion":
+            raise invalid("run id", run_id, f"must be a conversion's parent run, but its {KIND_TAG} is {kind!r}")
+    return [found[run_id] for run_id in run_ids]
 
 
 def _search(client: MlflowClient, experiments: list[str], condition: str, extra: str | None = None) -> list[Run]:

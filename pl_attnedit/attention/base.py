@@ -124,14 +124,22 @@ def attend(
     Returns (batch, queries, heads * value width).
     """
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     causal = mask is None and query.shape[2] > 1
+    single = query.shape[2] == 1
+    # flash attention itself lets a group share its keys, and divides these among a GPU's processors
+    grouped = single and groups > 1 and mask is None and query.is_cuda and query.dtype.itemsize == 2
+    if single and not grouped:
+        # the heads of a group take the place of query positions: no key is copied for each of them
+        query = query.unflatten(1, (-1, groups)).squeeze(3)
+    elif groups > 1 and not grouped:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     width = value.shape[-1]
     if query.device.type == "cpu" and width != query.shape[-1]:  # its fast kernel wants equal widths
         missing = query.shape[-1] - width
         query, key = F.pad(query, (0, max(-missing, 0))), F.pad(key, (0, max(-missing, 0)))
         value = F.pad(value, (0, max(missing, 0)))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
     output = output[..., :width]
-    return output.transpose(1, 2).flatten(2)
+    return output.flatten(1)[:, None] if single else output.transpose(1, 2).flatten(2)

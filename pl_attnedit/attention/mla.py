@@ -21,6 +21,8 @@ from pl_attnedit.teachers import AttentionSpec
 if TYPE_CHECKING:
     from pl_attnedit.attention.calibration import LayerStatistics
 
+FUSED_WIDTH = 256  # widest heads of PyTorch's flash attention
+
 
 @dataclass(frozen=True)
 class MLAConfig(TargetConfig):
@@ -119,9 +121,13 @@ class MLA(Target):
         latent = self.kv_a_layernorm(latent)[:, None]  # (batch, 1, time, rank), as a cache wants it
         key_rope = rotate_pairs(key_rope[:, None], *rotation)
         if past_key_values is not None:
-            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
-        path = self.absorbed if past_key_values is not None and hidden_states.shape[1] == 1 else self.expanded
-        return self.o_proj(path(query_nope, query_rope, latent, key_rope, mask)), None
+            # in one tensor, which decoding can use as it is; values of width 0 take no room
+            cached = torch.cat([latent, key_rope], dim=-1)
+            cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
+            if hidden_states.shape[1] == 1:
+                return self.o_proj(self.absorbed(query_nope, query_rope, cached, mask)), None
+            latent, key_rope = cached.split([self.rank, self.rope_dim], dim=-1)
+        return self.o_proj(self.expanded(query_nope, query_rope, latent, key_rope, mask)), None
 
     def queries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch, heads, time, nope) and (batch, heads, time, rope), not rotated yet."""
@@ -132,18 +138,19 @@ class MLA(Target):
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return query[..., : self.nope_dim], query[..., self.nope_dim :]
 
-    def frequency_index(self) -> torch.Tensor:
+    def frequency_index(self, device: torch.device | None = None) -> torch.Tensor:
         """Which of the teacher's head_dim / 2 frequencies the rope / 2 pairs of the RoPE key have.
 
         "high" gives the plain frequencies of a model of this RoPE width with base theta^(rope / head_dim), "spread" those
         with base theta where the width divides the head dim.
         """
-        index = torch.arange(self.rope_dim // 2)
+        index = torch.arange(self.rope_dim // 2, device=device)
         return index if self.target.rope_frequencies == "high" else index * self.spec.head_dim // self.rope_dim
 
     def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (batch, 1, time, rope / 2) of the RoPE key's pairs out of the teacher's (batch, time, head_dim)."""
-        index = self.frequency_index().to(cos.device)
+        high = self.target.rope_frequencies == "high"
+        index = slice(self.rope_dim // 2) if high else self.frequency_index(cos.device)
         return cos[:, None, :, index], sin[:, None, :, index]
 
     def expanded(
@@ -161,22 +168,16 @@ class MLA(Target):
         return attend(torch.cat([query_nope, query_rope], dim=-1), key, value, mask, self.scaling)
 
     def absorbed(
-        self,
-        query_nope: torch.Tensor,
-        query_rope: torch.Tensor,
-        latent: torch.Tensor,
-        key_rope: torch.Tensor,
-        mask: torch.Tensor | None,
+        self, query_nope: torch.Tensor, query_rope: torch.Tensor, cached: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The same for one query token, over the latents themselves: (batch, 1, heads * v)."""
+        """The same for one query token, over what is cached, (batch, 1, keys, rank + rope): (batch, 1, heads * v)."""
         up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # (heads, nope + v, rank)
         key_up, value_up = up.split([self.nope_dim, self.v_dim], dim=1)
         query_latent = torch.einsum("bhtn,hnr->bhtr", query_nope, key_up)
-        # the heads of the one query take the place of query positions: one shared key head, nothing is copied per head
-        query = torch.cat([query_latent, query_rope], dim=-1).transpose(1, 2)
-        key = torch.cat([latent, key_rope], dim=-1)
-        output = nn.functional.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=self.scaling)
-        return torch.einsum("bthr,hvr->bthv", output, value_up).flatten(2)
+        query = torch.cat([query_latent, query_rope], dim=-1)
+        # the cache is key and value at once; of the output the latents' part is of use
+        output = attend_cached(query, cached, mask, self.scaling)[..., : self.rank]
+        return torch.einsum("bhr,hvr->bhv", output, value_up).flatten(1)[:, None]
 
     def init_random(self, source: nn.Module) -> None:
         for module in self.modules():
@@ -197,6 +198,23 @@ class MLA(Target):
 
     def cached_values_per_token(self, context: int) -> float:
         return self.rank + self.rope_dim
+
+
+def attend_cached(query: torch.Tensor, cached: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """One query token of each head, (batch, heads, 1, width), over (batch, 1, keys, width): (batch, heads, width).
+
+    The keys are not copied. Where heads are too wide for flash attention plain products are the fastest, made so that no row
+    of keys' scores is stored with a stride that is not a multiple of 8: tensor cores would run at a quarter of their speed.
+    """
+    batch, heads, _, width = query.shape
+    if width <= FUSED_WIDTH:
+        return attend(query, cached, cached, mask, scale).unflatten(-1, (heads, width))[:, 0]
+    keys = cached.shape[2]
+    scores = (cached[:, 0] @ (query[:, :, 0] * scale).mT).mT  # (batch, heads, keys), stored by key
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, 0], float("-inf"))
+    weights = cached.new_empty(batch, heads, keys + -keys % 8)[..., :keys]
+    return weights.copy_(scores.softmax(-1, dtype=torch.float32)) @ cached[:, 0]
 
 
 def rotate_pairs(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`pl-attnedit bench`: caches in bytes, inits without training, speed and memory of the stages and of the loss."""
+"""`pl-attnedit bench`: bytes of caches, inits without training, speed and memory of decoding, the stages and the loss."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.shapes import SHAPES
 
+if TYPE_CHECKING:
+    import torch
+
 TEACHER_HELP = "hub name, folder, GGUF file or package:NAME"
+MODEL_HELP = f"a shape with random weights ({', '.join(SHAPES)}), or a {TEACHER_HELP}; default smollm2-135m"
+TARGET = {"type": "mla", "kv_lora_rank": 96, "qk_rope_head_dim": 32}
+TARGET_HELP = "target as in YAML, default '{type: mla, kv_lora_rank: 96, qk_rope_head_dim: 32}'"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,31 +50,43 @@ def main(arguments: Sequence[str]) -> int:
     loss.add_argument("--tokens", type=int, default=1024, help="default 1024")
     loss.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default float32")
     loss.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    decode = _decode_options(commands)
     stages = [_stage_options(commands, name) for name in ("stage1", "stage2")]
     trl = _trl_options(commands)
-    for command in (cache, init, loss, *stages, trl):
+    for command in (cache, init, loss, decode, *stages, trl):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(list(arguments))
-    run = {"cache": _cache, "init": _init, "loss": _loss, "stage1": _stage, "stage2": _stage, "trl": _trl}
-    return run[options.command](options)
+    run = {"cache": _cache, "init": _init, "loss": _loss, "decode": _decode, "stage1": _stage, "stage2": _stage}
+    return {**run, "trl": _trl}[options.command](options)
+
+
+def _decode_options(commands: Any) -> ArgumentParser:
+    decode: ArgumentParser = commands.add_parser(
+        "decode", help="prefill, decode and largest batch of a student beside its teacher, in one run"
+    )
+    decode.add_argument("--teacher", default="smollm2-135m", help=MODEL_HELP)
+    decode.add_argument("--layers", type=int, help="of a shape: another number of layers")
+    decode.add_argument("--student", help="folder of a converted model, instead of --target")
+    decode.add_argument("--target", type=yaml.safe_load, default=TARGET, help=TARGET_HELP)
+    decode.add_argument("--pattern", help="layers that get it, default the target's own")
+    decode.add_argument("--contexts", nargs="+", type=int, default=[512], help="tokens in the cache (default 512)")
+    decode.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="sequences (default 1 8)")
+    decode.add_argument("--new-tokens", type=int, default=32, help="decode steps timed together (default 32)")
+    decode.add_argument("--repeats", type=int, default=5, help="runs of each, in turn (default 5)")
+    decode.add_argument("--budget-gb", type=float, help="also the largest batch in so much memory (1e9 bytes)")
+    decode.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    decode.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default float32")
+    decode.add_argument("--eager", action="store_true", help="on CUDA: no CUDA graph of the decode step")
+    return decode
 
 
 def _stage_options(commands: Any, name: str) -> ArgumentParser:
     stage: ArgumentParser = commands.add_parser(
         name, help=f"a training step of {name} beside its bound and beside plain PyTorch"
     )
-    stage.add_argument(
-        "--model",
-        default="smollm2-135m",
-        help=f"a shape with random weights ({', '.join(SHAPES)}), or a {TEACHER_HELP}",
-    )
+    stage.add_argument("--model", default="smollm2-135m", help=MODEL_HELP)
     stage.add_argument("--layers", type=int, help="of a shape: another number of layers")
-    stage.add_argument(
-        "--target",
-        type=yaml.safe_load,
-        default={"type": "mla", "kv_lora_rank": 96, "qk_rope_head_dim": 32},
-        help="target as in YAML, default '{type: mla, kv_lora_rank: 96, qk_rope_head_dim: 32}'",
-    )
+    stage.add_argument("--target", type=yaml.safe_load, default=TARGET, help=TARGET_HELP)
     stage.add_argument("--pattern", help="layers that get it, default the target's own")
     stage.add_argument("--batch", type=int, default=4, help="sequences (default 4)")
     stage.add_argument("--seq", type=int, default=512, help="tokens of a sequence (default 512)")
@@ -123,9 +141,7 @@ def _stage(options: Namespace) -> int:
     import torch
 
     from pl_attnedit.distillation.settings import parse_targets
-    from pl_attnedit.eval.bench.shapes import random_model
     from pl_attnedit.eval.bench.stages import StepBench, bench_step, step_table
-    from pl_attnedit.teachers.source import load_teacher
 
     _at_least_1(options, "batch", "seq", "accumulate", "window", "repeats", "devices")
     if options.window % options.accumulate:
@@ -135,10 +151,7 @@ def _stage(options: Namespace) -> int:
     device = torch.device(options.device, rank) if options.device == "cuda" else torch.device(options.device)
     dtype = torch.float32 if options.precision == "32-true" else torch.bfloat16
     torch.manual_seed(0)  # the same weights in all processes
-    if options.model in SHAPES:
-        teacher = random_model(options.model, layers=options.layers, dtype=dtype, device=device)
-    else:
-        teacher = load_teacher(options.model, dtype=dtype)[0].to(device)
+    teacher = _model(options.model, options.layers, dtype, device)
     names = {field.name for field in dataclasses.fields(StepBench)} - {"stage", "targets"}
     chosen = {name: value for name, value in vars(options).items() if name in names}
     chosen["beside"] = tuple(chosen["beside"]) if options.devices == 1 else ()
@@ -151,6 +164,44 @@ def _stage(options: Namespace) -> int:
         result["alone"] = alone
         result["scaling_efficiency"] = result["tokens_per_s"] / alone["tokens_per_s"]
     print(json.dumps(result, indent=2) if options.json else step_table(result))
+    return 0
+
+
+def _model(name: str, layers: int | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """A shape with random weights, or a real model."""
+    from pl_attnedit.eval.bench.shapes import random_model
+    from pl_attnedit.teachers.source import load_teacher
+
+    if name in SHAPES:
+        return random_model(name, layers=layers, dtype=dtype, device=device)
+    return load_teacher(name, dtype=dtype)[0].to(device)
+
+
+def _decode(options: Namespace) -> int:
+    import torch
+
+    from pl_attnedit import edit_model, load
+    from pl_attnedit.distillation.settings import parse_targets
+    from pl_attnedit.eval.bench.decode import bench_decode, decode_table
+
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    teacher = _model(options.teacher, options.layers, dtype, device)
+    if options.student:
+        student: Any = load(options.student, dtype=dtype)
+        student.to(device)
+    else:
+        student = edit_model(teacher, parse_targets(options.target), pattern=options.pattern, init="random")
+    result = bench_decode(
+        teacher,
+        student,
+        contexts=options.contexts,
+        batches=options.batches,
+        new_tokens=options.new_tokens,
+        repeats=options.repeats,
+        cuda_graph=not options.eager,
+        budget_bytes=None if options.budget_gb is None else int(1e9 * options.budget_gb),
+    )
+    print(json.dumps(result, indent=2) if options.json else decode_table(result))
     return 0
 
 

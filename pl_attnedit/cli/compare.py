@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from pathlib import Path
 
+from pl_attnedit.errors import invalid
 from pl_attnedit.eval.compare import compare_runs, format_rows
+from pl_attnedit.eval.files import write_atomically
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="pl-attnedit compare", description="Conversions in MLflow side by side.")
     parser.add_argument("runs", nargs="*", help="run ids of conversions (default: all)")
     parser.add_argument("--filter", help="an MLflow search filter instead, e.g. \"tags.target = 'mla'\"")
-    parser.add_argument("--format", default="text", choices=["text", "markdown", "csv", "json"])
+    parser.add_argument("--format", choices=["text", "markdown", "csv", "json"], help="default: by the ending of FILE")
+    parser.add_argument(
+        "-o", "--out", metavar="FILE", help="write the table there (.md, .csv, .json) instead of printing"
+    )
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     options = parser.parse_args(list(arguments))
+    if options.runs and options.filter:
+        raise invalid("--filter", options.filter, "goes without run ids")
     rows = compare_runs(options.runs or options.filter, options.tracking_uri)
-    print(format_rows(rows, options.format))
+    endings = {".md": "markdown", ".csv": "csv", ".json": "json"}
+    style = options.format or endings.get(Path(options.out or "").suffix, "text")
+    if options.out:
+        print(write_atomically(options.out, format_rows(rows, style)))
+    else:
+        print(format_rows(rows, style), end="")
     return 0

@@ -54,7 +54,7 @@ def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator
         hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
         positions = torch.arange(past, past + tokens, device=model.device)[None]
         rotation = model.model.rotary_emb(hidden, positions)
-        with _WithoutScores():
+        with WithoutScores():
             for layer in model.model.layers:
                 layer.self_attn(
                     hidden_states=hidden, position_embeddings=rotation, attention_mask=None, past_key_values=cache
@@ -63,8 +63,8 @@ def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator
         yield layer_bytes(cache)
 
 
-class _WithoutScores(TorchFunctionMode):
-    """Attention that returns zeros of the right shape at once."""
+class WithoutScores(TorchFunctionMode):
+    """Attention that returns zeros of the right shape at once, and allocates no more than a fused kernel's output."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

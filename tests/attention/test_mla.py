@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,8 @@ from transformers import PreTrainedModel
 
 from pl_attnedit import MLAConfig, edit_model
 from pl_attnedit.attention import MLA
+from pl_attnedit.attention import mla as mla_module
+from pl_attnedit.attention.mla import attend_cached
 from pl_attnedit.modeling import edited_attention
 
 Teachers = Callable[..., PreTrainedModel]
@@ -85,14 +86,14 @@ def both_paths(mla: MLA, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
     hidden, cos, sin = inputs(mla, 14, dtype)
     rotation = mla.rotation(cos, sin)
     latent, key_rope = mla.kv_a_proj_with_mqa(hidden).split([mla.rank, mla.rope_dim], dim=-1)
-    states: dict[str, Any] = {
-        "latent": mla.kv_a_layernorm(latent)[:, None],
-        "key_rope": turned(key_rope[:, None], rotation),
-        "mask": None,
-    }
+    latent, key_rope = mla.kv_a_layernorm(latent)[:, None], turned(key_rope[:, None], rotation)
     query_nope, query_rope = mla.queries(hidden)
     query_nope, query_rope = query_nope[:, :, -1:], turned(query_rope, rotation)[:, :, -1:]
-    return mla.expanded(query_nope, query_rope, **states), mla.absorbed(query_nope, query_rope, **states)
+    cached = torch.cat([latent, key_rope], dim=-1)
+    return (
+        mla.expanded(query_nope, query_rope, latent, key_rope, None),
+        mla.absorbed(query_nope, query_rope, cached, None),
+    )
 
 
 def turned(states: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -114,6 +115,20 @@ def test_paths_in_bf16_differ_by_rounding_only(mla: MLA) -> None:
     expanded, absorbed = (path.float() for path in both_paths(mla, torch.bfloat16))
     for one, other in ((absorbed, expanded), (absorbed, exact), (expanded, exact)):
         assert (one - other).norm() < 0.02 * exact.norm()
+
+
+@torch.no_grad()
+def test_wide_heads_are_attended_to_as_narrow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused and plain products agree, with a mask and without, for any number of keys."""
+    for keys in (1, 8, 13):
+        query, cached = torch.randn(2, 3, 1, 16), torch.randn(2, 1, keys, 16)
+        mask = torch.rand(2, 1, 1, keys) < 0.7
+        mask[..., -1] = True
+        for visible in (None, mask, mask[:1]):
+            monkeypatch.setattr(mla_module, "FUSED_WIDTH", 16)
+            fused = attend_cached(query, cached, visible, 0.3)
+            monkeypatch.setattr(mla_module, "FUSED_WIDTH", 15)
+            torch.testing.assert_close(attend_cached(query, cached, visible, 0.3), fused)
 
 
 @torch.no_grad()

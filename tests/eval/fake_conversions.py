@@ -5,11 +5,16 @@ python tests/eval/fake_conversions.py FOLDER writes a store and a report there.
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import sqlite3
 import sys
+import uuid
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from mlflow.entities import Metric
@@ -126,6 +131,43 @@ def fake_result(loss: float = 0.1) -> EvaluationResult:
     return EvaluationResult(rows, settings=settings)
 
 
+def fake_evaluation(loss: float = 0.1, decode: float = 1.5) -> Any:
+    """An evaluation with all parts of results.json; `decode`: tokens/s of the student over the teacher's."""
+    content = json.loads(fake_result(loss).to_json())
+    verdicts = {("heldout_cloze", "acc"): "non-inferior", ("heldout_cloze", "acc_norm"): "inconclusive"}
+    for row in content["tasks"]:
+        verdict = verdicts.get((row["task"], row["metric"]))
+        row.update(verdict=verdict, margin=None if verdict is None else 0.1, mde=0.08)
+    content["suite"] = {"name": "offline", "version": "3"}
+    content["by_position"] = [
+        {"start": at, "end": at + 64, "n": 640, "kl": loss, "top1": 0.9, "nll_teacher": 3.1, "nll_student": 3.1 + loss}
+        for at in range(0, 512, 64)
+    ]
+    content["retrieval"] = [
+        {"task": "needle_1", "context": 512, "depth": depth, "n": n, "teacher": teacher, "student": student}
+        for depth, n, teacher, student in ((0.25, 10, 1.0, 0.9), (0.75, 30, 0.8, 0.5))
+    ]
+    content["efficiency"] = [
+        {
+            "model": model,
+            "context": 512,
+            "batch": batch,
+            "cache_bytes_per_token": 46_080 * share,
+            "prefill_tokens_per_s": {"median": 9000.0, "low": 8900.0, "high": 9100.0},
+            "decode_tokens_per_s": {"median": 40.0 * batch * speed, "low": 38.0 * batch, "high": 64.0 * batch},
+            "first_token_s": {"median": 0.06 * batch, "low": 0.05 * batch, "high": 0.07 * batch},
+            "peak_bytes": None,
+        }
+        for batch in (8, 1)
+        for model, share, speed in (("teacher", 1.0, 1.0), ("student", 0.27, decode if batch == 8 else 1.0))
+    ]
+    content["largest_batch"] = [
+        {"model": model, "context": 512, "budget_bytes": 10**10, "batch": batch, "peak_bytes": 10**10 - 1, "run": False}
+        for model, batch in (("teacher", 300), ("student", 900))
+    ]
+    return SimpleNamespace(to_json=lambda: json.dumps(content), samples=[])
+
+
 def _log_stage1(client: MlflowClient, run_id: str, rng: random.Random, pattern: str, steps: int) -> None:
     edited = [layer for layer in range(N_LAYERS) if pattern[layer % len(pattern)] != "F"]
     start = {layer: 0.05 * (1 + layer / 12) * rng.lognormvariate(0, 0.45) for layer in edited}
@@ -163,6 +205,25 @@ def fake_store(folder: Path) -> tuple[str, list[str]]:
     return tracking_uri, [
         log_fake_conversion(tracking_uri, folder, name, seed=i, **changes) for i, (name, changes) in enumerate(runs)
     ]
+
+
+def copy_conversions(database: Path, run_id: str, copies: int) -> list[str]:
+    """Add `copies` of a conversion and its children to a sqlite store, row by row in SQL: logging hundreds takes minutes."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        children = "SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId' AND value = ?"
+        family = [run_id, *(row[0] for row in connection.execute(children, [run_id]))]
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        parents = [uuid.uuid4().hex for _ in range(copies)]
+        names = [{run_id: parent, **{child: uuid.uuid4().hex for child in family[1:]}} for parent in parents]
+        for table in tables:
+            columns = [row[1] for row in connection.execute(f"PRAGMA table_info('{table}')")]
+            if "run_uuid" in columns:
+                marks = ", ".join("?" * len(family))
+                rows = connection.execute(f"SELECT * FROM {table} WHERE run_uuid IN ({marks})", family).fetchall()
+                renamed = ([name.get(cell, cell) for cell in row] for name in names for row in rows)
+                places = ", ".join("?" * len(columns))
+                connection.executemany(f"INSERT INTO {table} VALUES ({places})", renamed)
+    return parents
 
 
 if __name__ == "__main__":

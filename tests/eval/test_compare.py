@@ -6,14 +6,18 @@ import csv
 import io
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from fake_conversions import CONTINUATIONS, fake_result, log_fake_conversion
+from fake_conversions import CONTINUATIONS, copy_conversions, fake_evaluation, fake_result, log_fake_conversion
+from mlflow.tracking import MlflowClient
 
+from pl_attnedit.cli import main
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.compare import compare_runs, format_rows
 from pl_attnedit.eval.records import find_conversions, load_json, log_evaluation
 from pl_attnedit.tracking import TrackedRun, connect, start_child
+from pl_attnedit.tracking.client import EXPERIMENT
 
 KEYS = {f"heldout_cloze/{m}" for m in ("acc", "acc_norm")} | {
     f"heldout_perplexity/{m}" for m in ("bits_per_byte", "word_perplexity")
@@ -100,6 +104,63 @@ def test_markdown_escapes(store: tuple[str, list[str]], tmp_path: Path) -> None:
         assert row.startswith("| a\\|b c |")
     finally:
         connect(store[0]).delete_run(run_id)
+
+
+def test_suites_speeds_and_verdicts(store: tuple[str, list[str]], tmp_path: Path) -> None:
+    """Of two suites each adds its own; where both have a task, the later one counts, with its verdict or without."""
+    uri, ids = store
+    client = connect(uri)
+    run_id = start_child(ids[0], "evaluation", client=client)
+    with TrackedRun(run_id, tmp_path, tracking_uri=uri) as run:
+        log_evaluation(fake_evaluation(0.7, decode=1.25), run)
+    try:
+        rows = compare_runs(ids[:2], uri)
+        assert rows[0].differences["heldout_perplexity/bits_per_byte"]["difference"] == pytest.approx(0.7 / 3)
+        assert rows[0].verdicts == {"heldout_cloze/acc": "non-inferior", "heldout_cloze/acc_norm": "inconclusive"}
+        assert rows[0].decode == {"512x1": 1.0, "512x8": 1.25}
+        assert list(rows[0].decode) == ["512x1", "512x8"]  # the table shows the last
+        assert rows[1].verdicts == rows[1].decode == {}
+        head, _, first, second = format_rows(rows).splitlines()
+        assert first[head.index("decode / teacher") :].startswith("1.25 at 512x8")
+        assert second[head.index("decode / teacher") :].startswith("- ")
+        assert "-0.021 [-0.109, +0.055] non-inferior" in first
+        line = next(csv.DictReader(io.StringIO(format_rows(rows, "csv"))))
+        assert (line["decode/512x8"], line["heldout_cloze/acc/verdict"]) == ("1.25", "non-inferior")
+    finally:
+        client.delete_run(run_id)
+
+
+def test_the_command_writes_what_the_file_is_called(
+    store: tuple[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri, ids = store
+    for ending, style in ((".csv", "csv"), (".json", "json"), (".md", "markdown"), (".txt", "text")):
+        file = tmp_path / f"table{ending}"
+        assert main(["compare", *ids, "--tracking-uri", uri, "-o", str(file)]) == 0
+        assert file.read_text("utf-8") == format_rows(compare_runs(ids, uri), style)
+        assert capsys.readouterr().out == f"{file}\n"
+    assert main(["compare", "--filter", "tags.target = 'mla'", "--tracking-uri", uri, "--format", "json"]) == 0
+    assert {row["run_id"] for row in json.loads(capsys.readouterr().out)} == {ids[1], ids[2]}
+    assert main(["compare", ids[0], "--filter", "tags.target = 'mla'", "--tracking-uri", uri]) == 2
+    assert "--filter" in capsys.readouterr().err
+
+
+def test_many_conversions(tmp_path: Path) -> None:
+    """Two requests, however many there are, and stages are not read."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    connect(uri).create_experiment(EXPERIMENT, artifact_location=str(tmp_path / "artifacts"))
+    first = log_fake_conversion(uri, tmp_path, "first")
+    copies = copy_conversions(tmp_path / "mlflow.db", first, 40)
+    with mock.patch.object(MlflowClient, "search_runs", autospec=True, side_effect=MlflowClient.search_runs) as search:
+        rows = compare_runs(None, uri)
+        assert {row.run_id for row in rows} == {first, *copies}
+        assert len({json.dumps(row.differences) for row in rows}) == 1
+        assert rows[0].differences.keys() == KEYS
+        assert search.call_count == 2
+        assert [row.run_id for row in compare_runs(copies, uri)] == copies
+        assert search.call_count == 4
+    conversions = find_conversions(None, uri, kind="evaluation")
+    assert {kind for conversion in conversions for kind in conversion.children} == {"evaluation"}
 
 
 def test_the_latest_evaluation_counts(store: tuple[str, list[str]], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from tracking_helpers import Line, MlflowServer, batches, trainer
 
 from pl_attnedit.errors import UserError
+from pl_attnedit.eval.compare import compare_runs
 from pl_attnedit.tracking import (
     TrackedRun,
     TrackingLogger,
@@ -133,3 +134,25 @@ def test_confirmation_lost_in_a_crash_sends_twice_but_counts_once(server: Mlflow
     assert again.flush()
     assert metric_history(run_id, "loss", tracking_uri=server.uri) == [(step, step / 10) for step in range(6)]
     assert len(metric_history(run_id, "nan", tracking_uri=server.uri)) == 5
+
+
+def test_conversions_on_a_server_are_compared(server: MlflowServer, tmp_path: Path) -> None:
+    client = connect(server.uri)
+    parents = [
+        start_conversion(name, {"target": name}, client=client, experiment="compared") for name in ("mla", "swa")
+    ]
+    values = {"teacher": 0.7, "student": 0.6, "difference": -0.1, "ci_low": -0.2, "ci_high": 0.0}
+    for parent, speed in zip(parents, (1.5, 2.0)):
+        with TrackedRun(start_child(parent, "evaluation", client=client), tmp_path, tracking_uri=server.uri) as run:
+            run.log_metrics({f"eval/cloze/acc/{name}": value for name, value in values.items()})
+            decode = {"teacher": 100.0, "student": 100.0 * speed}
+            run.log_metrics({f"eval/efficiency/{m}/decode_tokens_per_s/512x8": rate for m, rate in decode.items()})
+            run.set_tags({"verdict/cloze/acc": "inconclusive"})
+    rows = compare_runs("tags.target = 'swa'", server.uri, "compared")
+    assert [(row.run_id, row.decode) for row in rows] == [(parents[1], {"512x8": 2.0})]
+    both = compare_runs(parents, server.uri)
+    assert [row.run_id for row in both] == parents
+    assert both[0].differences == {"cloze/acc": values}
+    assert both[0].verdicts == {"cloze/acc": "inconclusive"}
+    with pytest.raises(UserError, match="run id = 'nobody'"):
+        compare_runs([parents[0], "nobody"], server.uri)

@@ -1,0 +1,336 @@
+"""Speed and memory of prefill and decode: teacher and student in turn, in one process.
+
+Prefill runs at most `prefill_tokens` tokens a forward pass, a larger batch in several passes, and makes logits of the last
+token only; its seconds are the time to the first token of the whole batch.
+
+Decode adds a greedy token to every sequence of a batch whose cache holds `context` tokens. Room for that token is allocated
+ahead, as engines that serve do, and each step writes to the same place (`hold`). So the context stays what is stated, and
+no step copies the cache, which HF's `DynamicCache` does in every layer. On CUDA the step is a CUDA graph: launched one by
+one, the kernels of a small model, teacher or student, run at the pace of Python, whatever its attention costs.
+
+Memory is that of one model, as if it were alone: its weights and whatever its run allocates above what was there before.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, PreTrainedModel
+
+from pl_attnedit.errors import invalid
+from pl_attnedit.eval.bench.timing import current_bytes, peak_bytes, reset_peak, synchronize
+from pl_attnedit.modeling.kv import WithoutScores, cache_bytes
+
+WARMUP_STEPS = 3  # of decode, in each run
+
+
+def measure_efficiency(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    *,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    new_tokens: int = 32,
+    repeats: int = 5,
+    prefill_tokens: int = 32768,
+    cuda_graph: bool = True,
+) -> list[dict[str, Any]]:
+    """Speed and memory of both models, in eval mode on the devices where they are, for every context and batch.
+
+    A repeat is a run of the teacher and one of the student: prefill, then `new_tokens` decode steps; a first one warms up.
+
+    Args:
+        contexts: tokens in the cache of each sequence.
+        batches: sequences.
+        new_tokens: decode steps that are timed together.
+        prefill_tokens: most tokens of one forward pass of the prefill (at least one sequence's).
+        cuda_graph: False = launch each kernel of a decode step from Python, on CUDA too.
+
+    Returns:
+        A row for each context, batch and model: `cache_bytes_per_token` of the real cache after the prefill;
+        `prefill_tokens_per_s`, `decode_tokens_per_s`, `first_token_s`, each with median and quartiles `low` and `high` over
+        the repeats; `peak_bytes` of weights, caches and activations, None on a CPU, where allocators keep what is freed;
+        `decode`, "cuda graph" or "eager".
+
+    Raises:
+        UserError: a number below 1, a context that leaves no room for a token within a model's limit.
+    """
+    models = {"teacher": teacher, "student": student}
+    single = {"new_tokens": [new_tokens], "repeats": [repeats], "prefill_tokens": [prefill_tokens]}
+    _check(models, contexts=contexts, batches=batches, **single)
+    rows = []
+    for context in contexts:
+        for batch in batches:
+            runs: dict[str, list[_Run]] = {name: [] for name in models}
+            for _ in range(repeats + 1):
+                for name, model in models.items():
+                    runs[name].append(_run(model, context, batch, new_tokens, prefill_tokens, cuda_graph))
+            for name, model in models.items():
+                head = {"model": name, "context": context, "batch": batch}
+                graph = cuda_graph and model.device.type == "cuda"
+                rows.append(
+                    {**head, **_summary(runs[name][1:], context, batch), "decode": "cuda graph" if graph else "eager"}
+                )
+    return rows
+
+
+def largest_batch(model: PreTrainedModel, context: int, budget_bytes: int) -> dict[str, Any]:
+    """The largest batch of which one decode step fits the budget: weights, caches of `context` tokens, activations.
+
+    On CUDA the step is really run, at the batch found and at the next one, and the allocator's highest figure counts
+    (without the CUDA context and fragmentation). Elsewhere it runs on the meta device, whose tensors have sizes and no
+    content, and what is alive at a time is added up, with kernels of attention that allocate no more than their output.
+
+    Returns:
+        `context`, `budget_bytes`, `batch` (0 where not even one fits), `peak_bytes` at that batch, and `run`: whether it
+        was really run.
+
+    Raises:
+        UserError: a context beyond the model's limit, a budget beyond the device's memory.
+    """
+    _check({"model": model}, contexts=[context], budget_bytes=[budget_bytes])
+    run = model.device.type == "cuda"
+    if run and budget_bytes > (total := torch.cuda.mem_get_info(model.device)[1]):
+        raise invalid("budget_bytes", budget_bytes, f"must be at most the device's memory of {total} bytes")
+    subject = model if run else _without_content(model)
+    peaks: dict[int, int] = {}
+
+    def peak(batch: int) -> int:
+        if batch not in peaks:
+            peaks[batch] = decode_peak(subject, context, batch)
+        return peaks[batch]
+
+    low, high = 1, 2  # where the peak is a straight line from one to the other, the next guess is right
+    while peak(low) <= budget_bytes and (peak(high) <= budget_bytes or high - low > 1):
+        each = max((peak(high) - peak(low)) / (high - low), 1)
+        guess = low + int((budget_bytes - peak(low)) / each)
+        if peak(high) <= budget_bytes:
+            low, high = high, max(guess, high + 1)
+        else:
+            guess = min(max(guess, low + 1), high - 1)
+            low, high = (guess, high) if peak(guess) <= budget_bytes else (low, guess)
+    batch = low if peak(low) <= budget_bytes else 0
+    return {
+        "context": context,
+        "budget_bytes": budget_bytes,
+        "batch": batch,
+        "peak_bytes": peaks[batch] if batch else None,
+        "run": run,
+    }
+
+
+@torch.no_grad()
+def decode_peak(model: PreTrainedModel, context: int, batch: int) -> int:
+    """Highest memory of a decode step, in bytes: weights, the caches with room for the token, activations.
+
+    On the meta device these are added up; on an accelerator the step runs.
+    """
+    meta = model.device.type == "meta"
+    before = 0 if meta else current_bytes(model.device)
+    cache = _prefill(model, torch.zeros(1, context, dtype=torch.long, device=model.device), context)[0]
+    decoder = Decoder(model, cache, batch)
+    if meta:
+        with WithoutScores(), _AliveBytes() as alive:
+            decoder.step()
+        return weights_bytes(model) + cache_bytes(cache) + alive.peak
+    reset_peak(model.device)
+    decoder.step()
+    synchronize(model.device)
+    return weights_bytes(model) + peak_bytes(model.device) - before
+
+
+def weights_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters and buffers, each storage once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def hold(cache: DynamicCache) -> None:
+    """Allocates room for one more token; from now on every `update` writes it there and returns all, and nothing grows.
+
+    The queries of a step see exactly what they would see in the growing cache, at the length at which it is held.
+    """
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
+        length = layer.get_seq_length()
+        keys, values = layer.update(layer.keys[:, :, -1:], layer.values[:, :, -1:])
+        layer.update = partial(_overwrite_last, keys, values)
+        layer.keys, layer.values = keys[:, :, :-1], values[:, :, :-1]
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = length
+
+
+def _overwrite_last(
+    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    keys[:, :, -1:].copy_(new_keys)
+    values[:, :, -1:].copy_(new_values)
+    return keys, values
+
+
+class Decoder:
+    """Decodes the next greedy token of each of `batch` sequences, which all continue the first one of a filled cache.
+
+    Calling it is one step, at the same context each time; `capture` makes it a CUDA graph. `token` (batch, 1) and `logits`
+    (batch, 1, vocabulary) hold what the last step was given and gave.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: DynamicCache, batch: int) -> None:
+        self.model, self.cache = model, cache
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        self.position = torch.full((1, 1), cache.get_seq_length(), device=model.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        cache.batch_select_indices(self.token[:, 0])
+        hold(cache)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step, its kernels launched one by one.
+
+        Layer by layer: where a stream captures, the forward of transformers 5.17 makes a mask that masks nothing, and with
+        any mask its attention leaves the flash kernels and copies the keys for each query head.
+        """
+        trunk: Any = self.model.model
+        hidden = trunk.embed_tokens(self.token)
+        rotation = trunk.rotary_emb(hidden, self.position)
+        for layer in trunk.layers:
+            hidden = layer(
+                hidden, attention_mask=None, position_embeddings=rotation, past_key_values=self.cache, use_cache=True
+            )
+        self.logits = self.model.lm_head(trunk.norm(hidden))
+        self.token.copy_(self.logits.argmax(-1))
+
+    def capture(self) -> None:
+        """From now on a call replays the step as one CUDA graph."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate at their first use, which a graph must not hold
+            for _ in range(WARMUP_STEPS):
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step()
+
+    def __call__(self) -> None:
+        if self.graph is None:
+            self.step()
+        else:
+            self.graph.replay()
+
+
+@dataclass(frozen=True)
+class _Run:
+    prefill_seconds: float
+    decode_seconds: float  # of each step
+    cache_bytes: int
+    peak_bytes: int | None
+
+
+@torch.no_grad()
+def _run(
+    model: PreTrainedModel, context: int, batch: int, new_tokens: int, prefill_tokens: int, cuda_graph: bool
+) -> _Run:
+    device = model.device
+    ids = torch.randint(model.config.vocab_size, (batch, context), device=device)
+    before = current_bytes(device)
+    synchronize(device)
+    reset_peak(device)
+    begin = time.perf_counter()
+    caches = _prefill(model, ids, prefill_tokens)
+    synchronize(device)
+    prefill = time.perf_counter() - begin
+    cached = sum(map(cache_bytes, caches))
+    cache = caches[0]
+    del caches  # of other sequences: those of the first one are as long
+    decoder = Decoder(model, cache, batch)
+    if cuda_graph and device.type == "cuda":
+        decoder.capture()
+    for _ in range(WARMUP_STEPS):
+        decoder()
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(new_tokens):
+        decoder()
+    synchronize(device)
+    decode = (time.perf_counter() - begin) / new_tokens
+    peak = None if device.type == "cpu" else weights_bytes(model) + peak_bytes(device) - before
+    return _Run(prefill, decode, cached, peak)
+
+
+def _prefill(model: PreTrainedModel, ids: Tensor, most_tokens: int) -> list[DynamicCache]:
+    """The caches of (batch, time) ids, one for each part of the batch that makes a forward pass."""
+    caches = []
+    for part in ids.split(max(1, most_tokens // ids.shape[1])):
+        caches.append(DynamicCache(config=model.config))
+        model(input_ids=part, past_key_values=caches[-1], use_cache=True, logits_to_keep=1).logits.argmax(-1)
+    return caches
+
+
+def _summary(runs: Sequence[_Run], context: int, batch: int) -> dict[str, Any]:
+    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    return {
+        "cache_bytes_per_token": runs[0].cache_bytes / (batch * context),
+        "prefill_tokens_per_s": _spread([batch * context / run.prefill_seconds for run in runs]),
+        "decode_tokens_per_s": _spread([batch / run.decode_seconds for run in runs]),
+        "first_token_s": _spread([run.prefill_seconds for run in runs]),
+        "peak_bytes": max(peaks) if peaks else None,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"median": median, "low": low, "high": high}
+
+
+def _check(models: Mapping[str, PreTrainedModel], **numbers: Sequence[int]) -> None:
+    for name, values in numbers.items():
+        for value in values:
+            if value < 1:
+                raise invalid(name, value, "must be at least 1")
+    for model in models.values():
+        limit = model.config.max_position_embeddings
+        for context in numbers["contexts"]:
+            if context >= limit:
+                raise invalid("contexts", context, f"must be below the model's limit of {limit} tokens")
+
+
+def _without_content(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.device("meta"):
+        return type(model)(model.config).to(model.dtype).eval()  # type: ignore[arg-type]
+
+
+class _AliveBytes(TorchDispatchMode):
+    """The highest sum of bytes that results of operations hold at a time; views and in-place results hold nothing new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in {s._cdata: s for s in _storages(result) if s._cdata not in given}.values():
+            self._change(storage.nbytes())
+            weakref.finalize(storage, self._change, -storage.nbytes())
+        return result
+
+    def _change(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

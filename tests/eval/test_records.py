@@ -1,0 +1,85 @@
+"""What an evaluation leaves in MLflow beside its differences: metrics, tags and tables of every part of results.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_conversions import fake_evaluation
+from mlflow.exceptions import MlflowException
+
+from pl_attnedit.eval.records import find_conversions, load_json, log_evaluation
+from pl_attnedit.tracking import TrackedRun, connect, metric_history, start_child
+
+
+@pytest.fixture
+def logged(store: tuple[str, list[str]], tmp_path: Path) -> Any:
+    """The store's URI and the run of an evaluation with every part, which goes away after the test."""
+    uri, ids = store
+    client = connect(uri)
+    run_id = start_child(ids[-1], "evaluation", client=client)
+    with TrackedRun(run_id, tmp_path, tracking_uri=uri) as run:
+        log_evaluation(fake_evaluation(), run)  # type: ignore[arg-type]
+    yield uri, client.get_run(run_id)
+    client.delete_run(run_id)
+
+
+def test_metrics(logged: Any) -> None:
+    uri, run = logged
+    metrics = run.data.metrics
+    content = json.loads(fake_evaluation().to_json())
+    row = content["efficiency"][1]
+    assert metrics["eval/efficiency/student/decode_tokens_per_s/512x8"] == row["decode_tokens_per_s"]["median"]
+    assert metrics["eval/efficiency/student/cache_bytes_per_token/512x8"] == row["cache_bytes_per_token"]
+    assert "eval/efficiency/student/peak_bytes/512x8" not in metrics  # null: not measured on a CPU
+    assert metrics["eval/largest_batch/student/512"] == 900
+    assert metrics["eval/retrieval/needle_1/512/teacher"] == pytest.approx((10 * 1.0 + 30 * 0.8) / 40)
+    assert metrics["eval/retrieval/needle_1/512/student"] == pytest.approx((10 * 0.9 + 30 * 0.5) / 40)
+    spans = [(span["end"], span["kl"]) for span in content["by_position"]]
+    assert metric_history(run.info.run_id, "eval/by_position/kl", tracking_uri=uri) == spans
+    assert len(metrics) < 50
+
+
+def test_tags(logged: Any) -> None:
+    tags = logged[1].data.tags
+    assert (tags["suite"], tags["suite_version"]) == ("offline", "3")
+    assert tags["verdict/heldout_cloze/acc"] == "non-inferior"
+    assert "verdict/heldout_perplexity/bits_per_byte" not in tags
+
+
+def test_tables_are_mlflows(logged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, run = logged
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # where `load_table` searches, whatever its client is for
+    client = connect(uri)
+    content = json.loads(fake_evaluation().to_json())
+    for name in ("tasks", "by_position", "retrieval", "efficiency"):
+        table = client.load_table(run.info.experiment_id, f"tables/{name}.json", [run.info.run_id])
+        assert len(table) == len(content[name])
+        assert set(table.columns) == set(content[name][0])
+    assert load_json(client, run, "results.json") == content
+    with pytest.raises(MlflowException):
+        client.load_table(run.info.experiment_id, "tables/nothing.json", [run.info.run_id])
+
+
+def test_the_latest_evaluation_of_each_suite_counts(store: tuple[str, list[str]], tmp_path: Path) -> None:
+    uri, ids = store
+    client = connect(uri)
+    added = []
+    for name in ("quick", "offline", "quick"):
+        run_id = start_child(ids[0], "evaluation", client=client)
+        content = json.loads(fake_evaluation().to_json()) | {"suite": {"name": name, "version": "1"}}
+        result: Any = SimpleNamespace(to_json=lambda content=content: json.dumps(content), samples=[])
+        with TrackedRun(run_id, tmp_path, tracking_uri=uri) as run:
+            log_evaluation(result, run)
+        added.append(run_id)
+    try:
+        (conversion,) = find_conversions([ids[0]], uri)
+        assert [run.info.run_id for run in conversion.evaluations[1:]] == [added[1], added[2]]
+        assert conversion.evaluations[0].data.tags.get("suite") is None  # logged before there were suites
+        assert conversion.evaluation is conversion.evaluations[-1]
+    finally:
+        for run_id in added:
+            client.delete_run(run_id)
