@@ -119,8 +119,8 @@ for _name, _strategy in NPU_STRATEGIES.items():
 def with_npu(options: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a Trainer in which accelerator and strategy are both the NPU's, or neither is.
 
-    Left to itself Lightning never finds an NPU (`accelerator: auto` is the CPU then), runs `accelerator: npu` with one device
-    on the CPU, and with several by a DDP that uses CUDA streams.
+    Left to itself Lightning never finds an NPU (`accelerator: auto` is the CPU then), runs `accelerator: npu` with one
+    device on the CPU, and with several by a DDP that uses CUDA streams.
 
     Raises:
         UserError: an NPU is asked for, or nothing and torch_npu is installed, and there is none to be used; the accelerator

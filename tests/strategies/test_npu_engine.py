@@ -38,9 +38,9 @@ class HostWork(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
         if func.overloadpacket.__name__ in MOVES:
             return result
-        if tensors and not any(tensor.device.type == "npu" for tensor in tensors):
-            if any(tensor.numel() > 1 for tensor in tensors):
-                self.found.add(f"{func} {[tuple(tensor.shape) for tensor in tensors]}")
+        on_npu = any(tensor.device.type == "npu" for tensor in tensors)
+        if not on_npu and any(tensor.numel() > 1 for tensor in tensors):
+            self.found.add(f"{func} {[tuple(tensor.shape) for tensor in tensors]}")
         return result
 
 
