@@ -128,7 +128,7 @@ def whole_run(case: str, folder: Path, strategy: str) -> None:
     """A training by two processes with an NPU each, and what it leaves for a machine without one."""
     calls = []
 
-    def comm_hook(state: Any, bucket: Any) -> Any:
+    def comm_hook(state, bucket):  # DDP reads annotations
         calls.append(bucket.buffer().device)
         return allreduce_hook(state, bucket)
 
@@ -145,7 +145,9 @@ def whole_run(case: str, folder: Path, strategy: str) -> None:
         assert set(calls) == {torch.device("npu", rank)}
 
 
-@pytest.mark.parametrize(("strategy", "case"), [("npu_ddp", "all"), ("npu_ddp", "own-path")])
+@pytest.mark.parametrize(
+    ("strategy", "case"), [("npu_ddp", "all"), ("npu_ddp", "own-path"), ("npu_fsdp", "all"), ("npu_fsdp", "own-path")]
+)
 def test_two_processes(strategy: str, case: str, teacher_folder: Callable[..., str], tmp_path: Path) -> None:
     for family in ("llama", "qwen3"):
         (tmp_path / family).symlink_to(teacher_folder(family))
