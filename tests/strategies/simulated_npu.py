@@ -239,6 +239,7 @@ def install(count: int = 2) -> types.ModuleType:
     """Makes `torch_npu` importable with `count` devices, in this process and for good; returns it."""
     npu.__init__(count)  # type: ignore[misc]
     _setup_privateuseone_for_python_backend("npu", backend_module=npu)
+    torch._C._set_multithreading_enabled(False)  # autograd's thread per device knows of one device only
     torch.nn.Module._apply = _apply_in_place  # type: ignore[assignment,method-assign]
     torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device = _move_in_place
     _register_operators()
@@ -428,8 +429,12 @@ def on_simulated_npus(folder: Path, body: Callable[..., None], *args: Any, proce
     for process in running:
         process.join(100)
         process.kill()
-    for process, output in zip(running, outputs, strict=True):
-        assert process.exitcode == 0, f"{output.name}: status {process.exitcode}\n{output.read_text()[-6000:]}"
+    failed = [
+        f"{output.name}: status {process.exitcode}\n{output.read_text()[-6000:]}"
+        for process, output in zip(running, outputs, strict=True)
+        if process.exitcode != 0
+    ]
+    assert not failed, "\n".join(failed)
 
 
 def _free_port() -> int:
