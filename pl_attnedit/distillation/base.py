@@ -49,7 +49,7 @@ class DistillationModule(LightningModule):
         dtype: dtype of all weights; the Trainer's `precision: bf16-true` sets it to bfloat16.
         teacher_dtype: dtype of the teacher and so of a shared trunk, where another than `dtype`: bfloat16 with
             `precision: bf16-mixed` keeps only what trains in float32.
-        compiled: run the layers through torch.compile. Default: where there is a GPU for it.
+        compiled: run the layers through torch.compile. Default: where there is a GPU for it. Not on an NPU.
         liger: run Liger's kernels in the trunk (extra `gpu`); worth it where compiled is false, see the README.
         learning_rate: peak of the schedule.
         warmup_steps: optimiser steps of linear warm-up; a cosine to `final_lr_share` follows until the last step.
@@ -127,6 +127,8 @@ class DistillationModule(LightningModule):
     def compiled(self) -> bool:
         """Whether the layers run through torch.compile."""
         chosen = self.hparams["compiled"]
+        if chosen and self.device.type == "npu":
+            raise invalid("compiled", chosen, "torch.compile is not used on an NPU: leave it out")
         return self.device.type == "cuda" if chosen is None else chosen
 
     def configure_model(self) -> None:
@@ -174,6 +176,9 @@ class DistillationModule(LightningModule):
         self._held = (teacher, student)
         self.layer_nmse = LayerNMSE(len(plan.edited_layers))
         self.block = Block(0, 1, [0, teacher.config.num_hidden_layers])
+        if self._trainer is not None and self.trainer.strategy.root_device.type == "npu":
+            for metric in (self.fidelity, self.layer_nmse):  # NPUs have no float64 worth the name
+                metric.set_dtype(torch.float32)
         self.prepare_training()
         self._shard()
 
@@ -419,6 +424,6 @@ def copy_weights(student: Any, folder: Path) -> None:
     edited = tuple(f"model.layers.{index}.self_attn." for index in student.edit_plan.edited_layers)
     ours = {name: value for name, value in student.state_dict().items() if not name.startswith(edited)}
     theirs = saved.state_dict()
-    if any(not torch.equal(value.cpu(), theirs[name]) for name, value in ours.items()):
+    if any(not torch.equal(value.cpu(), theirs[name].cpu()) for name, value in ours.items()):
         unshare_trunk(student)
         student.load_state_dict(theirs)
