@@ -1,7 +1,7 @@
 """`torch_npu.npu_fusion_attention` in plain PyTorch, as its documentation has it, for what this package asks of it.
 
-Source: Ascend op-plugin, docs/context/torch_npu-npu_fusion_attention.md, and the same text in `torch_npu/_op_plugin_docs.py`. The
-signature is that of torch_npu 2.13 (`npu_native_functions_by_codegen.yaml`). What the documentation forbids raises.
+Source: Ascend op-plugin, docs/context/torch_npu-npu_fusion_attention.md; `torch_npu/_op_plugin_docs.py` has the same text.
+The signature is that of torch_npu 2.13 (`npu_native_functions_by_codegen.yaml`). What the documentation forbids raises.
 """
 
 from __future__ import annotations

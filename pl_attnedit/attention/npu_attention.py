@@ -34,7 +34,7 @@ def npu_kernel() -> str:
 
 
 def takes_fused(query: Tensor) -> bool:
-    """Whether these queries (batch, heads, queries, width) go to the fused operator; a single one is decoding, and does not."""
+    """Whether queries (batch, heads, queries, width) go to the fused operator; a single one, which is decoding, does not."""
     return query.device.type == "npu" and query.shape[2] > 1 and npu_kernel() == "fused"
 
 

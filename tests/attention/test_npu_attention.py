@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,20 +152,13 @@ def test_autocast_gives_one_dtype(calls: Calls) -> None:
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Query:
-        device = torch.device("privateuseone")
-        shape = (1, 1, 2, 8)
-
-    class OnNPU(Query):
-        class device:  # noqa: N801
-            type = "npu"
-
+    on_npu = SimpleNamespace(device=SimpleNamespace(type="npu"), shape=(1, 1, 2, 8))
     monkeypatch.delenv(SWITCH, raising=False)
     assert npu_kernel() == "fused"
-    assert takes_fused(OnNPU())  # type: ignore[arg-type]
-    assert not takes_fused(Query())  # type: ignore[arg-type]
+    assert takes_fused(on_npu)  # type: ignore[arg-type]
+    assert not takes_fused(torch.empty(1, 1, 2, 8))
     monkeypatch.setenv(SWITCH, "sdpa")
-    assert not takes_fused(OnNPU())  # type: ignore[arg-type]
+    assert not takes_fused(on_npu)  # type: ignore[arg-type]
     monkeypatch.setenv(SWITCH, "flex")
     with pytest.raises(UserError, match="PL_ATTNEDIT_NPU_ATTENTION = 'flex': must be one of fused, sdpa"):
         npu_kernel()
