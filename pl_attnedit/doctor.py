@@ -108,7 +108,7 @@ def _npu() -> Platform:
     except metadata.PackageNotFoundError:
         base = torch.__version__.split("+")[0]
         found.problems.append(
-            f"torch_npu is not installed; for torch {base}: CANN's toolkit and kernels, then pip install 'torch_npu=={base}.*'"
+            f"torch_npu is not installed; for torch {base}: CANN's toolkit and kernels, pip install 'torch_npu=={base}.*'"
         )
         return found
     mismatch = _torch_that_torch_npu_wants()
@@ -133,7 +133,7 @@ def _npu() -> Platform:
             name = torch.npu.get_device_name(index)  # type: ignore[attr-defined]
             found.devices.append({"name": name, "memory_bytes": total, "free_bytes": free})
         found.bfloat16 = torch.npu.is_bf16_supported()  # type: ignore[attr-defined]
-        found.problems += attention_problems(torch.device("npu", 0))
+        found.problems += attention_problems("npu")
     except RuntimeError as error:  # of the driver
         found.problems.append(f"the devices do not answer: {error}")
     return found
@@ -154,7 +154,7 @@ def _cann_version(part: str) -> str:
     return get_cann_version(part) or "unknown"
 
 
-def attention_problems(device: torch.device) -> list[str]:
+def attention_problems(device: str) -> list[str]:
     """Runs the device's attention, forward and backward, beside the CPU's: versions that do not fit each other show here.
 
     Empty where outputs and gradients agree as well as bfloat16 allows.
@@ -172,9 +172,7 @@ def attention_problems(device: torch.device) -> list[str]:
     }
     for kind, attention in kinds.items():
         try:
-            pairs = zip(
-                _run(attention, inputs, device), _run(attention, [x.float() for x in inputs], torch.device("cpu"))
-            )
+            pairs = zip(_run(attention, inputs, device), _run(attention, [x.float() for x in inputs], "cpu"))
             error = max(float((ours - plain).abs().max() / plain.abs().max()) for ours, plain in pairs)
         except (RuntimeError, TypeError, ValueError) as failure:
             found.append(f"attention {kind} does not run on {device}: {failure}")
@@ -184,7 +182,7 @@ def attention_problems(device: torch.device) -> list[str]:
     return found
 
 
-def _run(attention: Any, inputs: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+def _run(attention: Any, inputs: list[torch.Tensor], device: str) -> list[torch.Tensor]:
     """Output and gradients in float32 on the CPU."""
     leaves = [x.to(device).requires_grad_() for x in inputs]
     output = attention(*leaves)
