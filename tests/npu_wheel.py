@@ -11,6 +11,9 @@ from functools import cache, cached_property
 from pathlib import Path
 
 
+LOADER = "load_torch_npu"  # our function that gives the module
+
+
 @dataclass
 class Use:
     """One place of a source. `arguments` and `keywords` are those of a call, None where the name is not called."""
@@ -88,6 +91,8 @@ class _Uses(ast.NodeVisitor):
             return None if owner is None else _in_torch_npu(f"{owner}.{node.attr}")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            if called == LOADER:
+                return "torch_npu"
             texts = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
             if called == "import_module" and texts and str(texts[0]).split(".")[0] == "torch_npu":
                 return str(texts[0])
