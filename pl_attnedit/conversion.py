@@ -16,7 +16,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-import pl_attnedit.strategies  # noqa: F401  # knows `strategy: fsdp2`
 from pl_attnedit.attention import TargetConfig
 from pl_attnedit.callbacks import (
     NaNGuard,
@@ -44,6 +43,7 @@ from pl_attnedit.modeling import EditPlan, load
 from pl_attnedit.modeling.kv import kv_context, measure_cache
 from pl_attnedit.recipe import Recipe, StageRecipe
 from pl_attnedit.run_folder import RunFolder
+from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
 from pl_attnedit.teachers import family_of
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 from pl_attnedit.tracking import (
@@ -357,7 +357,7 @@ def check_plan(recipe: Recipe, targets: TargetConfig | dict[str, TargetConfig]) 
 def build_trainer(options: dict[str, Any]) -> Trainer:
     """A Trainer; values that Lightning refuses are a user's mistake."""
     try:
-        return Trainer(**options)
+        return Trainer(**with_npu(options))
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {error}") from error
 

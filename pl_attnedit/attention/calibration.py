@@ -16,6 +16,11 @@ WEIGHT_FLOOR = 0.1  # share of the plain mean in the weighted moments, so that n
 SAMPLES = 4096  # inputs kept; several times the rank of any latent in use
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Where float64 and linear algebra are done for a model on `device`: NPUs do neither, so the CPU there."""
+    return torch.device("cpu") if device.type == "npu" else device
+
+
 class LayerStatistics:
     """Moments of one layer: inputs x (with a constant 1 appended), queries, keys and values before RoPE.
 
@@ -26,7 +31,8 @@ class LayerStatistics:
     def __init__(self, spec: AttentionSpec, rotary: nn.Module, context: int) -> None:
         """rotary: the teacher's rotary embedding; context: tokens per calibration sequence."""
         self.spec = spec
-        self.frequencies = rotary.get_buffer("inv_freq").double()
+        frequencies = rotary.get_buffer("inv_freq")
+        self.frequencies = frequencies.to(exact_device(frequencies.device)).double()
         self.rope_scale = float(rotary.attention_scaling) ** 2  # type: ignore[arg-type]  # YaRN's factor on scores
         device = self.frequencies.device
         width = spec.hidden_size + 1
@@ -41,8 +47,8 @@ class LayerStatistics:
         kv_width = 2 * spec.num_kv_heads * spec.head_dim
         self._plain_xkv, self._weighted_xkv = zeros(width, kv_width), zeros(width, kv_width)
         self._distance = zeros(context)
-        self._sample = torch.zeros(SAMPLES, width, device=device)
-        self._sample_weight = torch.zeros(SAMPLES, device=device)  # attention received
+        self._sample = torch.zeros(SAMPLES, width, device=frequencies.device)
+        self._sample_weight = torch.zeros(SAMPLES, device=frequencies.device)  # attention received
         self._sample_key = torch.full((SAMPLES,), -1.0)  # the largest of one random number per token are kept
         self._random = torch.Generator().manual_seed(0)
 
@@ -57,11 +63,11 @@ class LayerStatistics:
         q = query.transpose(1, 2).flatten(2).flatten(0, 1).float()
         kv = torch.cat([key, value], dim=1).transpose(1, 2).flatten(2).flatten(0, 1).float()
         weighted = x * received.flatten()[:, None]
-        self._plain_xx += x.T @ x
-        self._weighted_xx += weighted.T @ x
-        self._xq += x.T @ q
-        self._plain_xkv += x.T @ kv
-        self._weighted_xkv += weighted.T @ kv
+        self._plain_xx += self._exact(x.T @ x)
+        self._weighted_xx += self._exact(weighted.T @ x)
+        self._xq += self._exact(x.T @ q)
+        self._plain_xkv += self._exact(x.T @ kv)
+        self._weighted_xkv += self._exact(weighted.T @ kv)
         self._draw(x, received.flatten())
         self.tokens += x.shape[0]
         self.weight += received.sum().item()
@@ -94,15 +100,15 @@ class LayerStatistics:
             by_pair += scores.sum((0, 1))
             received += scores.square().sum((1, 2))
         by_pair[:, :SINK_COLUMNS] = 0
-        self._distance.scatter_add_(0, distance.flatten(), by_pair.flatten().double())
+        self._distance.scatter_add_(0, self._exact(distance.flatten()), self._exact(by_pair.flatten()).double())
         return received / query.shape[1]
 
     @property
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs (samples, hidden + 1), and each one's weight (samples,) in the weighted moments."""
         count = min(self.tokens, SAMPLES)  # those with the largest keys stand first
-        weight = self._sample_weight[:count].double()
-        return self._sample[:count].double(), weight * self.tokens / self.weight + WEIGHT_FLOOR
+        weight = self._exact(self._sample_weight[:count]).double()
+        return self._exact(self._sample[:count]).double(), weight * self.tokens / self.weight + WEIGHT_FLOOR
 
     @property
     def plain_xx(self) -> torch.Tensor:
@@ -128,6 +134,9 @@ class LayerStatistics:
     def distance(self) -> torch.Tensor:
         """(context,) share of the attention by distance between query and key, sums to 1."""
         return self._distance / self._distance.sum()
+
+    def _exact(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.frequencies.device)
 
     def _mix(self, weighted: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         return weighted / self.weight + WEIGHT_FLOOR * plain / self.tokens

@@ -12,11 +12,11 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-import pl_attnedit.strategies  # noqa: F401  # knows `strategy: fsdp2`
 from pl_attnedit.callbacks import NaNGuard, ProcessWatch, Progress, ResumableCheckpoint, Throughput, check_checkpoint
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import DistillationModule
 from pl_attnedit.errors import UserError
+from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
 from pl_attnedit.tracking import LogConfigCallback
 
 
@@ -61,7 +61,7 @@ class AttentionEditingCLI(LightningCLI):
             if wanted and not any(isinstance(callback, family) for callback in config["callbacks"]):
                 config["callbacks"].append(default())
         try:
-            return super()._instantiate_trainer(config, callbacks)
+            return super()._instantiate_trainer(with_npu(config), callbacks)
         except (MisconfigurationException, ValueError) as error:
             if isinstance(error, UserError):
                 raise

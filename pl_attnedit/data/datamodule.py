@@ -263,7 +263,7 @@ class TextDataModule(LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": ignore_signals,  # the main process, which may still need batches, ends them
             "generator": torch.Generator(),  # a loader takes no number from the one that training uses
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type in ("cuda", "npu"),
         }
 
     # Resume

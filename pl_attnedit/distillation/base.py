@@ -47,7 +47,7 @@ class DistillationModule(LightningModule):
         dtype: dtype of all weights; the Trainer's `precision: bf16-true` sets it to bfloat16.
         teacher_dtype: dtype of the teacher and so of a shared trunk, where another than `dtype`: bfloat16 with
             `precision: bf16-mixed` keeps only what trains in float32.
-        compiled: run the layers through torch.compile. Default: where there is a GPU for it.
+        compiled: run the layers through torch.compile. Default: where there is a GPU for it. Not on an NPU.
         learning_rate: peak of the schedule.
         warmup_steps: optimiser steps of linear warm-up; a cosine to `final_lr_share` follows until the last step.
         final_lr_share: learning rate at the last step over the peak.
@@ -123,6 +123,8 @@ class DistillationModule(LightningModule):
     def compiled(self) -> bool:
         """Whether the layers run through torch.compile."""
         chosen = self.hparams["compiled"]
+        if chosen and self.device.type == "npu":
+            raise invalid("compiled", chosen, "torch.compile is not used on an NPU: leave it out")
         return self.device.type == "cuda" if chosen is None else chosen
 
     def configure_model(self) -> None:
@@ -234,6 +236,10 @@ class DistillationModule(LightningModule):
 
     def _place(self) -> None:
         self.teacher.eval()
+        if self.device.type == "npu":  # which has no float64 worth the name
+            assert self.layer_nmse is not None
+            self.fidelity.set_dtype(torch.float32)
+            self.layer_nmse.set_dtype(torch.float32)
         for model in (self.teacher, self.student):
             rotary = model.model.rotary_emb.to(self.device)
             if not self.sharded:

@@ -17,8 +17,8 @@ class LayerNMSE(Metric):
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        self.add_state("error", torch.zeros(layers, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("energy", torch.zeros(layers, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("error", "energy"):  # on the CPU: not every device makes float64
+            self.add_state(name, torch.zeros(layers, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, layer: int, prediction: torch.Tensor, target: torch.Tensor) -> None:
         """layer: place among the edited layers; prediction and target (batch, time, hidden)."""

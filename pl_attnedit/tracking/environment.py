@@ -16,7 +16,7 @@ import yaml
 
 from pl_attnedit.tracking.run import TrackedRun
 
-_PACKAGES = ("pl_attnedit", "torch", "lightning", "transformers", "mlflow", "lm-eval", "datasets", "safetensors")
+_PACKAGES = ("pl_attnedit", "torch", "torch_npu", "lightning", "transformers", "mlflow", "lm-eval", "datasets", "safetensors")
 
 
 def log_environment(
@@ -67,9 +67,14 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "accelerators": [kind.get_device_name(i) for kind in _device_kinds() for i in range(kind.device_count())],
         "packages": packages,
     }
+
+
+def _device_kinds() -> list[Any]:
+    """torch.cuda, and torch.npu where a run has loaded torch_npu."""
+    return [torch.cuda, *([torch.npu] if hasattr(torch, "npu") else [])]
 
 
 def git_commit(folder: str | Path = ".") -> str | None:

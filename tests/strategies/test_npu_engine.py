@@ -1,0 +1,110 @@
+"""The engine on simulated Ascend NPUs: a whole conversion on one, DDP on two, and what both leave behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import simulated_npu
+import small_trainings
+import torch
+import yaml
+from fixtures_stages import LATENT, make_trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from simulated_npu import NPUTensor, events, on_simulated_npus, ops
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pl_attnedit.cli import main
+from pl_attnedit.strategies import NPUAccelerator
+
+
+class HostWork(TorchDispatchMode):
+    """Notes what is computed on the host with more than one number. Copies to and from a device are none of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if tensors and not any(tensor.device.type == "npu" for tensor in tensors):
+            if any(tensor.numel() > 1 for tensor in tensors):
+                self.found.add(f"{func} {[tuple(tensor.shape) for tensor in tensors]}")
+        return result
+
+
+class OnNPUOnly(Callback):
+    """Every tensor of a step is on the NPU: parameters, gradients, optimizer states, batches, whatever is computed."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
+        self._begin(pl_module, batch)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
+        self._begin(pl_module, batch)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        assert gradients
+        assert all(isinstance(gradient, NPUTensor) for gradient in gradients)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._end()
+        states = [v for state in trainer.optimizers[0].state.values() for k, v in state.items() if k != "step"]
+        assert all(isinstance(value, NPUTensor) for value in states)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._end()
+
+    def _begin(self, module: LightningModule, batch: dict[str, torch.Tensor]) -> None:
+        models = [module.teacher, module.student]
+        tensors = [*batch.values(), *(p for model in models for p in model.parameters())]
+        assert all(isinstance(tensor, NPUTensor) for tensor in tensors)
+        assert all(isinstance(buffer, NPUTensor) for model in models for buffer in model.buffers())
+        self._work = HostWork()
+        self._work.__enter__()
+
+    def _end(self) -> None:
+        self._work.__exit__(None, None, None)
+        assert not self._work.found
+
+
+WATCH = [{"class_path": "test_npu_engine.OnNPUOnly"}]
+
+
+def convert(recipe: Path) -> None:
+    assert main(["convert", "-c", str(recipe)]) == 0
+    dtypes = {dtype for name, dtype in ops if name in ("mm", "bmm", "addmm", "linear")}
+    assert torch.bfloat16 in dtypes  # autocast was asked for npu
+    assert ("set_device", 0) in events
+    assert ("pin_memory",) in events
+    assert not [event for event in events if event[0] == "process_group"]
+
+
+def test_a_recipe_on_one_npu(
+    teacher_folder: Callable[..., str], tiny_corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = {"learning_rate": 1e-3, "accumulate": 2, "validate_every": 1, "callbacks": WATCH}
+    recipe = {
+        "name": "tiny",
+        "teacher": teacher_folder(),
+        "targets": {"S": {"type": "gate_swa", "window": 8, "sinks": 1}, "M": LATENT},
+        "pattern": "SMFS",
+        "calibration_tokens": 128,
+        "data": {"source": tiny_corpus, "seq_len": 32, "batch_size": 2, "val_sequences": 5},
+        "stage1": {"steps": 2, **stage},
+        "stage2": {"steps": 2, **stage},
+        "evaluation": {"documents": 2, "cloze": 2, "continuation_tokens": 2},
+        "trainer": {"accelerator": "npu", "devices": 1, "precision": "bf16-mixed"},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    on_simulated_npus(tmp_path, convert, path)
+    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    assert summary["kl_after_stage1"] > 0
