@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -14,13 +13,13 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device
 from lightning.pytorch import Trainer
-from packaging.requirements import Requirement
 
 from pl_attnedit.attention.base import attend
 from pl_attnedit.attention.npu_attention import KERNELS, npu_kernel
 from pl_attnedit.attention.windowed import attend_window
 from pl_attnedit.distillation.settings import check_precision
 from pl_attnedit.errors import UserError
+from pl_attnedit.strategies.npu_accelerator import load_torch_npu, require_npus, torch_npu_installed
 
 TRAINER_FIELDS = ("accelerator", "devices", "num_nodes", "strategy", "precision")  # what decides where a config runs
 _LARGEST_ERROR = 0.03  # of bfloat16 attention, relative to the largest value
@@ -103,49 +102,31 @@ def _nvidia_driver() -> str:
 
 def _npu() -> Platform:
     found = Platform(versions={"torch": torch.__version__})
+    if torch_npu_installed():
+        found.versions["torch_npu"] = _version("torch_npu")
     try:
-        found.versions["torch_npu"] = metadata.version("torch_npu")
-    except metadata.PackageNotFoundError:
-        base = torch.__version__.split("+")[0]
-        found.problems.append(
-            f"torch_npu is not installed; for torch {base}: CANN's toolkit and kernels, pip install 'torch_npu=={base}.*'"
-        )
-        return found
-    mismatch = _torch_that_torch_npu_wants()
-    if mismatch is not None:
-        found.problems.append(mismatch)
-    try:
-        importlib.import_module("torch_npu")
-    except Exception as error:  # of the loader, of CANN, of its checks; all of them end here
-        home = os.environ.get("ASCEND_HOME_PATH", "not set, source the set_env.sh of CANN")
-        found.problems.append(f"torch_npu cannot be imported: {error} (ASCEND_HOME_PATH: {home})")
-        return found
-    found.versions |= {part: _cann_version(part) for part in ("CANN", "HCCL", "DRIVER")}
-    found.process_group = _group("hccl")
-    found.attention = f"{KERNELS[npu_kernel()]}; windows as its bands, those with sinks in blocks"
-    if not torch.npu.is_available():  # type: ignore[attr-defined]
-        visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
-        found.problems.append(f"torch_npu finds no device (ASCEND_RT_VISIBLE_DEVICES: {visible})")
-        return found
-    try:
-        for index in range(torch.npu.device_count()):  # type: ignore[attr-defined]
-            free, total = torch.npu.mem_get_info(index)  # type: ignore[attr-defined]
-            name = torch.npu.get_device_name(index)  # type: ignore[attr-defined]
+        npu = load_torch_npu().npu
+        found.versions |= {part: _cann_version(part) for part in ("CANN", "HCCL", "DRIVER")}
+        found.process_group = _group("hccl")
+        found.attention = f"{KERNELS[npu_kernel()]}; windows as its bands, those with sinks in blocks"
+        for index in range(require_npus()):
+            free, total = npu.mem_get_info(index)
+            name = npu.get_device_name(index)
             found.devices.append({"name": name, "memory_bytes": total, "free_bytes": free})
-        found.bfloat16 = torch.npu.is_bf16_supported()  # type: ignore[attr-defined]
+        found.bfloat16 = npu.is_bf16_supported()
         found.problems += attention_problems("npu")
+    except UserError as error:  # nothing to use, and what to install
+        found.problems.append(str(error))
     except RuntimeError as error:  # of the driver
-        found.problems.append(f"the devices do not answer: {error}")
+        found.problems.append(f"the NPUs do not answer: {error}")
     return found
 
 
-def _torch_that_torch_npu_wants() -> str | None:
-    """torch_npu's own requirement of torch, where the installed one does not meet it."""
-    for text in metadata.requires("torch_npu") or []:
-        requirement = Requirement(text)
-        if requirement.name == "torch" and not requirement.specifier.contains(torch.__version__, prereleases=True):
-            return f"torch_npu {metadata.version('torch_npu')} is for torch{requirement.specifier}, not {torch.__version__}"
-    return None
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # importable, but not installed by a package manager
+        return "unknown"
 
 
 def _cann_version(part: str) -> str:
@@ -203,7 +184,7 @@ def obstacles(trainer: dict[str, Any], platforms: dict[str, Platform]) -> list[s
         check_precision(str(trainer.get("precision")))
         built = build_trainer({"logger": False, "enable_checkpointing": False, **trainer})
     except UserError as error:
-        return [str(error), *(platforms[asked].problems if asked in platforms else [])]
+        return list(dict.fromkeys([str(error), *(platforms[asked].problems if asked in platforms else [])]))
     device = built.strategy.root_device
     found = platforms.get(device.type)
     if found is None:

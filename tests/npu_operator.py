@@ -54,7 +54,7 @@ def npu_fusion_attention(
     groups = heads // key.shape[1]
     scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scale
     if hidden is not None:
-        scores = scores.masked_fill(hidden.to(scores.device), torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     weights = scores.float().softmax(-1).to(value.dtype)
     softmax = query.new_zeros(batch, heads, queries, 8, dtype=torch.float32)
     return weights @ value.repeat_interleave(groups, 1), softmax, softmax, query.new_empty(0), 0, 0, 0
@@ -69,7 +69,7 @@ def _hidden(
     assert mask.dtype in (torch.bool, torch.uint8)
     mask = mask.bool()
     shape = (queries, keys)
-    square, query_at, key_at = torch.ones(shape, dtype=torch.bool), torch.arange(queries)[:, None], torch.arange(keys)
+    query_at, key_at = torch.arange(queries, device=mask.device)[:, None], torch.arange(keys, device=mask.device)
     if mode in (0, 1):
         shapes = [shape, (1, 1, *shape), (batch, 1, *shape), (batch, heads, *shape)]
         assert mask.shape in shapes, f"a whole mask is one of {shapes}, not {tuple(mask.shape)}"
@@ -78,12 +78,11 @@ def _hidden(
         return mask
     assert mode in (2, 3, 4), f"the stand-in knows no sparse_mode {mode}"
     assert mask.shape == (2048, 2048), "modes 2, 3 and 4 take the triangle of 2048 x 2048"
-    assert torch.equal(mask.cpu(), torch.ones(2048, 2048, dtype=torch.bool).triu(1)), "which hides what comes later"
+    assert torch.equal(mask, torch.ones_like(mask).triu(1)), "which hides what comes later"
     if mode == 2:
-        return square.triu(1)
-    from_the_end = keys - queries  # modes 3 and 4 count from the lower right corner
+        return key_at > query_at
+    at = query_at + keys - queries  # modes 3 and 4 count from the lower right corner
     if mode == 3:
-        return square.triu(1 + from_the_end)
+        return key_at > at
     assert before + behind >= 0, "pre_tockens and next_tockens must meet"
-    at = query_at + from_the_end
     return (key_at > at + behind) | (key_at < at - before)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
-
 LOADER = "load_torch_npu"  # our function that gives the module
 
 
