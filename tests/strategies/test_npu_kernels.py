@@ -23,8 +23,8 @@ from pl_attnedit.cli import main
 TRAINERS = Path(__file__).parents[2] / "configs" / "trainer"
 
 
-def same_as_on_cpu(teacher: PreTrainedModel, switch: str, modes: set[int]) -> None:
-    """MLA, windows with and without sinks, a full layer: whole texts, documents, decoding, gradients."""
+def same_as_on_cpu(student: Any, switch: str, modes: set[int]) -> None:
+    """Whole texts, documents, decoding, gradients."""
     import torch_npu
 
     os.environ[SWITCH] = switch
@@ -35,9 +35,6 @@ def same_as_on_cpu(teacher: PreTrainedModel, switch: str, modes: set[int]) -> No
         return operator(*args, **kwargs)
 
     torch_npu.npu_fusion_attention = counted
-    targets = {"M": MLAConfig(16, 8), "S": GateSWAConfig(8, sinks=1), "W": GateSWAConfig(8)}
-    torch.manual_seed(0)
-    student: Any = edit_model(teacher, targets, pattern="MSWF", init="random")
     ids = torch.randint(1, 60, (2, 40))
     places = torch.cat([torch.arange(25), torch.arange(15)]).expand(2, -1)  # two documents
 
@@ -65,7 +62,11 @@ def same_as_on_cpu(teacher: PreTrainedModel, switch: str, modes: set[int]) -> No
 def test_a_student_computes_what_it_does_on_the_cpu(
     make_teacher: Callable[..., PreTrainedModel], switch: str, modes: set[int], tmp_path: Path
 ) -> None:
-    on_simulated_npus(tmp_path, same_as_on_cpu, make_teacher("qwen3"), switch, modes)
+    """MLA, windows with and without sinks, a full layer."""
+    targets = {"M": MLAConfig(16, 8), "S": GateSWAConfig(8, sinks=1), "W": GateSWAConfig(8)}
+    torch.manual_seed(0)
+    student = edit_model(make_teacher("qwen3"), targets, pattern="MSWF", init="random")
+    on_simulated_npus(tmp_path, same_as_on_cpu, student, switch, modes)
 
 
 def examined() -> None:
