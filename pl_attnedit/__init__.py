@@ -24,7 +24,7 @@ except (ImportError, RuntimeError) as error:  # torch and transformers import to
     if "torch_npu" in sys.modules or find_spec("torch_npu") is None:
         raise
     raise ImportError(
-        f"torch_npu is installed and cannot be imported, so torch and transformers cannot either: {error.__cause__ or error}. "
+        f"torch_npu is installed and cannot be imported, and so torch and transformers cannot: {error.__cause__ or error}. "
         "Source the set_env.sh of CANN, install the torch_npu that fits torch, or uninstall it"
     ) from None
 
