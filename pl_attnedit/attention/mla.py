@@ -132,18 +132,18 @@ class MLA(Target):
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return query[..., : self.nope_dim], query[..., self.nope_dim :]
 
-    def frequency_index(self) -> torch.Tensor:
+    def frequency_index(self, device: torch.device | None = None) -> torch.Tensor:
         """Which of the teacher's head_dim / 2 frequencies the rope / 2 pairs of the RoPE key have.
 
         "high" gives the plain frequencies of a model of this RoPE width with base theta^(rope / head_dim), "spread" those
         with base theta where the width divides the head dim.
         """
-        index = torch.arange(self.rope_dim // 2)
+        index = torch.arange(self.rope_dim // 2, device=device)
         return index if self.target.rope_frequencies == "high" else index * self.spec.head_dim // self.rope_dim
 
     def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (batch, 1, time, rope / 2) of the RoPE key's pairs out of the teacher's (batch, time, head_dim)."""
-        index = self.frequency_index().to(cos.device)
+        index = self.frequency_index(cos.device)
         return cos[:, None, :, index], sin[:, None, :, index]
 
     def expanded(

@@ -65,7 +65,12 @@ def calibrate(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
     mean, total = statistics.weighted_xx[:width, -1], statistics.weighted_xx[-1, -1]
     centred = weighted - torch.outer(mean, mean) / total
     metric = output_metric(
-        source.get_parameter("o_proj.weight").to(theta.device).double(), nope_query, value_map, plain, centred, spec.scaling
+        source.get_parameter("o_proj.weight").to(theta.device).double(),
+        nope_query,
+        value_map,
+        plain,
+        centred,
+        spec.scaling,
     )
     root, inverse_root = matrix_roots(metric.flatten(0, 1))
     stacked = torch.cat([nope_key, value_map])  # (2 * kv_heads, head_dim, width)

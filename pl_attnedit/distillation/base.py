@@ -399,6 +399,6 @@ def copy_weights(student: Any, folder: Path) -> None:
     edited = tuple(f"model.layers.{index}.self_attn." for index in student.edit_plan.edited_layers)
     ours = {name: value for name, value in student.state_dict().items() if not name.startswith(edited)}
     theirs = saved.state_dict()
-    if any(not torch.equal(value.cpu(), theirs[name]) for name, value in ours.items()):
+    if any(not torch.equal(value.cpu(), theirs[name].cpu()) for name, value in ours.items()):
         unshare_trunk(student)
         student.load_state_dict(theirs)

@@ -82,7 +82,7 @@ class NPUDDPStrategy(OnNPU, DDPStrategy):
     """DDP over HCCL. In YAML: `strategy: npu_ddp`.
 
     Args:
-        kwargs: those of Lightning's `DDPStrategy` but `process_group_backend`: Lightning would take gloo where it knows none.
+        kwargs: those of Lightning's `DDPStrategy` but `process_group_backend`, which would be gloo where torch knows none.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -119,8 +119,8 @@ for _name, _strategy in NPU_STRATEGIES.items():
 def with_npu(options: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a Trainer in which accelerator and strategy are both the NPU's, or neither is.
 
-    Left to itself Lightning never finds an NPU (`accelerator: auto` is the CPU then), runs `accelerator: npu` on one device on
-    the CPU, and on several with a DDP that uses CUDA streams.
+    Left to itself Lightning never finds an NPU (`accelerator: auto` is the CPU then), runs `accelerator: npu` with one
+    device on the CPU, and with several by a DDP that uses CUDA streams.
 
     Raises:
         UserError: an NPU is asked for, or nothing and torch_npu is installed, and there is none to be used; the accelerator

@@ -16,7 +16,17 @@ import yaml
 
 from pl_attnedit.tracking.run import TrackedRun
 
-_PACKAGES = ("pl_attnedit", "torch", "torch_npu", "lightning", "transformers", "mlflow", "lm-eval", "datasets", "safetensors")
+_PACKAGES = (
+    "pl_attnedit",
+    "torch",
+    "torch_npu",
+    "lightning",
+    "transformers",
+    "mlflow",
+    "lm-eval",
+    "datasets",
+    "safetensors",
+)
 
 
 def log_environment(

@@ -1,8 +1,8 @@
 """Ascend NPUs in pure Python: a device `npu` of torch whose tensors are computed on the CPU, and a stand-in for `torch_npu`.
 
-It is stricter than a CPU in what matters: a tensor of the host meets none of a device, nothing is computed in float64 and no
-linear algebra is done there, and what a process group does is done by one named hccl. It changes torch for good, so tests run
-it in forked processes (`on_simulated_npus`), which begin at once.
+It is stricter than a CPU in what matters: tensors of the host and of a device do not meet, nothing is computed in float64 and
+no linear algebra is done there, and what a process group does is done by one named hccl. It changes torch for good, so tests
+run it in forked processes (`on_simulated_npus`), which begin at once.
 """
 
 from __future__ import annotations

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import simulated_npu
 import small_trainings
 import torch
 import yaml
-from fixtures_stages import LATENT, make_trainer
+from fixtures_stages import LATENT
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
-from simulated_npu import NPUTensor, events, on_simulated_npus, ops
+from simulated_npu import MOVES, NPUTensor, events, on_simulated_npus, ops
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pl_attnedit.callbacks.throughput import peak_memory_bytes
 from pl_attnedit.cli import main
-from pl_attnedit.strategies import NPUAccelerator
+from pl_attnedit.modeling import load
+from pl_attnedit.strategies import NPUDDPStrategy, NPUFSDPStrategy
 
 
 class HostWork(TorchDispatchMode):
@@ -32,9 +36,11 @@ class HostWork(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-        if tensors and not any(tensor.device.type == "npu" for tensor in tensors):
-            if any(tensor.numel() > 1 for tensor in tensors):
-                self.found.add(f"{func} {[tuple(tensor.shape) for tensor in tensors]}")
+        if func.overloadpacket.__name__ in MOVES:
+            return result
+        on_npu = any(tensor.device.type == "npu" for tensor in tensors)
+        if not on_npu and any(tensor.numel() > 1 for tensor in tensors):
+            self.found.add(f"{func} {[tuple(tensor.shape) for tensor in tensors]}")
         return result
 
 
@@ -83,6 +89,7 @@ def convert(recipe: Path) -> None:
     assert ("set_device", 0) in events
     assert ("pin_memory",) in events
     assert not [event for event in events if event[0] == "process_group"]
+    torch.save(peak_memory_bytes(torch.device("npu", 0)), recipe.parent / "memory.pt")
 
 
 def test_a_recipe_on_one_npu(
@@ -107,4 +114,56 @@ def test_a_recipe_on_one_npu(
     monkeypatch.chdir(tmp_path)
     on_simulated_npus(tmp_path, convert, path)
     summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
-    assert summary["kl_after_stage1"] > 0
+    assert summary["kl_after_stage2"] > 0
+    for stage in ("stage1", "stage2"):  # read here, where there is no npu
+        checkpoint = torch.load(small_trainings.last(tmp_path / "runs" / "tiny" / stage), weights_only=True)
+        [random] = checkpoint["pl_attnedit_random_states"]
+        assert random["device"].device.type == "cpu"
+        assert random["device"].dtype == torch.uint8  # the NPU's generator
+    perf = torch.load(tmp_path / "memory.pt")
+    assert perf == 7 * 2**20
+
+
+def whole_run(case: str, folder: Path, strategy: str) -> None:
+    """A training by two processes with an NPU each, and what it leaves for a machine without one."""
+    calls = []
+
+    def comm_hook(state: Any, bucket: Any) -> Any:
+        calls.append(bucket.buffer().device)
+        return allreduce_hook(state, bucket)
+
+    chosen = NPUDDPStrategy(ddp_comm_hook=comm_hook) if strategy == "npu_ddp" else NPUFSDPStrategy()
+    found = small_trainings.train(case, folder, folder / strategy, chosen, accelerator="npu")
+    rank = int(os.environ["RANK"])
+    torch.save(move_data_to_device(found, torch.device("cpu")), folder / strategy / f"found-{rank}.pt")
+    assert ("process_group", "hccl", rank, 2) in events
+    assert ("set_device", rank) in events
+    assert {event[1] for event in events if event[0] == "barrier"} == {torch.device("npu", rank)}
+    assert torch.distributed.get_backend() == "hccl"
+    if strategy == "npu_ddp":
+        assert calls
+        assert set(calls) == {torch.device("npu", rank)}
+
+
+@pytest.mark.parametrize(("strategy", "case"), [("npu_ddp", "all"), ("npu_ddp", "own-path")])
+def test_two_processes(strategy: str, case: str, teacher_folder: Callable[..., str], tmp_path: Path) -> None:
+    for family in ("llama", "qwen3"):
+        (tmp_path / family).symlink_to(teacher_folder(family))
+    on_simulated_npus(tmp_path, whole_run, case, tmp_path, strategy, processes=2)
+    found = torch.load(tmp_path / strategy / "found-0.pt", weights_only=True)
+    plain = small_trainings.train(case, tmp_path, tmp_path / "plain")
+    assert len(found["gradients"]) == len(plain["gradients"]) == small_trainings.STEPS
+    for step, (ours, expected) in enumerate(zip(found["gradients"], plain["gradients"], strict=True)):
+        for name, gradient in expected.items():
+            error = (ours[name] - gradient).norm() / gradient.norm()
+            assert error < (1e-5 if step == 0 else 1e-3), (step, name)
+    for name, value in plain["validation"].items():
+        torch.testing.assert_close(found["validation"][name].float(), value.float(), rtol=1e-3, atol=1e-4)
+    checkpoint = small_trainings.last(tmp_path / strategy)
+    small_trainings.load_and_save(case, tmp_path, checkpoint, tmp_path / "resumed.ckpt")  # on the CPU, by one process
+    written, resumed = (torch.load(path, weights_only=True) for path in (checkpoint, tmp_path / "resumed.ckpt"))
+    for name, value in written["state_dict"].items():
+        assert value.device.type == "cpu"
+        assert torch.equal(resumed["state_dict"][name], value)
+    student = load(tmp_path / strategy / "student")
+    assert student(torch.ones(1, 20, dtype=torch.long)).logits.isfinite().all()
