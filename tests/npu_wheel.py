@@ -151,6 +151,11 @@ class Wheel:
         names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs) if a.arg != "self"]
         return names + ["*"] * (given.vararg is not None) + ["**"] * (given.kwarg is not None)
 
+    def mentions(self, text: str) -> bool:
+        """Whether the library or a module of Python has these letters."""
+        found = text.encode() in self._library
+        return found or any(text.encode() in self.zip.read(name) for name in self.files if name.endswith(".py"))
+
     @cached_property
     def _library(self) -> bytes:
         return self.zip.read("torch_npu/lib/libtorch_npu.so")

@@ -145,7 +145,7 @@ class SimulatedNPU(types.ModuleType):
         self.current = device if isinstance(device, int) else torch.device(device).index
         events.append(("set_device", self.current))
 
-    def get_device_name(self, device: Any = None) -> str:
+    def get_device_name(self, device_name: Any = None) -> str:
         return "Ascend910B (simulated)"
 
     def memory_stats(self, device: Any = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,7 @@ import pytest
 import torch
 from npu_operator import npu_fusion_attention
 from npu_wheel import Use, Wheel, uses_in
+from simulated_npu import SimulatedNPU
 
 pytestmark = [pytest.mark.npu_wheel, pytest.mark.slow]
 
@@ -85,6 +87,27 @@ def test_the_stand_in_has_the_operators_signature(wheel: Wheel) -> None:
             assert parameter.default == ast.literal_eval(default)
     used = {"atten_mask", "scale", "pre_tockens", "next_tockens", "sparse_mode"}
     assert used <= {name for name, _ in schema}
+
+
+def test_the_simulated_device_has_real_functions_only(wheel: Wheel) -> None:
+    functions = {name: value for name, value in vars(SimulatedNPU).items() if callable(value) and name != "__init__"}
+    for name, function in functions.items():
+        assert wheel.has(f"torch_npu.npu.{name}"), name
+        real = wheel.parameters(f"torch_npu.npu.{name}")
+        ours = [parameter for parameter in inspect.signature(function).parameters if parameter != "self"]
+        assert real is None or ours == real[: len(ours)], name
+    print(f"\n{len(functions)} functions: {', '.join(sorted(functions))}")
+
+
+def test_environment_variables_are_read_by_torch_npu(wheel: Wheel) -> None:
+    ours = {
+        name
+        for folder in FOLDERS[:-1]
+        for file in (ROOT / folder).rglob("*.py")
+        for name in re.findall(r"\b(?:ASCEND|HCCL)_[A-Z_]+", file.read_text("utf-8"))
+    }
+    assert "ASCEND_RT_VISIBLE_DEVICES" in ours
+    assert [name for name in ours if not wheel.mentions(name)] == []
 
 
 def test_a_name_that_was_invented_is_found(wheel: Wheel, tmp_path: Path) -> None:
