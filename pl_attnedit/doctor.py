@@ -146,15 +146,15 @@ def attention_problems(device: str) -> list[str]:
     inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     near = torch.ones(96, 96, dtype=torch.bool).tril() & torch.ones(96, 96, dtype=torch.bool).triu(-30)
     kinds: dict[str, Any] = {
-        "causal": lambda *leaves: attend(*leaves, None, 0.125),
-        "with a mask": lambda *leaves: attend(*leaves, near.to(leaves[0].device)[None, None], 0.125),
-        "with a window": lambda *leaves: attend_window(*leaves, 31, 0, 0.125),
-        "with a window and sinks": lambda *leaves: attend_window(*leaves, 31, 2, 0.125),
+        "causal": lambda q, k, v: attend(q, k, v, None, 0.125),
+        "with a mask": lambda q, k, v: attend(q, k, v, near.to(q.device)[None, None], 0.125),
+        "with a window": lambda q, k, v: attend_window(q, k, v, 31, 0, 0.125),
+        "with a window and sinks": lambda q, k, v: attend_window(q, k, v, 31, 2, 0.125),
     }
     for kind, attention in kinds.items():
         try:
             pairs = zip(_run(attention, inputs, device), _run(attention, [x.float() for x in inputs], "cpu"))
-            error = max(float((ours - plain).abs().max() / plain.abs().max()) for ours, plain in pairs)
+            error = float(torch.stack([(ours - plain).abs().max() / plain.abs().max() for ours, plain in pairs]).max())
         except (RuntimeError, TypeError, ValueError) as failure:
             found.append(f"attention {kind} does not run on {device}: {failure}")
             continue
