@@ -72,7 +72,7 @@ def test_a_student_computes_what_it_does_on_the_cpu(
 def examined() -> None:
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        assert main(["doctor", "-c", str(TRAINERS / "npu_8.yaml"), "--json"]) == 0
+        assert main(["doctor", "-c", str(TRAINERS / "npu_8.yaml"), "--json"]) == 0, output.getvalue()
     found = json.loads(output.getvalue())
     npu = found["platforms"]["npu"]
     assert npu["problems"] == []
