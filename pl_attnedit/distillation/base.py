@@ -166,6 +166,9 @@ class DistillationModule(LightningModule):
                 take_from_rank_0(attention, self.trainer.strategy.root_device)
         self._held = (teacher, student)
         self.layer_nmse = LayerNMSE(len(plan.edited_layers))
+        if self._trainer is not None and self.trainer.strategy.root_device.type == "npu":
+            for metric in (self.fidelity, self.layer_nmse):  # NPUs have no float64 worth the name
+                metric.set_dtype(torch.float32)
         self.prepare_training()
         self._shard()
 
@@ -236,10 +239,6 @@ class DistillationModule(LightningModule):
 
     def _place(self) -> None:
         self.teacher.eval()
-        if self.device.type == "npu":  # which has no float64 worth the name
-            assert self.layer_nmse is not None
-            self.fidelity.set_dtype(torch.float32)
-            self.layer_nmse.set_dtype(torch.float32)
         for model in (self.teacher, self.student):
             rotary = model.model.rotary_emb.to(self.device)
             if not self.sharded:

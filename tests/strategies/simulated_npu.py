@@ -1,8 +1,8 @@
 """Ascend NPUs in pure Python: a device `npu` of torch whose tensors are computed on the CPU, and a stand-in for `torch_npu`.
 
-It is stricter than a CPU in what matters: tensors of the host and of a device do not meet, nothing is computed in float64 and
-no linear algebra is done there, and what a process group does is done by one named hccl. It changes torch for good, so tests
-run it in forked processes (`on_simulated_npus`), which begin at once.
+It is stricter than a CPU in what matters: tensors of the host and of a device do not meet, a device has no float64 and no
+linear algebra, and what a process group does is done by one named hccl. It changes torch for good, so tests run it in forked
+processes (`on_simulated_npus`), which begin at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import traceback
 import types
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,31 @@ class NPUTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.host.data_ptr()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            copied = NPUTensor(self.host.clone(), self.device)
+            as_parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if as_parameter else copied
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("a tensor of an NPU goes into a file")
+
     @classmethod
+    @torch.inference_mode(False)
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         own = [leaf for leaf in leaves if isinstance(leaf, NPUTensor)]
         _refuse(func, leaves)
+        ops[func.overloadpacket.__name__, own[0].dtype] += 1
         if func is aten._fused_sdp_choice.default:
             return int(torch.nn.attention.SDPBackend.MATH.value)
         device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else own[0].device
         if any(argument.name == "generator" for argument in func._schema.arguments):
             kwargs = {**kwargs, "generator": kwargs.get("generator") or npu.generator}
+        if func.namespace == "_c10d_functional":
+            return _functional_collective(func, *args)
         result = func(*tree_map(_to_host, args), **tree_map(_to_host, kwargs))
         known = {id(leaf.host): leaf for leaf in own}
 
@@ -89,12 +104,22 @@ class NPUTensor(torch.Tensor):
                 return value
             if id(value) in known:
                 return known[id(value)]
-            ops[func.overloadpacket.__name__, value.dtype] += 1
             return NPUTensor(value, device)
 
         if func is aten.copy_.default and not isinstance(args[0], NPUTensor):
             return args[0]
         return result if device.type != "npu" else tree_map(wrap, result)
+
+
+def _functional_collective(func: Any, tensor: NPUTensor, *args: Any) -> torch.Tensor:
+    """Those of DTensors."""
+    if func is not torch.ops._c10d_functional.all_gather_into_tensor.default:
+        assert "wait" in str(func) or "wrap" in str(func), func
+        return tensor  # which is there already
+    size, group = args
+    gathered = torch.empty(size * tensor.shape[0], *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    dist.distributed_c10d._resolve_process_group(group).all_gather_single(gathered, tensor.contiguous())
+    return gathered
 
 
 def _to_host(value: Any) -> Any:
@@ -113,8 +138,28 @@ def _refuse(func: Any, leaves: list[torch.Tensor]) -> None:
         raise RuntimeError(f"{name}: tensors of several NPUs")
     if name not in VIEWS and any(leaf.dtype in (torch.float64, torch.complex128) for leaf in leaves):
         raise RuntimeError(f"{name}: float64 on an NPU")
-    if "linalg" in name:
+    if "linalg" in name and "norm" not in name:
         raise RuntimeError(f"{name}: linear algebra on an NPU")
+
+
+class Event:
+    """Of a device where nothing is asynchronous."""
+
+    def record(self, stream: Any = None) -> Event:
+        return self
+
+
+class Stream:
+    """See `Event`."""
+
+    def record_event(self, event: Any = None) -> Event:
+        return Event()
+
+    def wait_event(self, event: Event) -> None:
+        assert isinstance(event, Event)
+
+    def wait_stream(self, stream: Stream) -> None:
+        assert isinstance(stream, Stream)
 
 
 class SimulatedNPU(types.ModuleType):
@@ -160,6 +205,18 @@ class SimulatedNPU(types.ModuleType):
     def empty_cache(self) -> None:
         events.append(("empty_cache",))
 
+    def Stream(self, priority: int = 0) -> Stream:
+        return Stream()
+
+    def Event(self) -> Event:
+        return Event()
+
+    def current_stream(self, device: Any = None) -> Stream:
+        return Stream()
+
+    def stream(self, stream: Stream) -> AbstractContextManager[Stream]:
+        return nullcontext(stream)
+
     def synchronize(self, device: Any = None) -> None:
         """Nothing is asynchronous here."""
 
@@ -186,7 +243,10 @@ def install(count: int = 2) -> types.ModuleType:
     """Makes `torch_npu` importable with `count` devices, in this process and for good; returns it."""
     npu.__init__(count)  # type: ignore[misc]
     _setup_privateuseone_for_python_backend("npu", backend_module=npu)
+    torch._C._set_multithreading_enabled(False)  # autograd's thread per device knows of one device only
+    torch.accelerator.current_stream = npu.current_stream  # type: ignore[assignment]
     torch.nn.Module._apply = _apply_in_place  # type: ignore[assignment,method-assign]
+    torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device = _move_in_place
     _register_operators()
     dist.Backend.register_backend("hccl", _hccl, devices=["npu"])
     torch_npu = types.ModuleType("torch_npu")
@@ -249,17 +309,30 @@ def _apply_in_place(module: torch.nn.Module, fn: Any, recurse: bool = True) -> t
     for child in module.children() if recurse else ():
         child._apply(fn)
     with torch.inference_mode(False), torch.no_grad():
-        for parameter in module._parameters.values():
+        for name, parameter in module._parameters.items():
             applied = parameter if parameter is None else fn(parameter)
             if applied is parameter or parameter is None:
                 continue
-            if isinstance(applied, NPUTensor) or isinstance(parameter, NPUTensor):
-                torch.utils.swap_tensors(parameter, torch.nn.Parameter(applied, parameter.requires_grad))
-            else:
+            if torch._has_compatible_shallow_copy_type(parameter, applied) and not isinstance(parameter, NPUTensor):
                 parameter.data = applied
+            elif isinstance(applied, NPUTensor):
+                _swap(parameter, applied)
+            else:  # back on the host: at the end
+                module._parameters[name] = torch.nn.Parameter(applied, parameter.requires_grad)
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer if buffer is None else fn(buffer)
     return module
+
+
+def _swap(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    torch.utils.swap_tensors(parameter, torch.nn.Parameter(value, parameter.requires_grad))
+
+
+def _move_in_place(parameters: list[Any], buffers: list[Any], device: torch.device) -> None:
+    """FSDP2's function for what it shards, which sets `data`."""
+    for tensor in (*parameters, *buffers):
+        if tensor.device != device:
+            _swap(tensor, tensor.detach().to(device))
 
 
 def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
@@ -273,10 +346,17 @@ class HCCL(dist.ProcessGroup):
     def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
         super().__init__(rank, size)
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._register_backend(torch.device("npu"), dist.ProcessGroup.BackendType.CUSTOM, self.gloo)
         events.append(("process_group", "hccl", rank, size))
+
+    supports_splitting = False
 
     def getBackendName(self) -> str:
         return "hccl"
+
+    def _get_backend(self, device: torch.device) -> HCCL:
+        assert device.type == "npu"
+        return self
 
     def _run(self, name: str, *args: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
@@ -285,6 +365,20 @@ class HCCL(dist.ProcessGroup):
         events.append((name,))
         getattr(self.gloo, name)(*tree_map(_to_host, args)).wait()
         return _Done(args[0])
+
+    def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> Any:
+        return self._run("_allgather_base", output, input)
+
+    def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any) -> Any:
+        mean = opts.reduceOp == dist.ReduceOp.AVG
+        if mean:
+            opts.reduceOp = dist.ReduceOp.SUM
+        done = self._run("_reduce_scatter_base", output, input, opts)
+        if mean:
+            _to_host(output).div_(self.size())
+        return done
+
+    _allgather_base, _reduce_scatter_base = all_gather_single, reduce_scatter_single  # before torch 2.13
 
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:
         opts = opts or dist.AllreduceOptions()
@@ -305,7 +399,7 @@ class HCCL(dist.ProcessGroup):
     def barrier(self, opts: Any = None) -> Any:
         if opts is None or opts.device is None or opts.device.type != "npu":
             raise RuntimeError("hccl barrier: must be told the NPU")
-        events.append(("barrier", opts.device))
+        events.append(("barrier",))
         self.gloo.barrier().wait()
         return _Done([])
 
@@ -343,8 +437,12 @@ def on_simulated_npus(folder: Path, body: Callable[..., None], *args: Any, proce
     for process in running:
         process.join(100)
         process.kill()
-    for process, output in zip(running, outputs, strict=True):
-        assert process.exitcode == 0, f"{output.name}: status {process.exitcode}\n{output.read_text()[-6000:]}"
+    failed = [
+        f"{output.name}: status {process.exitcode}\n{output.read_text()[-6000:]}"
+        for process, output in zip(running, outputs, strict=True)
+        if process.exitcode != 0
+    ]
+    assert not failed, "\n".join(failed)
 
 
 def _free_port() -> int:

@@ -86,6 +86,7 @@ def convert(recipe: Path) -> None:
     assert main(["convert", "-c", str(recipe)]) == 0
     dtypes = {dtype for name, dtype in ops if name in ("mm", "bmm", "addmm", "linear")}
     assert torch.bfloat16 in dtypes  # autocast was asked for npu
+    assert not [name for name, _ in ops if "fused_adam" in name]
     assert ("set_device", 0) in events
     assert ("pin_memory",) in events
     assert not [event for event in events if event[0] == "process_group"]
@@ -128,7 +129,7 @@ def whole_run(case: str, folder: Path, strategy: str) -> None:
     """A training by two processes with an NPU each, and what it leaves for a machine without one."""
     calls = []
 
-    def comm_hook(state: Any, bucket: Any) -> Any:
+    def comm_hook(state, bucket):  # DDP reads annotations
         calls.append(bucket.buffer().device)
         return allreduce_hook(state, bucket)
 
@@ -138,14 +139,22 @@ def whole_run(case: str, folder: Path, strategy: str) -> None:
     torch.save(move_data_to_device(found, torch.device("cpu")), folder / strategy / f"found-{rank}.pt")
     assert ("process_group", "hccl", rank, 2) in events
     assert ("set_device", rank) in events
-    assert {event[1] for event in events if event[0] == "barrier"} == {torch.device("npu", rank)}
+    assert ("barrier",) in events
     assert torch.distributed.get_backend() == "hccl"
     if strategy == "npu_ddp":
         assert calls
         assert set(calls) == {torch.device("npu", rank)}
 
 
-@pytest.mark.parametrize(("strategy", "case"), [("npu_ddp", "all"), ("npu_ddp", "own-path")])
+@pytest.mark.parametrize(
+    ("strategy", "case"),
+    [
+        ("npu_ddp", "own-path"),
+        ("npu_fsdp", "all"),
+        pytest.param("npu_ddp", "all", marks=pytest.mark.slow),
+        pytest.param("npu_fsdp", "own-path", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes(strategy: str, case: str, teacher_folder: Callable[..., str], tmp_path: Path) -> None:
     for family in ("llama", "qwen3"):
         (tmp_path / family).symlink_to(teacher_folder(family))
