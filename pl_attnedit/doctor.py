@@ -184,7 +184,8 @@ def obstacles(trainer: dict[str, Any], platforms: dict[str, Platform]) -> list[s
         check_precision(str(trainer.get("precision")))
         built = build_trainer({"logger": False, "enable_checkpointing": False, **trainer})
     except UserError as error:
-        return list(dict.fromkeys([str(error), *(platforms[asked].problems if asked in platforms else [])]))
+        known = platforms[asked].problems if asked in platforms else []
+        return [str(error), *(problem for problem in known if problem not in str(error))]
     device = built.strategy.root_device
     found = platforms.get(device.type)
     if found is None:
