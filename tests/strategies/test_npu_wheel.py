@@ -22,7 +22,7 @@ from simulated_npu import SimulatedNPU
 
 pytestmark = [pytest.mark.npu_wheel, pytest.mark.slow]
 
-ROOT = Path(os.environ.get("PL_ATTNEDIT_SOURCES", Path(__file__).parents[2]))
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("pl_attnedit", "callbacks", "eval", "tests")
 
 
@@ -128,7 +128,7 @@ def test_torch_npu_without_cann(path: Path, autoload: str, tmp_path: Path) -> No
     """On a machine that has torch_npu and neither CANN nor a device every command says so in its last line."""
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path)
-    places = os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])
+    places = os.pathsep.join([str(ROOT), str(tmp_path)])
     environment = {**os.environ, "PYTHONPATH": places, "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
     command = [sys.executable, "-m", "pl_attnedit.cli", "doctor"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
