@@ -46,6 +46,7 @@ class StepBench:
     seq: int = 512
     precision: str = "32-true"
     compiled: bool | None = None
+    liger: bool = False
     activation_checkpointing: bool = False
     window: int = 1
     repeats: int = 5
@@ -88,6 +89,7 @@ def make_module(teacher: PreTrainedModel, options: StepBench) -> DistillationMod
         "pattern": options.pattern,
         "init": "random",
         "compiled": options.compiled,
+        "liger": options.liger,
         "learning_rate": 1e-5,
         "warmup_steps": 0,
         "dtype": "bfloat16" if options.precision == "bf16-true" else "float32",

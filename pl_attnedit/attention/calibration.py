@@ -49,7 +49,8 @@ class LayerStatistics:
         self._distance = zeros(context)
         self._sample = torch.zeros(SAMPLES, width, device=frequencies.device)
         self._sample_weight = torch.zeros(SAMPLES, device=frequencies.device)  # attention received
-        self._sample_key = torch.full((SAMPLES,), -1.0)  # the largest of one random number per token are kept
+        # The largest of one random number per token are kept. On the CPU, where their generator is.
+        self._sample_key = torch.full((SAMPLES,), -1.0, device="cpu")
         self._random = torch.Generator().manual_seed(0)
 
     @torch.no_grad()
@@ -74,7 +75,7 @@ class LayerStatistics:
 
     def _draw(self, x: torch.Tensor, received: torch.Tensor) -> None:
         """Keeps a uniform sample of all tokens so far: x (tokens, width), received (tokens,)."""
-        keys = torch.cat([self._sample_key, torch.rand(len(x), generator=self._random)])
+        keys = torch.cat([self._sample_key, torch.rand(len(x), generator=self._random, device="cpu")])
         self._sample_key, kept = keys.topk(SAMPLES)
         kept = kept.to(x.device)
         self._sample = torch.cat([self._sample, x])[kept]

@@ -17,6 +17,7 @@ from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.attention import Target
+from pl_attnedit.distillation.liger import use_liger
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 from pl_attnedit.distillation.pairs import Batch, Pairs
 from pl_attnedit.distillation.settings import check_hyperparameters, check_precision, parse_targets, plain_targets
@@ -48,6 +49,7 @@ class DistillationModule(LightningModule):
         teacher_dtype: dtype of the teacher and so of a shared trunk, where another than `dtype`: bfloat16 with
             `precision: bf16-mixed` keeps only what trains in float32.
         compiled: run the layers through torch.compile. Default: where there is a GPU for it. Not on an NPU.
+        liger: run Liger's kernels in the trunk (extra `gpu`); worth it where compiled is false, see the README.
         learning_rate: peak of the schedule.
         warmup_steps: optimiser steps of linear warm-up; a cosine to `final_lr_share` follows until the last step.
         final_lr_share: learning rate at the last step over the peak.
@@ -69,6 +71,7 @@ class DistillationModule(LightningModule):
         dtype: str = "float32",
         teacher_dtype: str | None = None,
         compiled: bool | None = None,
+        liger: bool = False,
         learning_rate: float = 1e-3,
         warmup_steps: int = 10,
         final_lr_share: float = 0.1,
@@ -164,6 +167,10 @@ class DistillationModule(LightningModule):
         if self._trainer is not None and self.trainer.world_size > 1:
             for attention in edited_attention(student).values():  # a random init is each process's own
                 take_from_rank_0(attention, self.trainer.strategy.root_device)
+        if hparams["liger"]:  # after the init, which may have run on the CPU
+            device = self.device if self._trainer is None else self.trainer.strategy.root_device
+            for model in (teacher, student):
+                use_liger(model, device)
         self._held = (teacher, student)
         self.layer_nmse = LayerNMSE(len(plan.edited_layers))
         if self._trainer is not None and self.trainer.strategy.root_device.type == "npu":

@@ -84,7 +84,7 @@ def environment() -> dict[str, Any]:
 
 def _device_kinds() -> list[Any]:
     """torch.cuda, and torch.npu where a run has loaded torch_npu."""
-    return [torch.cuda, *([torch.npu] if hasattr(torch, "npu") else [])]
+    return [torch.cuda, *([torch.get_device_module("npu")] if hasattr(torch, "npu") else [])]
 
 
 def git_commit(folder: str | Path = ".") -> str | None:

@@ -93,7 +93,9 @@ class NPUTensor(torch.Tensor):
             return int(torch.nn.attention.SDPBackend.MATH.value)
         device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else own[0].device
         if any(argument.name == "generator" for argument in func._schema.arguments):
-            kwargs = {**kwargs, "generator": kwargs.get("generator") or npu.generator}
+            if kwargs.get("generator") is not None:
+                raise RuntimeError(f"{func}: expected a generator of the NPU, found one of the host")
+            kwargs = {**kwargs, "generator": npu.generator}
         if func.namespace == "_c10d_functional":
             return _functional_collective(func, *args)
         result = func(*tree_map(_to_host, args), **tree_map(_to_host, kwargs))

@@ -176,3 +176,27 @@ def test_two_processes(strategy: str, case: str, teacher_folder: Callable[..., s
         assert torch.equal(resumed["state_dict"][name], value)
     student = load(tmp_path / strategy / "student")
     assert student(torch.ones(1, 20, dtype=torch.long)).logits.isfinite().all()
+
+
+def by_the_command_line(config: Path) -> None:
+    options = ["--trainer.accelerator", "npu", "--trainer.strategy", "npu_single", "--trainer.devices", "1"]
+    assert main(["validate", "-c", str(config), *options]) == 0
+    assert ("set_device", 0) in events
+    assert ops["linear", torch.float32] or ops["mm", torch.float32]
+
+
+def test_a_stage_by_the_command_line(
+    teacher_folder: Callable[..., str], tiny_corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    targets = {"S": {"type": "gate_swa", "window": 8, "sinks": 1}}
+    model = {"teacher": teacher_folder(), "targets": targets, "pattern": "SSFS"}
+    config = {
+        "model": {"class_path": "pl_attnedit.distillation.LayerwiseDistillation", "init_args": model},
+        "data": {"source": tiny_corpus, "seq_len": 32, "batch_size": 2, "val_sequences": 4},
+        "trainer": {"logger": False, "enable_checkpointing": False, "callbacks": WATCH},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert main(["validate", "-c", str(path), "--trainer.accelerator", "npu"]) == 2
+    assert "accelerator = 'npu': cannot be used here: torch_npu is not installed" in capsys.readouterr().err
+    on_simulated_npus(tmp_path, by_the_command_line, path)
