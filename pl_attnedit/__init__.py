@@ -4,6 +4,8 @@ Importing the package registers converted models with transformers, so that `Aut
 them.
 """
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 for _name in ("callbacks", "configs", "eval"):
@@ -14,8 +16,16 @@ for _name in ("callbacks", "configs", "eval"):
             "or clone it with git and core.symlinks=true"
         )
 
-from pl_attnedit.attention import GateSWAConfig, MLAConfig  # noqa: E402
-from pl_attnedit.errors import UserError  # noqa: E402
-from pl_attnedit.modeling import EditPlan, edit_model, load  # noqa: E402
+try:
+    from pl_attnedit.attention import GateSWAConfig, MLAConfig
+    from pl_attnedit.errors import UserError
+    from pl_attnedit.modeling import EditPlan, edit_model, load
+except (ImportError, RuntimeError) as error:  # torch and transformers import torch_npu wherever it is installed
+    if "torch_npu" in sys.modules or find_spec("torch_npu") is None:
+        raise
+    raise ImportError(
+        f"torch_npu is installed and cannot be imported, and so torch and transformers cannot: {error.__cause__ or error}. "
+        "Source the set_env.sh of CANN, install the torch_npu that fits torch, or uninstall it"
+    ) from None
 
 __all__ = ["EditPlan", "GateSWAConfig", "MLAConfig", "UserError", "edit_model", "load"]

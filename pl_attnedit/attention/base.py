@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
+from pl_attnedit.attention.npu_attention import fused_attention, takes_fused
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import AttentionSpec, attention_spec
 
@@ -123,6 +124,20 @@ def attend(
     means it for a text's first tokens, where a `StaticCache` has room behind them.
     Returns (batch, queries, heads * value width).
     """
+    return attention(query, key, value, mask, scale).transpose(1, 2).flatten(2)
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """What `attend` computes, as (batch, heads, queries, value width), by the kernel that suits the device."""
+    width = value.shape[-1]
+    if query.device.type in ("cpu", "npu") and width != query.shape[-1]:  # their fast kernels want equal widths
+        missing = query.shape[-1] - width
+        query, key = F.pad(query, (0, max(-missing, 0))), F.pad(key, (0, max(-missing, 0)))
+        value = F.pad(value, (0, max(missing, 0)))
+    if takes_fused(query):
+        return fused_attention(query, key, value, mask, scale)[..., :width]
     groups = query.shape[1] // key.shape[1]
     causal = mask is None and query.shape[2] > 1
     single = query.shape[2] == 1
@@ -133,13 +148,7 @@ def attend(
         query = query.unflatten(1, (-1, groups)).squeeze(3)
     elif groups > 1 and not grouped:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    width = value.shape[-1]
-    if query.device.type == "cpu" and width != query.shape[-1]:  # its fast kernel wants equal widths
-        missing = query.shape[-1] - width
-        query, key = F.pad(query, (0, max(-missing, 0))), F.pad(key, (0, max(-missing, 0)))
-        value = F.pad(value, (0, max(missing, 0)))
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
-    output = output[..., :width]
-    return output.flatten(1)[:, None] if single else output.transpose(1, 2).flatten(2)
+    )[..., :width]
+    return output.flatten(1, 2).unsqueeze(2) if single and not grouped else output

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pl_attnedit.attention.base import attention
+from pl_attnedit.attention.npu_attention import fused_attention, takes_fused
+
 _SMALLEST_BLOCK = 32
 
 
@@ -16,18 +19,23 @@ def attend_window(query: Tensor, key: Tensor, value: Tensor, window: int, sinks:
     """Query t sees the keys from t - window + 1 to t, and the first `sinks` ones up to t.
 
     query (batch, heads, time, width), key and value (batch, kv_heads, time, width). Returns (batch, time, heads * width).
-    On a GPU flex_attention skips what is invisible, elsewhere blocks of queries meet their own and the last block of keys.
+    On a GPU flex_attention skips what is invisible, on an NPU the fused operator does so where there are no sinks, elsewhere
+    blocks of queries meet their own and the last block of keys.
     """
-    attend = _flex if query.device.type == "cuda" else blockwise
-    return attend(query, key, value, window, sinks, scale).transpose(1, 2).flatten(2)
+    if query.device.type == "cuda":
+        output = _flex(query, key, value, window, sinks, scale)
+    elif takes_fused(query) and not sinks:
+        output = fused_attention(query, key, value, None, scale, window)
+    else:
+        output = blockwise(query, key, value, window, sinks, scale)
+    return output.transpose(1, 2).flatten(2)
 
 
 def blockwise(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float) -> Tensor:
     """Plain PyTorch: (batch, heads, time, width), work and memory linear in time."""
-    batch, heads, time, _ = query.shape
+    batch, _, time, _ = query.shape
     block = max(window, _SMALLEST_BLOCK)
     blocks = -(-time // block)
-    kv_heads = key.shape[1]
 
     def split(states: Tensor) -> Tensor:
         """(batch, blocks, heads, block, width)"""
@@ -38,17 +46,12 @@ def blockwise(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int
         own = split(states)
         last = torch.cat([torch.zeros_like(own[:, :1]), own[:, :-1]], dim=1)
         first = states[:, None, :, :sinks].expand(-1, blocks, -1, -1, -1)
-        joined = torch.cat([first, last, own], dim=3)
-        return joined.repeat_interleave(heads // kv_heads, dim=2).flatten(0, 1)
+        return torch.cat([first, last, own], dim=3).flatten(0, 1)
 
     mask = _visible_in_blocks(blocks, block, window, min(sinks, time), query.device)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
-    output = F.scaled_dot_product_attention(
-        split(query).flatten(0, 1),
-        with_last_block_and_sinks(key),
-        with_last_block_and_sinks(value),
-        attn_mask=mask,
-        scale=scale,
+    output = attention(
+        split(query).flatten(0, 1), with_last_block_and_sinks(key), with_last_block_and_sinks(value), mask, scale
     )
     return output.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :time]
 

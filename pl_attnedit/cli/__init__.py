@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "report": "one HTML page about conversions, from MLflow",
     "generate": "text from a converted model",
     "export": "a converted model as a stock checkpoint for other software",
+    "doctor": "what this machine offers, and whether a config can run on it",
     "bench": "bytes of real caches, inits without training, speed and memory of decoding and of the stages",
 }
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from pl_attnedit.cli.config_files import read_config
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.packing import Corpus
 from pl_attnedit.errors import invalid
@@ -43,14 +42,7 @@ class _DataOfConfig(ActionConfigFile):
 
 
 def _teacher_and_data(path: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise invalid("config", path, f"cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise invalid("config", path, f"is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise invalid("config", path, "must be a recipe or the config of a stage")
+    content = read_config(path)
     model: Any = content.get("model")  # of a stage
     named = (model.get("init_args") or {}) if isinstance(model, dict) else content
     return {"teacher": named.get("teacher"), "data": content.get("data") or {}}

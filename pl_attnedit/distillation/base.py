@@ -21,7 +21,7 @@ from pl_attnedit.distillation.block import Block
 from pl_attnedit.distillation.liger import use_liger
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 from pl_attnedit.distillation.pairs import Batch, Pairs
-from pl_attnedit.distillation.settings import check_hyperparameters, parse_targets, plain_targets
+from pl_attnedit.distillation.settings import check_hyperparameters, check_precision, parse_targets, plain_targets
 from pl_attnedit.distillation.sharding import data_parallel_mesh, local, shard, take_from
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, load, unshare_trunk
@@ -142,8 +142,7 @@ class DistillationModule(LightningModule):
 
     def _weight_dtype(self) -> torch.dtype:
         precision = "32-true" if self._trainer is None else self.trainer.precision
-        if precision in ("16-mixed", "16-true", "transformer-engine-float16"):
-            raise invalid("precision", precision, "float16 loses small gradients: use 32-true, bf16-mixed or bf16-true")
+        check_precision(precision)
         return torch.bfloat16 if precision == "bf16-true" else getattr(torch, self.hparams["dtype"])
 
     def _build(self, dtype: torch.dtype) -> None:

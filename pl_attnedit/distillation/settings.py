@@ -53,3 +53,9 @@ def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
     for name, least in (("warmup_steps", 0), ("weight_decay", 0), ("nmse_batches", 1), ("calibration_tokens", 1)):
         if hparams[name] < least:
             raise invalid(name, hparams[name], f"must be at least {least}")
+
+
+def check_precision(precision: str) -> None:
+    """`UserError` for a precision of the Trainer's that no stage trains in."""
+    if precision in ("16-mixed", "16-true", "16", "transformer-engine-float16"):
+        raise invalid("precision", precision, "float16 loses small gradients: use 32-true, bf16-mixed or bf16-true")

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from npu_operator import npu_fusion_attention
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -191,7 +192,7 @@ class SimulatedNPU(types.ModuleType):
         self.current = device if isinstance(device, int) else torch.device(device).index
         events.append(("set_device", self.current))
 
-    def get_device_name(self, device: Any = None) -> str:
+    def get_device_name(self, device_name: Any = None) -> str:
         return "Ascend910B (simulated)"
 
     def memory_stats(self, device: Any = None) -> dict[str, Any]:
@@ -230,6 +231,9 @@ class SimulatedNPU(types.ModuleType):
     def manual_seed_all(self, seed: int) -> None:
         self.generator.manual_seed(seed)
 
+    def is_bf16_supported(self, including_emulation: bool = False) -> bool:
+        return True
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
@@ -250,7 +254,10 @@ def install(count: int = 2) -> types.ModuleType:
     torch_npu = types.ModuleType("torch_npu")
     torch_npu.__spec__ = importlib.machinery.ModuleSpec("torch_npu", None)
     torch_npu.__version__, torch_npu.npu = torch.__version__.split("+")[0], npu  # type: ignore[attr-defined]
-    sys.modules["torch_npu"] = torch_npu
+    torch_npu.npu_fusion_attention = npu_fusion_attention  # type: ignore[attr-defined]
+    utils = types.ModuleType("torch_npu.npu.utils")
+    utils.get_cann_version = {"CANN": "8.5.0", "HCCL": "8.5.0", "DRIVER": "25.2.0"}.get  # type: ignore[attr-defined]
+    sys.modules |= {"torch_npu": torch_npu, "torch_npu.npu": npu, "torch_npu.npu.utils": utils}
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[assignment,method-assign]
     return torch_npu
 
