@@ -180,18 +180,18 @@ def build_tasks(
 ) -> list[TaskRequest]:
     """Write the suite's own tasks into `folder`; returns the requests for these and for lm-eval's library."""
     names: list[str] = []
-    if options := suite.text:
-        sizes = {"n_documents": options.documents, "document_chars": options.document_chars, "n_cloze": options.cloze}
+    if text := suite.text:
+        sizes = {"n_documents": text.documents, "document_chars": text.document_chars, "n_cloze": text.cloze}
         build_offline_tasks(texts, folder, **sizes)
         names += OFFLINE_TASKS
     if suite.bigbench and bigbench is not None:
         names += build_bigbench_tasks(bigbench, folder, suite.bigbench.limit)
     if suite.retrieval:
-        sizes = asdict(suite.retrieval)
-        sizes["contexts"] = sizes["contexts"] or _doublings(max_length)
-        if not sizes["contexts"] or max(sizes["contexts"]) > max_length:
-            raise invalid("retrieval.contexts", sizes["contexts"], f"must be numbers up to {max_length} tokens")
-        build_retrieval_tasks(texts, tokenizer, folder, **sizes)
+        retrieval = asdict(suite.retrieval)
+        retrieval["contexts"] = contexts = suite.retrieval.contexts or _doublings(max_length)
+        if not contexts or max(contexts) > max_length:
+            raise invalid("retrieval.contexts", contexts, f"must be numbers up to {max_length} tokens")
+        build_retrieval_tasks(texts, tokenizer, folder, **retrieval)
         names += suite.retrieval.tasks
     library = [TaskRequest(each.task, None, each.num_fewshot, each.limit) for each in suite.library]
     return [*(TaskRequest(name, folder) for name in names), *library]
