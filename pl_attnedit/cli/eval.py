@@ -37,11 +37,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch-size", default="auto", help="a number, or auto (default): as large as memory allows")
     parser.add_argument("--limit", type=int, help="only the first samples of each task")
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
-    parser.add_argument("--out", help="folder for results.json and the samples (default: eval beside the student)")
+    parser.add_argument(
+        "--out", help="for results.json and the samples (default: eval, or eval/SUITE, beside the student)"
+    )
     parser.add_argument("--log-to", help="MLflow run id of the conversion, or of an evaluation that has begun")
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     options = parser.parse_args(list(arguments))
-    options.out = Path(options.out or Path(options.student).parent / "eval")
+    options.out = Path(options.out or Path(options.student).parent / "eval" / Path(options.suite or "").stem)
     if options.batch_size != "auto":
         if not options.batch_size.isdigit():
             raise invalid("--batch-size", options.batch_size, "must be a number or auto")
