@@ -110,7 +110,7 @@ def load_tasks(requests: Iterable[TaskRequest]) -> dict[str, list[LoadedTask]]:
 def _load(manager: TaskManager, name: str, *, local: bool) -> list[Task]:
     try:
         return list(manager.load([name])["tasks"].values())
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         if local:
             raise invalid("tasks", name, f"cannot be loaded: {error}") from error
         reason = str(error).strip().splitlines()[0]

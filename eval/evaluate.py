@@ -96,6 +96,9 @@ class _Pair:
         self.max_length = suite.max_length or context
         if self.max_length > context:
             raise invalid("max_length", self.max_length, f"must be at most the teacher's context of {context} tokens")
+        if suite.efficiency and max(suite.efficiency.contexts) >= context:
+            contexts = suite.efficiency.contexts
+            raise invalid("efficiency.contexts", contexts, f"must be below the teacher's context of {context} tokens")
 
     def answer(self, requests: Sequence[TaskRequest], out: Path, batch_size: int | str) -> AnsweredPair:
         return answer_both(
