@@ -35,7 +35,7 @@ Sample = dict[str, Any]  # one of lm-eval's logged samples
 LARGEST_BATCH = {"cpu": 4}
 LARGEST_BATCH_ELSEWHERE = 64
 # lm-eval's aggregations that have a paired comparison; others (F1, Matthews, BLEU ...) are no sum over samples.
-COMPARABLE = ("mean", "nanmean", "perplexity", "weighted_perplexity", "bits_per_byte")
+COMPARABLE = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
 
 
 @dataclass(frozen=True)
