@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.sources import BUILTIN, document_hash, open_source
@@ -89,7 +89,7 @@ class _Pair:
         self.suite = suite
         of_student = load(student)
         of_teacher, self.tokenizer = load_teacher(teacher, dtype=of_student.dtype)
-        self.models: tuple[PreTrainedModel, PreTrainedModel] = of_teacher.to(device), of_student.to(device)
+        self.models: tuple[Any, Any] = of_teacher.to(device), of_student.to(device)
         self.teacher_print = teacher_fingerprint(resolve_teacher(teacher))
         self.student_print = teacher_fingerprint(student)
         context = model_context(of_teacher, suite.max_length or SHORTEST_CONTEXT)
