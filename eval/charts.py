@@ -68,7 +68,7 @@ def _text(x: float, y: float, text: object, anchor: str = "middle", css: str = "
 
 def _axes(x: Scale, y: Scale, x_label: str, y_label: str, end: float = WIDTH - RIGHT) -> list[Markup]:
     """Grid lines, tick labels and axis titles around the plot area of the two scales."""
-    parts = [_text(2, 13, y_label, "start", "label")]
+    parts = [_text(2, 15, y_label, "start", "label")]
     for tick in y.ticks:
         parts.append(Markup('<path class="grid" d="M{} {}H{}"/>').format(LEFT, y(tick), end))
         parts.append(_text(LEFT - 6, y(tick) + 4, y.label(tick), "end"))
@@ -199,7 +199,7 @@ def heat_map(rows: dict[int, Sequence[Point]], x_label: str, y_label: str, what:
     for i in sorted(marks):
         parts.append(_text(round(LEFT + (i + 0.5) * cell_w, 1), height - BOTTOM + 17, tick_label(steps[i])))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - BOTTOM + 39, x_label, css="label"))
-    parts.append(_text(2, 13, y_label, "start", "label"))
+    parts.append(_text(2, 15, y_label, "start", "label"))
     described = f"{what} by layer and step, from {min(values):.3g} to {max(values):.3g}"
     return Chart(_svg(described, parts, height), [Points(f"layer {{}}, step {{}}: {what} {{}}", told)])
 
@@ -234,24 +234,21 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def scatter_chart(marks: Sequence[Mark], x_label: str, y_label: str) -> Chart:
-    """Percentages (x, from 0) against a quantity (y, from 0) with the Pareto front of the marks that have a run.
-
-    Marks are named where there is room.
-    """
+    """Percentages (x, from 0) against a quantity (y, from 0), with their Pareto front; named where there is room."""
     xs, ys = [0.0, 100.0, *(mark.x for mark in marks)], [0.0, *(mark.y for mark in marks)]
     x = linear_scale(xs, LEFT, WIDTH - RIGHT - 8, label=percent_label)
     y = linear_scale(ys, HEIGHT - BOTTOM, TOP + 6)
     parts = _axes(x, y, x_label, y_label)
-    front = [(x(px), y(py)) for px, py in pareto_front([(mark.x, mark.y) for mark in marks if mark.run])]
-    steps = "".join(f"H{px}V{py}" for px, py in front)
-    if front:
-        parts.append(Markup('<path class="front" d="M{} {}{}"/>').format(*front[0], steps))
+    front = [(x(px), y(py)) for px, py in pareto_front([(mark.x, mark.y) for mark in marks])]
+    steps = "".join(f"H{px:g}V{py:g}" for px, py in front[1:])
+    parts.append(Markup('<path class="front" d="M{:g} {:g}{}"/>').format(*front[0], steps))
     taken = [(x(mark.x) - 7, y(mark.y) - 7, x(mark.x) + 7, y(mark.y) + 7) for mark in marks]
     for mark in marks:
         px, py = x(mark.x), y(mark.y)
         parts.append(_mark(mark.css, px, py, mark.run))
         width = 8.6 * len(_short(mark.name))  # of the font size on a phone
-        places = [("start", px + 9, py + 4, px + 9), ("end", px - 9, py + 4, px - 9 - width)]
+        places = [("start", px + 8, py - 6, px + 8), ("end", px - 9, py + 4, px - 9 - width)]
+        places += [("start", px + 9, py + 14, px + 9)]
         places += [("middle", px, py - 10, px - width / 2), ("middle", px, py + 19, px - width / 2)]
         places += [("end", px - 9, py - 6, px - 9 - width)]
         for anchor, tx, ty, left in places:
@@ -308,7 +305,7 @@ def _mark(css: str, x: float, y: float, run: str) -> Markup:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 16 else name[:15] + "…"
+    return name if len(name) <= 14 else name[:13] + "…"
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from mlflow.entities import Run
 
 from pl_attnedit.eval.charts import pareto_front
-from pl_attnedit.eval.formatting import count, kl, markdown_table, percent, ratio, significant
+from pl_attnedit.eval.formatting import count, kl, markdown_table, p_value, percent, ratio
 from pl_attnedit.eval.report_data import ConversionData, Evaluation
 from pl_attnedit.eval.report_tables import (
     EFFICIENCY_HEAD,
@@ -72,7 +72,8 @@ def _overview(data: Sequence[ConversionData], address: Address) -> str:
         rows.append([*cells, _run(conversion.conversion.run, address)])
     head = ("conversion", "teacher", "target", "pattern", "tokens", "KV budget", "KL, nats per token", "top-1")
     table = markdown_table([*head, "decoding, student / teacher", "evaluation", "MLflow run"], rows, right=range(4, 9))
-    return f"{table}\n\n**Bold**: no other conversion has both a smaller KV budget and a smaller KL (Pareto front).\n{SIGNS_READ}"
+    note = "**Bold**: no other conversion has both a smaller KV budget and a smaller KL (Pareto front)."
+    return f"{table}\n\n{note} {SIGNS_READ}"
 
 
 def _section(data: ConversionData, address: Address) -> str:
@@ -128,7 +129,7 @@ def _tasks(evaluation: Evaluation) -> str:
             if text
         )
         verdict = f"{row.verdict_text} ({margin})" if margin else row.verdict_text
-        rows.append([name, str(row.n), row.teacher, row.student, difference, significant(row.p, 2), verdict])
+        rows.append([name, str(row.n), row.teacher, row.student, difference, escape(p_value(row.p)), verdict])
     head = ("task, metric", "n", "teacher", "student", "student − teacher [95% interval]", "p (Holm)", "verdict")
     return markdown_table(head, rows, right=range(1, 6))
 

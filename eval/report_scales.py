@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pl_attnedit.eval.formatting import context_length
 
 WIDTH, HEIGHT = 440, 290
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 30, 46
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 32, 46
 NAMES = 66  # room at the right for the names of lines
 
 

@@ -97,7 +97,7 @@
     document.querySelectorAll("#overview [data-run]").forEach((part) => part.classList.toggle("off", off.has(part.dataset.run)));
     const path = document.querySelector(".front");
     if (!path) return;
-    const marks = charts[path.closest("[data-chart]").dataset.chart].filter(({ r }) => r && !off.has(r)).map(({ m }) => m[0]);
+    const marks = charts[path.closest("[data-chart]").dataset.chart].filter(({ r }) => !off.has(r)).map(({ m }) => m[0]);
     let best = -Infinity, line = ""; // downwards is better
     for (const [x, y] of marks.sort((a, b) => a[0] - b[0] || b[1] - a[1])) {
       if (y > best) [best, line] = [y, line ? `${line}H${x}V${y}` : `M${x} ${y}`];

@@ -71,13 +71,14 @@ def _tasks(loss: float) -> list[dict[str, Any]]:
         named = dict(zip((*DIFFERENCE_FIELDS, "p_value", "p_holm"), values))
         return {"task": task, "metric": metric, "higher_is_better": higher, "n": n, **named, **more}
 
-    margin = {"margin": 0.02, "mde": 0.013}
+    acc, margin = ("acc", True), {"margin": 0.02, "mde": 0.013}
+    ppl = (41.3, 41.3 + 40 * loss, 40 * loss, 30 * loss, 55 * loss, 1e-4, 3e-4)
     return [
-        row("bigbench_hyperbaton", "acc", True, 1000, (0.62, 0.617, -0.003, -0.012, 0.006, 0.6, 1.0), **margin, verdict="non-inferior"),
-        row("bigbench_snarks", "acc", True, 181, (0.55, 0.51, -0.04, -0.11, 0.03, 0.2, 0.6), **margin, verdict="inconclusive"),
-        row("heldout_cloze", "acc", True, 2000, (0.73, 0.63, -0.1, -0.13, -0.07, 1e-9, 4e-9), **margin, verdict="inferior"),
-        row("heldout_perplexity", "word_perplexity", False, 64, (41.3, 41.3 + 40 * loss, 40 * loss, 30 * loss, 55 * loss, 1e-4, 3e-4), mde=1.2, margin=None, verdict=None),
-    ]  # fmt: skip
+        row("hyperbaton", *acc, 1000, (0.62, 0.617, -0.003, -0.012, 0.006, 0.6, 1), **margin, verdict="non-inferior"),
+        row("snarks", *acc, 181, (0.55, 0.51, -0.04, -0.11, 0.03, 0.2, 0.6), **margin, verdict="inconclusive"),
+        row("heldout_cloze", *acc, 2000, (0.73, 0.63, -0.1, -0.13, -0.07, 1e-9, 4e-9), **margin, verdict="inferior"),
+        row("heldout_perplexity", "word_perplexity", False, 64, ppl, mde=1.2, margin=None, verdict=None),
+    ]
 
 
 def _speed(model: str, context: int, batch: int, rng: random.Random) -> dict[str, Any]:
@@ -116,20 +117,19 @@ def log_fake_suite(
     return run.run_id
 
 
-def fake_suites(folder: Path) -> tuple[str, list[str]]:
-    """`fake_store` with suites: two conversions have one each, a third one failed."""
-    uri, ids = fake_store(folder)
+def add_suites(uri: str, folder: Path, ids: list[str]) -> None:
+    """Suites for the conversions of `fake_store`: two have one each, a third one failed."""
     log_fake_suite(uri, folder, ids[0], fake_suite(0.09))
     log_fake_suite(uri, folder, ids[1], fake_suite(0.3, seed=1))
     log_fake_suite(uri, folder, ids[3], None, error="RuntimeError: CUDA out of memory, tried to allocate 2.00 GiB")
-    return uri, ids
 
 
 if __name__ == "__main__":
     from pl_attnedit.eval.report import write_report
 
     out = Path(sys.argv[1]).resolve()
-    store, run_ids = fake_suites(out)
+    store, run_ids = fake_store(out)
+    add_suites(store, out, run_ids)
     write_report(None, out / "report.html", store)
     write_report(run_ids[:1], out / "one.html", store)
     write_report(None, out / "report.md", store)
