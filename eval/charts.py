@@ -183,16 +183,15 @@ def heat_map(rows: dict[int, Sequence[Point]], x_label: str, y_label: str, what:
             if value <= 0:
                 continue
             level = round((LEVELS - 1) * (math.log(value) - low) / (high - low)) if high > low else LEVELS - 1
-            left, top = LEFT + column[step] * cell_w, y(layer) - cell_h / 2
-            box = f"M{left:.1f} {top:.1f}h{cell_w - 0.8:.1f}v{cell_h - 0.8:.1f}h-{cell_w - 0.8:.1f}z"
-            cells.setdefault(level, []).append(box)
+            left = LEFT + column[step] * cell_w
+            cells.setdefault(level, []).append(f"M{left:.1f} {y(layer)}h{cell_w - 0.8:.1f}")
             told.append((round(left + cell_w / 2, 1), y(layer), layer, f"{step:g}", f"{value:.3g}"))
-    # One path for each shade: a rectangle for each cell would be most of the page.
+    # A cell is a thick dash, and a shade is one path: a rectangle for each cell would be most of the page.
     parts = [
-        Markup('<path class="cell" fill-opacity="{}" d="{}"/>').format(
-            round(0.07 + 0.93 * level / (LEVELS - 1), 2), "".join(boxes)
+        Markup('<path class="cell" stroke-width="{:.1f}" stroke-opacity="{:.2f}" d="{}"/>').format(
+            cell_h - 0.8, 0.07 + 0.93 * level / (LEVELS - 1), "".join(dashes)
         )
-        for level, boxes in sorted(cells.items())
+        for level, dashes in sorted(cells.items())
     ]
     parts += [_text(LEFT - 6, y(layer) + 4, layer, "end") for layer in y.ticks]
     marks = range(len(steps)) if len(steps) <= 6 else {round(i * (len(steps) - 1) / 4) for i in range(5)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,14 +15,16 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from pl_attnedit.eval.compare import ComparisonRow, comparison_row
-from pl_attnedit.eval.records import CONTINUATIONS_FILE, RESULTS_FILE, Conversion, history, load_json
+from pl_attnedit.eval.records import CONTINUATIONS_FILE, RESULTS_FILE, Conversion, load_json
 
 LAYER_METRIC = re.compile(r"val/nmse/layer_(\d+)")
 CURVES = {"stage1": ("train/loss", "val/nmse"), "stage2": ("train/loss", "val/kl")}
 SUITE_TAG, VERSION_TAG, CHECKPOINT_TAG, ERROR_TAG = "suite", "suite_version", "checkpoint", "error"
-THREADS = 8  # MLflow answers one small request after another: most of the time is waiting
+THREADS = 8  # a server answers one small request after another: most of the time is waiting
+RUNS_OF_A_QUERY = 500  # databases allow about a thousand parameters
 
 Curve = list[tuple[int, float]]
+Histories = dict[tuple[str, str], Curve]  # (run id, metric) -> as logged
 
 
 @dataclass(frozen=True)
@@ -81,31 +85,62 @@ class ConversionData:
 
 
 def load_all(client: MlflowClient, conversions: Sequence[Conversion]) -> list[ConversionData]:
-    """Read everything about the conversions, several at a time."""
+    """Read everything about the conversions, several requests at a time."""
+    histories = read_histories(
+        client, [run for c in conversions for stage in CURVES for run in c.children.get(stage, [])]
+    )
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(lambda conversion: load(client, conversion), conversions))
+        return list(pool.map(lambda conversion: _load(client, conversion, histories), conversions))
 
 
-def load(client: MlflowClient, conversion: Conversion) -> ConversionData:
-    """Read everything about one conversion."""
-    stages = conversion.children
+def _load(client: MlflowClient, conversion: Conversion, histories: Histories) -> ConversionData:
+    def curve(stage: str, key: str) -> Curve:
+        """Over the runs of a stage; where steps were repeated, the later run counts."""
+        values: dict[int, float] = {}
+        for run in conversion.children.get(stage, []):
+            values.update(histories.get((run.info.run_id, key), []))
+        return sorted(values.items())
+
+    layers = {}
+    for key in sorted({key for run in conversion.children.get("stage1", []) for key in run.data.metrics}):
+        # what is no positive number has no place in a logarithmic chart
+        if (match := LAYER_METRIC.fullmatch(key)) and (
+            points := [p for p in curve("stage1", key) if 0 < p[1] < math.inf]
+        ):
+            layers[int(match[1])] = points
+    evaluations = conversion.children.get("evaluation", [])
     return ConversionData(
         conversion,
         comparison_row(conversion),
-        {(stage, key): history(client, stages.get(stage, []), key) for stage, keys in CURVES.items() for key in keys},
-        _layers(client, stages.get("stage1", [])),
-        _evaluations(client, stages.get("evaluation", [])),
-        _continuations(client, stages.get("evaluation", [])),
+        {(stage, key): curve(stage, key) for stage, keys in CURVES.items() for key in keys},
+        layers,
+        _evaluations(client, evaluations),
+        _continuations(client, evaluations),
     )
 
 
-def _layers(client: MlflowClient, runs: Sequence[Run]) -> dict[int, Curve]:
-    """The held-out error of each layer over stage 1; values that are not positive numbers have no place in a chart."""
-    found = {}
-    for key in sorted({key for run in runs for key in run.data.metrics}):
-        match = LAYER_METRIC.fullmatch(key)
-        if match and (points := [(step, v) for step, v in history(client, runs, key) if 0 < v < float("inf")]):
-            found[int(match[1])] = points
+def read_histories(client: MlflowClient, runs: Sequence[Run]) -> Histories:
+    """All (step, value) of the curves and layers that the runs have logged, by (run id, metric)."""
+    drawn = {key for keys in CURVES.values() for key in keys}
+    wanted: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        for key in run.data.metrics:
+            if key in drawn or LAYER_METRIC.fullmatch(key):
+                wanted[key].append(run.info.run_id)
+    # One query for a metric of all runs, where the store can (databases): thousands of single ones take many seconds.
+    # The client has no public way to it; a server is asked for each history, several at a time.
+    bulk = getattr(client._tracking_client.store, "get_metric_history_bulk", None)
+    found: Histories = defaultdict(list)
+    if bulk is not None:
+        for key, ids in wanted.items():
+            for start in range(0, len(ids), RUNS_OF_A_QUERY):
+                for metric in bulk(ids[start : start + RUNS_OF_A_QUERY], key, None):
+                    found[metric.run_id, key].append((metric.step, metric.value))
+        return found
+    places = [(run_id, key) for key, ids in wanted.items() for run_id in ids]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for place, metrics in zip(places, pool.map(lambda place: client.get_metric_history(*place), places)):
+            found[place] = [(metric.step, metric.value) for metric in metrics]
     return found
 
 

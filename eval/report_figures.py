@@ -132,30 +132,24 @@ def _layer_figures(data: ConversionData) -> list[Figure]:
 
 
 def position_figures(rows: Sequence[dict[str, Any]], runs: Sequence[Run]) -> list[Figure]:
-    """Agreement by position in context, of results.json's `by_position`."""
+    """Agreement by position in context, of results.json's `by_position`; its spans grow with the position."""
 
-    def series(key: str, factor: float, told: str) -> Series:
-        points = [((row["start"] + row["end"]) / 2, factor * row[key]) for row in rows]
-        values = [(f"{row['start']}", f"{row['end']}", significant(factor * row[key]), f"{row['n']:,}") for row in rows]
-        text = "positions {} to {}: " + told + " (n = {} tokens)"
-        return Series("", points, "held", dots=True, text=text, values=values)
+    def figure(title: str, key: str, factor: float, unit: str, told: str, scale: Any, note: str) -> Figure:
+        points = [(row["end"], factor * row[key]) for row in rows]
+        values = [
+            (f"{row['start']:,}", f"{row['end'] - 1:,}", significant(factor * row[key]), f"{row['n']:,}")
+            for row in rows
+        ]
+        text = f"positions {{}} to {{}}: {told} (n = {{}} tokens)"
+        series = Series("", points, "held", dots=True, text=text, values=values)
+        chart = charts.line_chart([series], "position in context, up to token", unit, across_contexts, scale)
+        return Figure(title, chart, note, runs=runs)
 
-    kl = charts.line_chart(
-        [series("kl", 1, "KL {}")], "position in context, tokens", "KL, nats per token", y_scale=up_from_zero
-    )
-    top1 = charts.line_chart(
-        [series("top1", 100, "top-1 agreement {}%")],
-        "position in context, tokens",
-        "same most likely token",
-        y_scale=up_percent,
-    )
+    kl, top1 = "KL by position in context", "Top-1 agreement by position"
+    lost = "to the right: quality is lost far into the context."
     return [
-        Figure(
-            "KL by position in context", kl, "A rise to the right: quality is lost far into the context.", runs=runs
-        ),
-        Figure(
-            "Top-1 agreement by position", top1, "A fall to the right: quality is lost far into the context.", runs=runs
-        ),
+        figure(kl, "kl", 1, "KL, nats per token", "KL {}", up_from_zero, f"A rise {lost}"),
+        figure(top1, "top1", 100, "same most likely token", "top-1 agreement {}%", up_percent, f"A fall {lost}"),
     ]
 
 

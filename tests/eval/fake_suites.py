@@ -9,6 +9,7 @@ import json
 import math
 import random
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fake_conversions import fake_store
 from pl_attnedit.eval.records import DIFFERENCE_FIELDS
 from pl_attnedit.tracking import TrackedRun, connect, start_child
 
+EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 
 
@@ -29,14 +31,14 @@ def fake_suite(loss: float = 0.1, seed: int = 0) -> dict[str, Any]:
         "by_position": [
             {
                 "start": start,
-                "end": start + 256,
-                "n": 64 * 256,
+                "end": end,
+                "n": 64 * (end - start),
                 "kl": loss * (0.5 + 0.7 * math.sqrt(start / 4096)) * rng.lognormvariate(0, 0.05),
                 "top1": 0.93 - loss * (0.5 + 0.4 * start / 4096),
                 "nll_teacher": 2.9,
                 "nll_student": 2.9 + loss / 2,
             }
-            for start in range(0, 4096, 256)
+            for start, end in pairwise(EDGES)
         ],
         "retrieval": [
             {

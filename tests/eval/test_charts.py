@@ -111,7 +111,7 @@ def test_change_chart_shades_the_layers_without_values() -> None:
 def test_heat_map() -> None:
     chart = charts.heat_map({0: [(0, 1.0), (10, 0.1)], 3: [(0, 0.1), (10, 0.01)]}, "step", "layer", "NMSE")
     cells = [e for e in parse(chart).iter("path") if e.get("class") == "cell"]
-    opacity = [float(e.get("fill-opacity") or 0) for e in cells]
+    opacity = [float(e.get("stroke-opacity") or 0) for e in cells]
     assert opacity[0] == 0.07
     assert opacity[-1] == 1.0
     assert [(e.get("d") or "").count("M") for e in cells] == [1, 2, 1], "equal values share a shade"

@@ -15,9 +15,9 @@ from fake_conversions import fake_result, log_fake_conversion
 from fake_suites import fake_suite, log_fake_suite
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.records import find_conversions, history, log_evaluation
+from pl_attnedit.eval.records import find_conversions, log_evaluation
 from pl_attnedit.eval.report import write_report
-from pl_attnedit.eval.report_data import run_address
+from pl_attnedit.eval.report_data import load_all, read_histories, run_address
 from pl_attnedit.tracking import TrackedRun, connect, start_child
 
 EVIL = "<img src=x onerror=alert(1)> \"'& </script><script>alert(2)</script> {} \u2028\u2029 `|@all"
@@ -276,9 +276,22 @@ def test_a_repeated_stage_continues_its_curve(store: tuple[str, list[str]], tmp_
     again = start_child(run_id, "stage1", client=client)
     for step, value in ((118, 0.5), (120, 0.4), (122, 0.3)):
         client.log_metric(again, "train/loss", value, step=step)
-    (conversion,) = find_conversions([run_id], uri)
+    (data,) = load_all(client, find_conversions([run_id], uri))
     client.delete_run(run_id)
-    points = dict(history(client, conversion.children["stage1"], "train/loss"))
+    points = dict(data.curves["stage1", "train/loss"])
     assert len(points) == 62
     assert (points[118], points[120], points[122]) == (0.5, 0.4, 0.3)
     assert 0 < points[0] < 0.5
+
+
+def test_histories_are_the_same_from_a_database_and_a_server(
+    store: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, ids = store
+    client = connect(uri)
+    runs = [run for c in find_conversions(ids[:2], uri) for kind in ("stage1", "stage2") for run in c.children[kind]]
+    at_once = read_histories(client, runs)
+    assert len(at_once) > 50
+    monkeypatch.delattr(type(client._tracking_client.store), "get_metric_history_bulk")  # as a server's client has it
+    one_by_one = read_histories(client, runs)
+    assert {place: sorted(points) for place, points in one_by_one.items()} == {k: sorted(v) for k, v in at_once.items()}
