@@ -8,7 +8,7 @@ keys. Everything that is not ours is escaped by `markupsafe`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,7 +165,7 @@ def change_chart(before: dict[int, float], after: dict[int, float], x_label: str
     return Chart(_svg(described, parts), [Points(f"{x_label} {{}}: {{}}", [told[layer] for layer in sorted(told)])])
 
 
-def heat_map(rows: dict[int, Sequence[Point]], x_label: str, y_label: str, what: str) -> Chart:
+def heat_map(rows: Mapping[int, Sequence[Point]], x_label: str, y_label: str, what: str) -> Chart:
     """Positive values by step (columns) and layer (rows); the stronger the colour, the larger, logarithmically."""
     steps = sorted({step for points in rows.values() for step, _ in points})
     values = [value for points in rows.values() for _, value in points if value > 0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pl_attnedit.eval.formatting import context_length
 
 WIDTH, HEIGHT = 440, 290
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 32, 46
 NAMES = 66  # room at the right for the names of lines
+SMALLEST_STEP = 46  # from one label of the horizontal axis to the next
 
 
 def tick_label(value: float) -> str:
@@ -84,11 +85,15 @@ def across(values: Sequence[float], end: float) -> Scale:
 
 
 def across_contexts(values: Sequence[float], end: float) -> Scale:
-    """Horizontal, a tick at every context length; equal steps for equal factors."""
+    """Horizontal, a tick at every context length that has room for its label; equal steps for equal factors."""
     contexts = tuple(sorted(set(values)))
     low, high = (contexts[0], contexts[-1]) if len(contexts) > 1 else (contexts[0] / 2, contexts[0] * 2)
-    shown = contexts[:: -(-len(contexts) // 9)]
-    return Scale(low, high, LEFT + 10, end, shown, log=True, label=context_length)
+    scale = Scale(low, high, LEFT + 10, end, (), log=True, label=context_length)
+    shown: list[float] = []
+    for context in contexts:
+        if not shown or scale(context) - scale(shown[-1]) >= SMALLEST_STEP:
+            shown.append(context)
+    return replace(scale, ticks=tuple(shown))
 
 
 def up_log(values: Sequence[float]) -> Scale:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -67,6 +68,10 @@ def test_contexts_have_a_tick_each() -> None:
     assert [scale.label(tick) for tick in scale.ticks] == ["512", "1k", "8k"]
     assert scale(2048) - scale(1024) == pytest.approx(scale(1024) - scale(512), abs=0.2)
     assert across_contexts([4096], WIDTH).ticks == (4096,)
+    crowded = across_contexts(range(256, 8192, 256), WIDTH)
+    steps = [crowded(b) - crowded(a) for a, b in pairwise(crowded.ticks)]
+    assert len(steps) >= 4
+    assert min(steps) >= 46
 
 
 def test_line_chart() -> None:
