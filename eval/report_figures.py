@@ -127,7 +127,7 @@ def _layer_figures(data: ConversionData) -> list[Figure]:
     heat = charts.heat_map(layers, "optimizer step", "layer", "NMSE")
     shades = [("heat", f"NMSE {min(values):.2g} to {max(values):.2g}, logarithmic")]
     note = "Each stem is one layer; shaded layers are not edited and keep the teacher's attention."
-    read = "Each row is a layer, each column a validation; a darker cell is a larger error."
+    read = "Each row is a layer, each column a validation; the stronger the colour, the larger the error."
     return [Figure(titles[0], change, note, legend, runs=runs), Figure(titles[1], heat, read, shades, runs=runs)]
 
 
