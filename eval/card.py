@@ -16,6 +16,7 @@ from pl_attnedit.eval.formatting import (
     count,
     duration,
     kl,
+    markdown_table,
     percent,
     points_or_value,
     significant,
@@ -115,7 +116,7 @@ def _figures(summary: Mapping[str, Any]) -> str:
         ("Perplexity: teacher", significant(summary["ppl_teacher"])),
         ("Perplexity: student", significant(summary["ppl_student"])),
     ]
-    return "## Cost and quality\n\nOn held-out text of the training data.\n\n" + _markdown(("", "value"), rows)
+    return "## Cost and quality\n\nOn held-out text of the training data.\n\n" + markdown_table(("", "value"), rows)
 
 
 def _evaluation(evaluation: Sequence[Mapping[str, Any]]) -> str:
@@ -129,7 +130,7 @@ def _evaluation(evaluation: Sequence[Mapping[str, Any]]) -> str:
     head = ("task", "metric", "n", "teacher", "student", "student - teacher [95% interval]")
     return (
         "## Evaluation\n\nTeacher and student answered the same samples; differences are paired (accuracies in points).\n\n"
-        + _markdown(head, rows)
+        + markdown_table(head, rows)
     )
 
 
@@ -146,8 +147,3 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 
 Programs that do not import `pl_attnedit` load it with `trust_remote_code=True`, which runs only the import in
 `load_with_pl_attnedit.py`: `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True ...`"""
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

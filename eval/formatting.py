@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 
 from markupsafe import Markup
 
@@ -65,6 +65,28 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def seconds(value: float | None) -> str:
+    """0.042 as 42 ms, 1.5 as 1.50 s."""
+    if value is None:
+        return NONE
+    return f"{significant(1000 * value)} ms" if value < 1 else f"{significant(value)} s"
+
+
+def byte_size(value: float | None) -> str:
+    """3.1e9 as 3.1 GB."""
+    if value is None:
+        return NONE
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def ratio(value: float) -> str:
+    """1.842 as 1.84×, 0.358 as 0.36×."""
+    return f"{value:.2f}×" if value < 10 else f"{significant(value)}×"
+
+
 def p_value(value: float) -> str:
     """0.0078, <0.001."""
     return "<0.001" if value < 0.001 else f"{value:.2g}" if value < 0.995 else "1"
@@ -93,6 +115,12 @@ def breakable(name: str) -> Markup:
     return Markup("_<wbr>").join(name.split("_"))
 
 
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
+    """A table in Markdown; the columns in `right` are aligned there. Cells come escaped."""
+    line = ["---:" if column in right else "---" for column in range(len(head))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, line, *rows))
+
+
 FILTERS: dict[str, Callable[..., str]] = {
     "significant": significant,
     "kl": kl,
@@ -103,4 +131,5 @@ FILTERS: dict[str, Callable[..., str]] = {
     "duration": duration,
     "p_value": p_value,
     "breakable": breakable,
+    "ratio": ratio,
 }

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
@@ -213,22 +214,16 @@ def find_conversions(
     return [Conversion(parent, dict(children[parent.info.run_id])) for parent in parents]
 
 
-def history(client: MlflowClient, runs: Sequence[Run], key: str) -> list[tuple[int, float]]:
-    """All (step, value) of a metric over the runs of one stage; where steps were repeated, the later run counts."""
-    values: dict[int, float] = {}
-    for run in runs:
-        if key in run.data.metrics:
-            values.update({metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, key)})
-    return sorted(values.items())
-
-
 def load_json(client: MlflowClient, run: Run | None, name: str) -> Any | None:
     """A JSON artifact of a run, None where there is none."""
-    if run is None or name not in {file.path for file in client.list_artifacts(run.info.run_id)}:
+    if run is None:
+        return None
+    # The client would ask for the run again, with all its metrics, five times for a file.
+    repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=client.tracking_uri)
+    if name not in {file.path for file in repository.list_artifacts()}:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        path = client.download_artifacts(run.info.run_id, name, folder)
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(repository.download_artifacts(name, folder)).read_text(encoding="utf-8"))
 
 
 def _by_id(client: MlflowClient, run_ids: Sequence[str]) -> list[Run]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from fake_conversions import fake_store
+from fake_suites import add_suites
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -71,3 +74,12 @@ def student(teacher: PreTrainedModel) -> PreTrainedModel:
 def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
     """The URI of an MLflow store with five made-up conversions, and their run ids."""
     return fake_store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="session")
+def suites(store: tuple[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+    """A copy of `store` in which conversions have evaluations of a suite that measures everything, or a failed one."""
+    folder, (uri, ids) = tmp_path_factory.mktemp("suites"), store
+    database = shutil.copy(Path(uri.removeprefix("sqlite:///")), folder)
+    add_suites(f"sqlite:///{database}", folder, ids)
+    return f"sqlite:///{database}", ids

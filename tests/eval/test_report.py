@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from fake_conversions import fake_result, log_fake_conversion
+from fake_suites import fake_suite, log_fake_suite
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.records import find_conversions, history, log_evaluation
+from pl_attnedit.eval.records import find_conversions, log_evaluation
 from pl_attnedit.eval.report import write_report
+from pl_attnedit.eval.report_data import load_all, read_histories, run_address
 from pl_attnedit.tracking import TrackedRun, connect, start_child
 
-EVIL = "<img src=x onerror=alert(1)> \"'&"
+EVIL = "<img src=x onerror=alert(1)> \"'& </script><script>alert(2)</script> {} \u2028\u2029 `|@all"
 
 
 class Page(HTMLParser):
     """Tags, texts and addresses of a page; fails on tags that do not nest."""
 
-    VOID = ("meta", "wbr")
+    VOID = ("meta", "link", "wbr")
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.text = ""
         self.addresses: list[str] = []
+        self.scripts: list[str] = []
         self._open: list[str] = []
         self.feed(html)
         assert self._open == []
@@ -34,7 +42,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.addresses += [value or "" for name, value in attrs if name in ("href", "src", "action", "data")]
-        assert not any(name.startswith("on") for name, _ in attrs)
+        assert not any(name.startswith("on") or name == "style" for name, _ in attrs)
         if tag not in self.VOID:
             self._open.append(tag)
 
@@ -46,7 +54,9 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] != "style":
+        if self._open and self._open[-1] == "script":
+            self.scripts.append(data)
+        elif self._open and self._open[-1] != "style":
             self.text += f"{data} "
 
 
@@ -69,21 +79,32 @@ def test_one_conversion(store: tuple[str, list[str]], tmp_path: Path) -> None:
     ):
         assert expected in page.text, expected
     assert page.tags.count("svg") == 6 + 4  # charts, and an interval for each row of the evaluation
-    assert "layer 28, step 300: NMSE" in html
-    assert "layer 3: not edited" in html
+    marks = json.loads(page.scripts[0])
+    assert len(marks) == 6
+    heat = next(group for chart in marks for group in chart if group["t"] == "layer {}, step {}: NMSE {}")
+    assert heat["m"][-1][2:4] == [29, "300"]
     assert "missing" not in page.text.lower()
-    assert '<span class="parted"> to the question is:</span>' in html
-    assert page.addresses == [f"#{ids[0]}"], "nothing is fetched"
-    assert "<script" not in html
+    assert "<mark> to the question is:</mark>" in html
+    assert all(address.startswith("#") or address == "data:," for address in page.addresses), "nothing is fetched"
     assert "url(" not in html
     assert "@import" not in html
+
+
+def test_only_our_own_script_may_run(store: tuple[str, list[str]], tmp_path: Path) -> None:
+    html = write_report(store[1][:1], tmp_path / "report.html", store[0]).read_text()
+    policy = re.search(r"default-src 'none'; style-src '([^']+)'; script-src '([^']+)'", html)
+    assert policy is not None
+    contents = [html.split("<style>")[1].split("</style>")[0], html.split("<script>")[1].split("</script>")[0]]
+    hashes = [base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in contents]
+    assert list(policy.groups()) == [f"sha256-{digest}" for digest in hashes]
 
 
 def test_all_conversions(store: tuple[str, list[str]], tmp_path: Path) -> None:
     uri, ids = store
     page = Page(write_report(None, tmp_path / "report.html", uri).read_text())
     assert "5 conversions" in page.text
-    assert page.addresses == [f"#{run_id}" for run_id in reversed(ids)]
+    found = [address for address in page.addresses if address.removeprefix("#") in ids]
+    assert found == [f"#{run_id}" for run_id in reversed(ids)]
     assert "1 not shown: without these numbers." in page.text
     assert "MLA" in page.text
     assert "teacher" in page.text
@@ -112,19 +133,128 @@ def test_no_conversion_at_all(store: tuple[str, list[str]], tmp_path: Path) -> N
     assert not (tmp_path / "other.html").exists()
 
 
-def test_foreign_texts_are_escaped(store: tuple[str, list[str]], tmp_path: Path) -> None:
+@pytest.fixture
+def evil(store: tuple[str, list[str]], tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A conversion all of whose texts are foreign: the store's URI and the run id."""
     uri, _ = store
-    tags = {"teacher": EVIL, "recipe": EVIL}
-    run_id = log_fake_conversion(uri, tmp_path, EVIL, target=EVIL, pattern="SSF", tags=tags)
-    try:
-        html = write_report([run_id], tmp_path / "report.html", uri).read_text()
-    finally:
-        connect(uri).delete_run(run_id)
+    run_id = log_fake_conversion(uri, tmp_path, EVIL, target=EVIL, tags={"teacher": EVIL, "recipe": EVIL})
+    results = fake_suite()
+    results["tasks"][0]["task"] = results["retrieval"][0]["task"] = results["settings"]["device"] = EVIL + "\ud800"
+    log_fake_suite(uri, tmp_path, run_id, results, suite=EVIL)
+    log_fake_suite(uri, tmp_path, run_id, None, suite="failed", error=EVIL)
+    yield uri, run_id
+    connect(uri).delete_run(run_id)
+
+
+def test_foreign_texts_are_escaped(evil: tuple[str, str], tmp_path: Path) -> None:
+    uri, run_id = evil
+    html = write_report([run_id], tmp_path / "report.html", uri).read_text()
     page = Page(html)
     assert "img" not in page.tags
-    assert "script" not in page.tags
-    assert page.text.count(EVIL) >= 6
+    assert page.tags.count("script") == 2, "the data and our own"
+    assert page.text.count(" ".join(EVIL.split())) >= 10
     assert "<script>alert('student')</script>" in page.text  # what a model wrote, as text
+    assert "<" not in page.scripts[0]
+    assert any(EVIL in mark for chart in json.loads(page.scripts[0]) for group in chart for mark in group["m"])
+
+
+def test_foreign_texts_in_markdown(evil: tuple[str, str], tmp_path: Path) -> None:
+    uri, run_id = evil
+    text = write_report([run_id], tmp_path / "report.md", uri).read_text()
+    assert "<img" not in text
+    assert "<script" not in text
+    assert "\u2028" not in text
+    assert "@all" not in text
+    cells = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")]
+    assert set(cells[:3]) == {12}, "the overview's columns hold"
+
+
+def test_suites(suites: tuple[str, list[str]], tmp_path: Path) -> None:
+    uri, ids = suites
+    page = Page(write_report(ids[:1], tmp_path / "report.html", uri).read_text())
+    for expected in (
+        "Evaluation of the conversion",
+        "Evaluation: suite offline version 3 · MLflow run",
+        "✓ non-inferior margin 2.0 points detectable 1.3 points",
+        "? inconclusive",
+        "▼ inferior",
+        "KL by position in context",
+        "Top-1 agreement by position",
+        "Decoding speed, batch 1",
+        "Decoding speed, batch 8",
+        "KV cache, measured",
+        "8k 8 GB 21 76 3.62×",
+        "needle_1 Teacher depth 512 1k 2k 4k 8k 0% 100 98 96 94 92 25%",
+        "any 100",
+        "of the teacher’s at 8k context, batch 1",
+    ):
+        assert expected in page.text, expected
+    told = [group["t"] for chart in json.loads(page.scripts[0]) for group in chart]
+    assert "positions {} to {}: KL {} (n = {} tokens)" in told
+    assert "student, context {}: {} tokens/s ({} to {})" in told
+
+
+def test_failed_evaluations_are_shown_as_failed(suites: tuple[str, list[str]], tmp_path: Path) -> None:
+    uri, ids = suites
+    page = Page(write_report([ids[3]], tmp_path / "report.html", uri).read_text())
+    assert "Failed : RuntimeError: CUDA out of memory" in page.text
+    assert "1 failed" in page.text
+    assert "Not measured" not in page.text, "what no conversion has is left out"
+    both = Page(write_report([ids[3], ids[0]], tmp_path / "report.html", uri).read_text())
+    assert "Not measured here, but for other conversions: agreement by position, retrieval, speed." in both.text
+
+
+def test_the_latest_evaluation_of_a_suite_counts(suites: tuple[str, list[str]], tmp_path: Path) -> None:
+    uri, ids = suites
+    client = connect(uri)
+    better = fake_suite(0.0)
+    better["tasks"] = better["tasks"][:1]
+    added = [
+        log_fake_suite(uri, tmp_path, ids[1], better),
+        log_fake_suite(uri, tmp_path, ids[1], None, error="out of memory"),
+        log_fake_suite(uri, tmp_path, ids[1], fake_suite(0.9)),
+    ]
+    client.set_tag(added[2], "checkpoint", "stage2/step 100")
+    try:
+        page = Page(write_report([ids[1]], tmp_path / "report.html", uri).read_text())
+    finally:
+        for run_id in added:
+            client.delete_run(run_id)
+    assert "Failed at the latest try; below is the one before: out of memory" in page.text
+    assert added[0] in page.text
+    assert "inferior" in page.text
+    assert "inconclusive" not in page.text.split("How to read the evaluation")[0].split("Evaluation: suite")[1]
+    assert "checkpoint" not in page.text, "the student has an evaluation of its own"
+
+
+def test_markdown(suites: tuple[str, list[str]], tmp_path: Path) -> None:
+    uri, ids = suites
+    text = write_report(None, tmp_path / "report.md", uri).read_text()
+    for expected in (
+        "5 conversions, read from MLflow",
+        "| **window\\_256** |",
+        "| quickstart\\_mla |",
+        "0.166 → 0.094",
+        "### Evaluation, suite offline, version 3",
+        "**Failed**: RuntimeError: CUDA out of memory",
+        "−10.0 [−13.0, −7.0] points | &lt;0.001 | ▼ inferior (margin 2.0 points, detectable 1.3 points)",
+        "| 0% | 100.0% → 100.0% |",
+        "| 8k × 8 | student |",
+        "- teacher: Tokyo. The answer ⟂ is: 1.",
+        f"`{ids[0]}`",
+    ):
+        assert expected in text, expected
+    assert "Details of the other" not in text
+    with pytest.raises(UserError, match=r"must end in \.html or \.md"):
+        write_report(None, tmp_path / "report.pdf", uri)
+
+
+def test_links_to_a_server_carry_no_credentials(suites: tuple[str, list[str]]) -> None:
+    (conversion,) = find_conversions(suites[1][:1], suites[0])
+    run = conversion.run
+    wanted = f"https://host:5000/mlflow/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    assert run_address("https://user:secret@host:5000/mlflow/", run) == wanted
+    assert run_address(suites[0], run) is None
 
 
 def test_continuations_outlive_an_evaluation_without_any(store: tuple[str, list[str]], tmp_path: Path) -> None:
@@ -146,9 +276,22 @@ def test_a_repeated_stage_continues_its_curve(store: tuple[str, list[str]], tmp_
     again = start_child(run_id, "stage1", client=client)
     for step, value in ((118, 0.5), (120, 0.4), (122, 0.3)):
         client.log_metric(again, "train/loss", value, step=step)
-    (conversion,) = find_conversions([run_id], uri)
+    (data,) = load_all(client, find_conversions([run_id], uri))
     client.delete_run(run_id)
-    points = dict(history(client, conversion.children["stage1"], "train/loss"))
+    points = dict(data.curves["stage1", "train/loss"])
     assert len(points) == 62
     assert (points[118], points[120], points[122]) == (0.5, 0.4, 0.3)
     assert 0 < points[0] < 0.5
+
+
+def test_histories_are_the_same_from_a_database_and_a_server(
+    store: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, ids = store
+    client = connect(uri)
+    runs = [run for c in find_conversions(ids[:2], uri) for kind in ("stage1", "stage2") for run in c.children[kind]]
+    at_once = read_histories(client, runs)
+    assert len(at_once) > 50
+    monkeypatch.delattr(type(client._tracking_client.store), "get_metric_history_bulk")  # as a server's client has it
+    one_by_one = read_histories(client, runs)
+    assert {place: sorted(points) for place, points in one_by_one.items()} == {k: sorted(v) for k, v in at_once.items()}
