@@ -21,7 +21,7 @@ from mlflow.tracking import MlflowClient
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.tracking import TrackedRun, connect
-from pl_attnedit.tracking.client import EXPERIMENT, KIND_TAG, PARENT_TAG
+from pl_attnedit.tracking.client import CHECKPOINTS_TAG, EXPERIMENT, KIND_TAG, PARENT_TAG
 
 if TYPE_CHECKING:  # comparing and reporting do not wait for lm-eval's import
     from pl_attnedit.eval.harness import EvaluationResult
@@ -31,6 +31,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 RESULTS_FILE = "results.json"
 CONTINUATIONS_FILE = "continuations.json"
+CHECKPOINT_TAG = "checkpoint"  # of an evaluation of something else than the conversion's saved student
 DIFFERENCE_FIELDS = ("teacher", "student", "difference", "ci_low", "ci_high")
 
 
@@ -93,9 +94,10 @@ class Conversion:
 
     @property
     def evaluation(self) -> Run | None:
-        """The latest evaluation that logged a result."""
-        logged = (run for run in reversed(self.children.get("evaluation", [])) if eval_metrics(run))
-        return next(logged, None)
+        """The latest evaluation that logged a result; those of checkpoints count as long as the student has none."""
+        logged = [run for run in self.children.get("evaluation", []) if eval_metrics(run)]
+        of_student = [run for run in logged if CHECKPOINT_TAG not in run.data.tags]
+        return next(reversed(of_student or logged), None)
 
 
 def eval_metrics(run: Run) -> dict[tuple[str, str], dict[str, float]]:
@@ -138,6 +140,29 @@ def find_conversions(
         tags = child.data.tags
         children[tags.get(PARENT_TAG, "")][tags[KIND_TAG]].append(child)
     return [Conversion(parent, dict(children[parent.info.run_id])) for parent in parents]
+
+
+def find_fits(tracking_uri: str | None = None, experiment: str = EXPERIMENT) -> list[Conversion]:
+    """Trainings outside of a conversion that have written checkpoints, newest first, each with its evaluations.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    client = connect(tracking_uri)
+    found = client.get_experiment_by_name(experiment)
+    experiments = [] if found is None else [found.experiment_id]
+    trainings = _search(client, experiments, f"tags.`{CHECKPOINTS_TAG}` LIKE '%'")
+    fits = [run for run in trainings if PARENT_TAG not in run.data.tags]
+    evaluations: dict[str, list[Run]] = defaultdict(list)
+    for run in reversed(_search(client, experiments if fits else [], f"tags.`{KIND_TAG}` = 'evaluation'")):
+        evaluations[run.data.tags.get(PARENT_TAG, "")].append(run)
+    return [Conversion(run, {"fit": [run], "evaluation": evaluations[run.info.run_id]}) for run in fits]
+
+
+def find_evaluations(client: MlflowClient, parent: Run) -> list[Run]:
+    """The evaluations of a conversion or training as they are now, oldest first."""
+    of_parent = f"tags.`{KIND_TAG}` = 'evaluation' and tags.`{PARENT_TAG}` = '{parent.info.run_id}'"
+    return _search(client, [parent.info.experiment_id], of_parent)[::-1]
 
 
 def history(client: MlflowClient, runs: Sequence[Run], key: str) -> list[tuple[int, float]]:
