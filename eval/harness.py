@@ -1,39 +1,46 @@
 """Teacher and student answer the same lm-eval samples; the answers are kept, paired and compared.
 
-The parts, for whoever needs less than `evaluate_pair`: `answer` runs one model over tasks, `pair_samples` joins two
-models' answers sample by sample, `compare_samples` turns pairs into differences with intervals.
+The parts, for whoever needs less than `evaluate_pair`: `pl_attnedit.eval.answers` runs one model over a task,
+`pair_samples` joins two models' answers sample by sample, `compare_samples` turns pairs into differences with intervals.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lm_eval.evaluator import evaluate
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.eval.answers import (
+    LoadedTask,
+    Sample,
+    TaskRequest,
+    answer,
+    answers_folder,
+    evaluation_mode,
+    kept,
+    load_tasks,
+    write_samples,
+)
 from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.language_model import SharedPrefixLM
 from pl_attnedit.eval.statistics import (
     Difference,
     bits_per_unit,
     holm,
+    non_inferiority,
     paired_aggregate,
     paired_proportions,
     perplexity,
 )
 
-Sample = dict[str, Any]  # one of lm-eval's logged samples
 Pair = tuple[Sample, Sample]
 
 # Metrics whose per-sample value is (log-likelihood, length).
@@ -45,31 +52,51 @@ class TaskDifference(Difference):
     """One metric of one task: `Difference` with its place in the family of tasks.
 
     `p_holm` is Holm's adjusted p-value over the tasks: the row counts for its task, every other task counts with its
-    first metric.
+    first metric. `verdict` is `non_inferiority` against the stated `margin`.
     """
 
     task: str
     metric: str
     higher_is_better: bool
     p_holm: float
+    margin: float | None = None
+    verdict: str | None = None
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation found: one row per task and metric, the per-sample files, and how it was done."""
+    """What an evaluation found: one row per task and metric, the per-sample files, and how it was done.
+
+    `suite` is the name and version of the suite, where one was used; `further` holds what it measures besides tasks
+    (`by_position`, `retrieval`, `efficiency`, `largest_batch`), each a list of rows.
+    """
 
     tasks: list[TaskDifference]
     samples: list[Path] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    suite: dict[str, str] | None = None
+    further: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The content of results.json."""
         content = {
+            **({"suite": self.suite} if self.suite else {}),
             "tasks": [asdict(task) for task in self.tasks],
+            **self.further,
             "samples": [path.name for path in self.samples],
             "settings": self.settings,
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class AnsweredPair:
+    """Both models' answers, by the names of the requests, with the metrics that can be compared."""
+
+    pairs: dict[str, list[Pair]]
+    higher_is_better: dict[str, dict[str, bool]]
+    samples: list[Path]
+    settings: dict[str, Any]
 
 
 def evaluate_pair(
@@ -78,68 +105,122 @@ def evaluate_pair(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     *,
-    task_folder: str | Path,
-    max_length: int,
-    batch_size: int = 4,
-    limit: int | None = None,
+    task_folder: str | Path | None,
     out_dir: str | Path | None = None,
+    limit: int | None = None,
+    **options: Any,
 ) -> EvaluationResult:
-    """Evaluate `student` against `teacher` on lm-eval tasks, without network.
+    """Evaluate `student` against `teacher` on lm-eval tasks.
 
     Args:
         teacher, student: causal LMs with the same tokenizer, on the devices and in the dtypes to be evaluated.
-        tasks: names of tasks whose YAML lies in `task_folder` (see `pl_attnedit.eval.tasks.build_offline_tasks`).
-        max_length: longest window in tokens; the training's sequence length is the fair one.
-        batch_size: sequences per forward pass.
+        tasks: names of tasks whose YAML lies in `task_folder` (see `pl_attnedit.eval.tasks.build_offline_tasks`), or of
+            lm-eval's own library where it is None.
         limit: only the first samples of each task, to try things out.
         out_dir: receives results.json and one jsonl per task and model with every sample; nothing is kept if None.
+        options: further arguments of `answer_both`.
 
     Raises:
         UserError: unknown task, window beyond the models' context, a limit or batch size below 1.
     """
-    for name, value in {"max_length": max_length, "batch_size": batch_size, "limit": limit}.items():
-        if value is not None and value < 1:
-            raise invalid(name, value, "must be at least 1")
-    context = getattr(teacher.config.get_text_config(), "max_position_embeddings", max_length)
-    if max_length > context:
-        raise invalid("max_length", max_length, f"must be at most the teacher's context of {context} tokens")
-    answers, seconds = {}, {}
-    for name, model in {"teacher": teacher, "student": student}.items():
-        start = time.perf_counter()
-        with _evaluation_mode(model):
-            lm = _language_model(model, tokenizer, name=name, max_length=max_length, batch_size=batch_size)
-            answers[name], higher_is_better = answer(lm, tasks, task_folder, limit)
-        seconds[name] = round(time.perf_counter() - start, 2)
-    pairs = {task: pair_samples(answers["teacher"][task], answers["student"][task]) for task in answers["teacher"]}
-    settings = {
-        "tasks": list(pairs),
-        "max_length": max_length,
-        "batch_size": batch_size,
-        "limit": limit,
-        "dtype": str(student.dtype).removeprefix("torch."),
-        "device": str(student.device),
-        "seconds": seconds,
-        "lm_eval": version("lm_eval"),
-    }
-    samples = [] if out_dir is None else _write_samples(Path(out_dir), answers)
-    result = EvaluationResult(compare_samples(pairs, higher_is_better), samples, settings)
+    folder = None if task_folder is None else Path(task_folder)
+    requests = [TaskRequest(name, folder, limit=limit) for name in tasks]
+    found = answer_both(teacher, student, tokenizer, requests, out_dir=out_dir, **options)
+    result = EvaluationResult(compare_samples(found.pairs, found.higher_is_better), found.samples, found.settings)
     if out_dir is not None:
         write_atomically(Path(out_dir) / "results.json", result.to_json())
     return result
 
 
-def answer(
-    lm: SharedPrefixLM, tasks: Sequence[str], task_folder: str | Path, limit: int | None = None
-) -> tuple[dict[str, list[Sample]], dict[str, dict[str, bool]]]:
-    """One model's samples by task, and which metrics are better when higher, by task."""
-    manager = TaskManager(include_path=str(task_folder), include_defaults=False)
-    for task in tasks:
-        if task not in manager.all_tasks:
-            raise invalid("tasks", task, f"must be one of {', '.join(manager.all_tasks) or 'none'} in {task_folder}")
-    # `evaluate`, not `simple_evaluate`: the latter sets global seeds and spends seconds on describing the machine.
-    results = evaluate(lm, manager.load(list(tasks)), limit=limit, bootstrap_iters=0)
-    assert results is not None, "only rank 0 evaluates"
-    return results["samples"], results["higher_is_better"]
+def answer_both(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[TaskRequest],
+    *,
+    max_length: int,
+    batch_size: int | str = "auto",
+    out_dir: str | Path | None = None,
+    teacher_fingerprint: str | None = None,
+    student_fingerprint: str | None = None,
+) -> AnsweredPair:
+    """Let both models answer the same samples.
+
+    Args:
+        max_length: longest window in tokens; the training's sequence length is the fair one.
+        batch_size: sequences per forward pass; "auto" starts large and halves where memory does not suffice.
+        teacher_fingerprint, student_fingerprint: of `pl_attnedit.teachers.source.teacher_fingerprint`. With it the
+            teacher's answers are kept in the cache folder for all evaluations, the student's in `out_dir`, and neither
+            is computed twice.
+    """
+    for name, value in {"max_length": max_length, "batch_size": batch_size}.items():
+        if isinstance(value, int) and value < 1:
+            raise invalid(name, value, "must be at least 1")
+    if not isinstance(batch_size, int) and batch_size != "auto":
+        raise invalid("batch_size", batch_size, "must be a number or auto")
+    context = model_context(teacher, max_length)
+    if max_length > context:
+        raise invalid("max_length", max_length, f"must be at most the teacher's context of {context} tokens")
+    loaded = load_tasks(requests)
+    tasks = [task for group in loaded.values() for task in group]
+    out = None if out_dir is None else Path(out_dir)
+    folders = {
+        "teacher": answers_folder() if teacher_fingerprint else None,
+        "student": out / ".answers" if student_fingerprint and out else None,
+    }
+    answers: dict[str, dict[str, list[Sample]]] = {}
+    settings: dict[str, Any] = {"batch_size": {}, "seconds": {}, "from_cache": {}}
+    for name, model in {"teacher": teacher, "student": student}.items():
+        identity = {
+            "model": teacher_fingerprint if name == "teacher" else student_fingerprint,
+            "dtype": str(model.dtype),
+            "max_length": max_length,
+        }
+        with evaluation_mode(model):
+            lm = _language_model(model, tokenizer, name, max_length)
+            found = _answers(lm, tasks, folders[name], identity, batch_size)
+        answers[name] = {task: content["samples"] for task, (content, _) in found.items()}
+        settings["batch_size"][name] = min(content["batch_size"] for content, _ in found.values())
+        settings["seconds"][name] = round(sum(content["seconds"] for content, _ in found.values()), 2)
+        settings["from_cache"][name] = [task for task, (_, before) in found.items() if before]
+    samples = (
+        []
+        if out is None
+        else [
+            write_samples(out, name, task, of_task)
+            for name, by_task in answers.items()
+            for task, of_task in by_task.items()
+        ]
+    )
+    settings = {
+        "tasks": list(loaded),
+        "not_compared": sorted({f"{task.name}/{metric}" for task in tasks for metric in task.not_compared}),
+        "max_length": max_length,
+        "limit": {request.name: request.limit for request in requests if request.limit},
+        "num_fewshot": {task.name: task.task.get_config("num_fewshot") for task in tasks},
+        "dtype": str(student.dtype).removeprefix("torch."),
+        "device": str(student.device),
+        **settings,
+        "lm_eval": version("lm_eval"),
+    }
+    pairs = {name: [p for task in group for p in _pairs_of(task, answers)] for name, group in loaded.items()}
+    return AnsweredPair(pairs, {name: group[0].higher_is_better for name, group in loaded.items()}, samples, settings)
+
+
+def _answers(
+    lm: SharedPrefixLM, tasks: list[LoadedTask], folder: Path | None, identity: dict[str, Any], batch_size: int | str
+) -> dict[str, tuple[dict[str, Any], bool]]:
+    """By task, the answers and whether they were kept before."""
+
+    def of(task: LoadedTask) -> tuple[dict[str, Any], bool]:
+        return kept(folder, {**identity, "task": task.digest}, lambda: answer(lm, task, batch_size))
+
+    return {task.name: of(task) for task in tasks}
+
+
+def model_context(model: PreTrainedModel, otherwise: int) -> int:
+    """The longest sequence that a model takes, in tokens."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", otherwise))
 
 
 def pair_samples(teacher: Iterable[Sample], student: Iterable[Sample]) -> list[Pair]:
@@ -159,26 +240,51 @@ def pair_samples(teacher: Iterable[Sample], student: Iterable[Sample]) -> list[P
     return [(of_teacher[key], of_student[key]) for key in of_teacher]
 
 
-def compare_samples(pairs: dict[str, list[Pair]], higher_is_better: dict[str, dict[str, bool]]) -> list[TaskDifference]:
-    """Differences with intervals for every metric of every task, in the order given."""
-    found = {
-        task: {metric: _difference(metric, pairs_of_task) for metric in pairs_of_task[0][0]["metrics"]}
-        for task, pairs_of_task in pairs.items()
-    }
-    firsts = {task: next(iter(metrics.values())).p_value for task, metrics in found.items()}
-    rows = []
-    for position, (task, metrics) in enumerate(found.items()):
-        for metric, difference in metrics.items():
+def compare_samples(
+    pairs: dict[str, list[Pair]],
+    higher_is_better: dict[str, dict[str, bool]],
+    margins: Mapping[str, float] | None = None,
+) -> list[TaskDifference]:
+    """Differences with intervals for every metric of every task, in the order given.
+
+    Where a task has several filters (ways to read an answer), each has its rows, the metric named METRIC.FILTER.
+
+    Args:
+        margins: for ``TASK/METRIC``, wildcards allowed, the loss that would be accepted, in the metric's unit; the first
+            that fits counts.
+    """
+    found = {task: _differences(of_task, higher_is_better[task]) for task, of_task in pairs.items()}
+    firsts = {task: next(iter(rows.values()))[0].p_value for task, rows in found.items() if rows}
+    result = []
+    for task, rows in found.items():
+        for metric, (difference, higher) in rows.items():
             family = {**firsts, task: difference.p_value}
-            rows.append(
+            fitting = (value for name, value in (margins or {}).items() if fnmatch(f"{task}/{metric}", name))
+            margin = next(fitting, None)
+            low, high = difference.ci_low, difference.ci_high
+            result.append(
                 TaskDifference(
                     **asdict(difference),
                     task=task,
                     metric=metric,
-                    higher_is_better=higher_is_better[task][metric],
-                    p_holm=holm(list(family.values()))[position],
+                    higher_is_better=higher,
+                    p_holm=holm(list(family.values()))[list(family).index(task)],
+                    margin=margin,
+                    verdict=None if margin is None else non_inferiority(low, high, margin, higher),
                 )
             )
+    return result
+
+
+def _differences(pairs: list[Pair], higher_is_better: dict[str, bool]) -> dict[str, tuple[Difference, bool]]:
+    filters = list(dict.fromkeys(teacher["filter"] for teacher, _ in pairs))
+    rows = {}
+    for name in filters:
+        of_filter = [pair for pair in pairs if pair[0]["filter"] == name]
+        for metric in of_filter[0][0]["metrics"]:
+            if metric in higher_is_better:
+                row = metric if len(filters) == 1 else f"{metric}.{name}"
+                rows[row] = _difference(metric, of_filter), higher_is_better[metric]
     return rows
 
 
@@ -187,33 +293,20 @@ def _difference(metric: str, pairs: list[Pair]) -> Difference:
     if metric in WEIGHTED:
         lengths = [length for _, length in teacher]
         return paired_aggregate([ll for ll, _ in teacher], [ll for ll, _ in student], lengths, WEIGHTED[metric])
+    if metric == "perplexity":  # of a single word or sentence each
+        return paired_aggregate(teacher, student, aggregate=perplexity)
     if set(teacher) | set(student) <= {0, 1}:
         return paired_proportions(teacher, student)
     return paired_aggregate(teacher, student)
 
 
-def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> SharedPrefixLM:
+def _pairs_of(task: LoadedTask, answers: dict[str, dict[str, list[Sample]]]) -> list[Pair]:
+    return pair_samples(answers["teacher"][task.name], answers["student"][task.name])
+
+
+def _language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, max_length: int
+) -> SharedPrefixLM:
     # lm-eval warns that a loaded model makes other arguments moot, and reports every step it takes.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return SharedPrefixLM(model, tokenizer, **settings)
-
-
-@contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    # Module by module: a student in training shares frozen modules, which are not, with the teacher.
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _write_samples(out_dir: Path, answers: dict[str, dict[str, list[Sample]]]) -> list[Path]:
-    paths = []
-    for name, by_task in answers.items():
-        for task, samples in by_task.items():
-            lines = [json.dumps(s, default=handle_non_serializable, ensure_ascii=False) + "\n" for s in samples]
-            paths.append(write_atomically(out_dir / f"samples_{task}_{name}.jsonl", "".join(lines)))
-    return paths
+    return SharedPrefixLM(model, tokenizer, name=name, max_length=max_length, batch_size=1)

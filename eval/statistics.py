@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +18,7 @@ from scipy import optimize, stats
 from pl_attnedit.errors import invalid
 
 CONFIDENCE = 0.95
+POWER = 0.8
 N_RESAMPLES = 9_999
 BATCH = 500  # resamples at a time, to bound the memory
 SEED = 0
@@ -24,11 +26,16 @@ SEED = 0
 Floats = NDArray[np.float64]
 # (sums of the values, sums of the weights) -> the metric; works elementwise.
 Aggregate = Callable[[Floats, Floats], Floats]
+Verdict = Literal["non-inferior", "inferior", "inconclusive"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """student - teacher over `n` paired samples; the interval has 95% confidence, the p-value is two-sided."""
+    """student - teacher over `n` paired samples; the interval has 95% confidence, the p-value is two-sided.
+
+    `mde` is the minimum detectable effect: the true difference that so many samples of this kind find with a power of
+    80% at the two-sided 5% level. None where the samples cannot tell: too few, or scores that never differ.
+    """
 
     n: int
     teacher: float
@@ -37,6 +44,20 @@ class Difference:
     ci_low: float
     ci_high: float
     p_value: float
+    mde: float | None = field(default=None, kw_only=True)
+
+
+def non_inferiority(low: float, high: float, margin: float, higher_is_better: bool) -> Verdict:
+    """Whether the student lost less than `margin`, given the 95% interval of student - teacher.
+
+    One-sided at 97.5%: "non-inferior" where the whole interval is better than a loss of `margin`, "inferior" where the
+    whole interval is worse.
+    """
+    if margin <= 0:
+        raise invalid("margin", margin, "must be positive, in the unit of the metric")
+    if not higher_is_better:
+        low, high = -high, -low
+    return "non-inferior" if low > -margin else "inferior" if high < -margin else "inconclusive"
 
 
 def paired_proportions(teacher: ArrayLike, student: ArrayLike) -> Difference:
@@ -51,7 +72,8 @@ def paired_proportions(teacher: ArrayLike, student: ArrayLike) -> Difference:
     gained, lost, n = int(((s == 1) & (t == 0)).sum()), int(((s == 0) & (t == 1)).sum()), len(t)
     low, high = tango_interval(gained, lost, n)
     p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return Difference(n, float(t.mean()), float(s.mean()), (gained - lost) / n, low, high, float(p))
+    mde = detectable_proportions(gained, lost, n)
+    return Difference(n, float(t.mean()), float(s.mean()), (gained - lost) / n, low, high, float(p), mde=mde)
 
 
 def tango_interval(gained: int, lost: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -74,6 +96,36 @@ def tango_interval(gained: int, lost: int, n: int, confidence: float = CONFIDENC
     low = optimize.brentq(lambda delta: score(delta) - z, -1.0, estimate) if estimate > -1 else -1.0
     high = optimize.brentq(lambda delta: score(delta) + z, estimate, 1.0) if estimate < 1 else 1.0
     return low, high
+
+
+def detectable_proportions(gained: int, lost: int, n: int, power: float = POWER) -> float | None:
+    """The difference of two accuracies that McNemar's exact test finds with this power; None if n finds none.
+
+    How often the models differ is taken from the sample, with half a pair added to each of the four cells (Agresti and
+    Min, Biostatistics 6, 2005), since models that never differed in n pairs may still do so; a difference needs at
+    least as many pairs that differ.
+    """
+    discordance = (gained + lost + 1) / (n + 2)
+
+    def missing(delta: float) -> float:
+        return mcnemar_power(delta, max(discordance, delta), n) - power
+
+    return float(optimize.brentq(missing, 1e-9, 1.0, xtol=1e-6)) if missing(1.0) >= 0 else None
+
+
+def mcnemar_power(delta: float, discordance: float, n: int) -> float:
+    """Power of McNemar's exact test at the two-sided 5% level for a true difference `delta` where two models differ on a
+    share `discordance` of n pairs."""
+    pairs = np.arange(1, n + 1)
+    weight = stats.binom.pmf(pairs, n, discordance)
+    pairs, weight = pairs[weight > 1e-12], weight[weight > 1e-12]
+    half = (1 - CONFIDENCE) / 2
+    # The test rejects where at most `critical` of the pairs that differ are of the rarer kind.
+    critical = stats.binom.ppf(half, pairs, 0.5)
+    critical -= stats.binom.cdf(critical, pairs, 0.5) > half
+    worse = (1 + delta / discordance) / 2
+    rejected = stats.binom.cdf(critical, pairs, worse) + stats.binom.sf(pairs - critical - 1, pairs, worse)
+    return float((weight * rejected).sum())
 
 
 def paired_aggregate(
@@ -106,7 +158,8 @@ def paired_aggregate(
         return Difference(*values, 0.0, 0.0, 1.0)
     if len(t) < 2:
         raise invalid("samples", len(t), "an interval needs at least 2 documents")
-    low, high = _studentised_interval(t, s, w, difference, seed)
+    low, high, error = _studentised_interval(t, s, w, difference, seed)
+    mde = error * float(stats.t.ppf([(1 + CONFIDENCE) / 2, POWER], len(t) - 1).sum()) or None
     p = stats.permutation_test(
         (t, s),
         lambda t, s, axis: difference(t.sum(axis), s.sum(axis), total),
@@ -116,13 +169,14 @@ def paired_aggregate(
         batch=BATCH,
         rng=seed,
     ).pvalue
-    return Difference(*values, low, high, float(p))
+    return Difference(*values, low, high, float(p), mde=mde)
 
 
 def _studentised_interval(
     t: Floats, s: Floats, w: Floats, difference: Callable[[Floats, Floats, Floats], Floats], seed: int
-) -> tuple[float, float]:
-    """Bootstrap-t interval whose standard errors are jackknife estimates; Student's t below five documents."""
+) -> tuple[float, float, float]:
+    """Bootstrap-t interval whose standard errors are jackknife estimates; Student's t below five documents. Also the
+    standard error of the difference."""
     n = len(t)
 
     def estimate(index_RN: NDArray[np.intp]) -> tuple[Floats, Floats]:
@@ -134,7 +188,7 @@ def _studentised_interval(
 
     point, error = estimate(np.arange(n))
     if error <= 1e-12 * abs(point):  # all documents differ by the same amount
-        return float(point), float(point)
+        return float(point), float(point), 0.0
     if n < 5:  # too few different resamples
         quantiles = stats.t.ppf([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], n - 1)
     else:
@@ -145,7 +199,7 @@ def _studentised_interval(
             usable = spread > 1e-9 * error  # not n times the same document
             deviations.append((centre[usable] - point) / spread[usable])
         quantiles = np.quantile(np.concatenate(deviations), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(point - quantiles[1] * error), float(point - quantiles[0] * error)
+    return float(point - quantiles[1] * error), float(point - quantiles[0] * error), float(error)
 
 
 def perplexity(log_likelihood: Floats, length: Floats) -> Floats:

@@ -1,10 +1,12 @@
-"""Evaluation tasks made from any local text, in lm-eval's own format, so that they need no network.
+"""Evaluation tasks made from any local text or question file, in lm-eval's own format, so that they need no network.
 
 `build_offline_tasks` writes a folder that `evaluate_pair` (or ``lm_eval --include_path FOLDER``) reads. It holds
 
 - ``heldout_perplexity``: passages of the documents, for rolling perplexity;
 - ``heldout_cloze``: a context, its true continuation, and three other continuations from elsewhere in the same
   document. Topic and vocabulary do not give the answer away: the context has to be read.
+
+`build_bigbench_tasks` adds one task for each file of questions with choices.
 """
 
 from __future__ import annotations
@@ -75,8 +77,7 @@ def build_offline_tasks(
     passages = [[{"text": passage} for passage in _passages(text, document_chars)] for text in texts]
     questions = [_questions(text, context_chars, continuation_chars, rng) for text in texts]
     folder = Path(folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_task(
+    write_task(
         folder,
         PERPLEXITY_TASK,
         _choose(PERPLEXITY_TASK, passages, n_documents, rng),
@@ -85,7 +86,7 @@ def build_offline_tasks(
         doc_to_target="text",
         metric_list=[{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
     )
-    _write_task(
+    write_task(
         folder,
         CLOZE_TASK,
         _choose(CLOZE_TASK, questions, n_cloze, rng),
@@ -96,6 +97,66 @@ def build_offline_tasks(
         metric_list=[{"metric": name} for name in ("acc", "acc_norm")],
     )
     return folder
+
+
+def build_bigbench_tasks(
+    source: str | Path | Sequence[str | Path], folder: str | Path, limit: int | None = None
+) -> list[str]:
+    """Write a multiple-choice task ``bigbench_NAME`` for each file NAME.jsonl and return the tasks' names.
+
+    Args:
+        source: a folder with .jsonl files, or files; each line an object with `question` (may be empty), `choices` and
+            `answer` (the index of the right choice), as in BIG-bench's multiple-choice tasks.
+        limit: questions of a task, at most; they are spread evenly over its file.
+
+    Raises:
+        UserError: no such file, or a line that is no question.
+    """
+    names = []
+    for file in _question_files(source):
+        questions = [
+            _question(file, number, line) for number, line in enumerate(file.read_text("utf-8").splitlines(), 1)
+        ]
+        if len(questions) < MIN_SAMPLES:
+            raise invalid("bigbench", str(file), f"has fewer than {MIN_SAMPLES} questions")
+        count = min(limit or len(questions), len(questions))
+        names.append("bigbench_" + re.sub(r"\W+", "_", file.stem))
+        write_task(
+            Path(folder),
+            names[-1],
+            [questions[i * len(questions) // count] for i in range(count)],
+            output_type="multiple_choice",
+            doc_to_text="{% if question|trim %}Question: {{question|trim}}\nAnswer:{% endif %}",
+            doc_to_target="answer",
+            doc_to_choice="choices",
+            metric_list=[{"metric": name} for name in ("acc", "acc_norm")],
+        )
+    return names
+
+
+def _question_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in map(Path, [source] if isinstance(source, str | Path) else source):
+        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.is_file() else []
+        if not found:
+            raise invalid("bigbench", str(path), "must be a .jsonl file or a folder with such files")
+        files += found
+    return files
+
+
+def _question(file: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        question, choices, answer = str(row["question"]), [str(choice) for choice in row["choices"]], int(row["answer"])
+        if len(choices) > 1 and 0 <= answer < len(choices):
+            return {"question": question, "choices": choices, "answer": answer}
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise invalid(
+        "bigbench",
+        f"{file}:{number}",
+        "each line must be an object with question, at least 2 choices, and answer, an index",
+    )
 
 
 def _passages(text: str, length: int) -> list[str]:
@@ -164,7 +225,10 @@ def _choose(task: str, per_document: list[list[T]], count: int, rng: random.Rand
     return chosen
 
 
-def _write_task(folder: Path, task: str, samples: Sequence[Any], **settings: Any) -> None:
+def write_task(folder: Path, task: str, samples: Sequence[Any], **settings: Any) -> None:
+    """Write `folder`/`task`.yaml in lm-eval's format and its samples beside it."""
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{task}.jsonl"
     data.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
     config = {

@@ -228,6 +228,8 @@ class Conversion:
             task_folder=out / "tasks",
             max_length=self.data.seq_len,  # type: ignore[attr-defined]
             out_dir=out,
+            teacher_fingerprint=teacher_fingerprint(resolve_teacher(self.recipe.teacher)),
+            student_fingerprint=teacher_fingerprint(self.folder.path / "student"),
         )
         tokens = self.recipe.evaluation.continuation_tokens
         texts = greedy_continuations(teacher, student, tokenizer, max_new_tokens=tokens) if tokens else None

@@ -2,85 +2,128 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pl_attnedit.data import TextDataModule
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.formatting import points_or_value, value_of
-from pl_attnedit.eval.harness import EvaluationResult, evaluate_pair
-from pl_attnedit.eval.records import log_evaluation
-from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
-from pl_attnedit.teachers.source import load_teacher
+
+if TYPE_CHECKING:  # it imports lm-eval, which takes seconds
+    from pl_attnedit.eval.harness import EvaluationResult
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="pl-attnedit eval", description="Evaluate a converted model against its teacher.")
     parser.add_argument("student", help="folder of a converted model, e.g. runs/quickstart/student")
     parser.add_argument("--teacher", required=True, help="hub name, folder, GGUF file or package:NAME")
+    parser.add_argument(
+        "--suite", help="quick, offline, paper, or a YAML file; default: perplexity and cloze of --text"
+    )
     parser.add_argument("--text", default="builtin:", help="text whose held-out documents make the tasks")
-    parser.add_argument("--tasks", nargs="+", help="tasks in --task-folder instead of those made from --text")
+    parser.add_argument(
+        "--bigbench", nargs="+", help="folder or .jsonl files with BIG-bench's questions (suite offline)"
+    )
+    parser.add_argument("--tasks", nargs="+", help="instead of a suite: tasks in --task-folder or of lm-eval's library")
     parser.add_argument("--task-folder", help="folder with lm-eval task YAMLs")
     parser.add_argument("--documents", type=int, default=8, help="held-out passages for perplexity (default 8)")
     parser.add_argument("--cloze", type=int, default=48, help="cloze questions (default 48)")
     parser.add_argument("--seq-len", type=int, default=512, help="longest window in tokens (default 512)")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", default="auto", help="a number, or auto (default): as large as memory allows")
     parser.add_argument("--limit", type=int, help="only the first samples of each task")
+    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
     parser.add_argument("--out", help="folder for results.json and the samples (default: eval beside the student)")
-    parser.add_argument("--log-to", help="MLflow run id of the conversion that the result belongs to")
+    parser.add_argument("--log-to", help="MLflow run id of the conversion, or of an evaluation that has begun")
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     options = parser.parse_args(list(arguments))
+    options.out = Path(options.out or Path(options.student).parent / "eval")
+    if options.batch_size.isdigit():
+        options.batch_size = int(options.batch_size)
+    if options.suite and (options.tasks or options.task_folder):
+        raise invalid("--suite", options.suite, "names the tasks itself; leave --tasks and --task-folder out")
+    if options.task_folder and not options.tasks:
+        raise invalid("--task-folder", options.task_folder, "needs --tasks")
+    result = _by_suite(options) if options.suite else _by_tasks(options)
+    if options.log_to:
+        _log(result, options.log_to, options.tracking_uri, options.out)
+    print(_table(result))
+    print(f"{options.out}/results.json")
+    return 0
 
+
+def _by_suite(options: Namespace) -> EvaluationResult:
+    from pl_attnedit.eval.suites import load_suite
+
+    suite = load_suite(options.suite)
+    from pl_attnedit.eval.evaluate import evaluate_suite
+
+    return evaluate_suite(
+        suite,
+        options.student,
+        options.teacher,
+        out_dir=options.out,
+        text=options.text,
+        bigbench=options.bigbench,
+        device=options.device,
+        batch_size=options.batch_size,
+    )
+
+
+def _by_tasks(options: Namespace) -> EvaluationResult:
     from pl_attnedit import load
+    from pl_attnedit.data import TextDataModule
+    from pl_attnedit.eval.harness import evaluate_pair
+    from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
+    from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 
     student = load(options.student)
     teacher, tokenizer = load_teacher(options.teacher, dtype=student.dtype)
-    out = Path(options.out or Path(options.student).parent / "eval")
-    if (options.tasks is None) != (options.task_folder is None):
-        raise invalid("--tasks", options.tasks, "needs --task-folder, and the reverse")
+    folder: str | Path | None = options.task_folder
     if options.tasks is None:
         data = TextDataModule(options.teacher, options.text, seq_len=options.seq_len)
         data.setup("validate")
-        folder: str | Path = build_offline_tasks(
-            data.held_out_texts(), out / "tasks", n_documents=options.documents, n_cloze=options.cloze
+        folder = build_offline_tasks(
+            data.held_out_texts(), options.out / "tasks", n_documents=options.documents, n_cloze=options.cloze
         )
-        tasks: Sequence[str] = OFFLINE_TASKS
-    else:
-        folder, tasks = options.task_folder, options.tasks
-    result = evaluate_pair(
-        teacher,
-        student,
+    return evaluate_pair(
+        teacher.to(options.device),
+        student.to(options.device),
         tokenizer,
-        tasks,
+        options.tasks or OFFLINE_TASKS,
         task_folder=folder,
         max_length=options.seq_len,
         batch_size=options.batch_size,
         limit=options.limit,
-        out_dir=out,
+        out_dir=options.out,
+        teacher_fingerprint=teacher_fingerprint(resolve_teacher(options.teacher)),
+        student_fingerprint=teacher_fingerprint(options.student),
     )
-    if options.log_to:
-        _log(result, options.log_to, options.tracking_uri, out)
-    print(_table(result))
-    print(f"{out}/results.json")
-    return 0
 
 
-def _log(result: EvaluationResult, parent: str, tracking_uri: str | None, out: Path) -> None:
+def _log(result: EvaluationResult, run_id: str, tracking_uri: str | None, out: Path) -> None:
+    from pl_attnedit.eval.records import log_evaluation
     from pl_attnedit.tracking import TrackedRun, connect
+    from pl_attnedit.tracking.client import KIND_TAG
     from pl_attnedit.tracking.conversion import start_child
 
-    child = start_child(parent, "evaluation", client=connect(tracking_uri), status="RUNNING")
-    with TrackedRun(child, out / ".mlflow", tracking_uri=tracking_uri) as run:
+    client = connect(tracking_uri)
+    if client.get_run(run_id).data.tags.get(KIND_TAG) != "evaluation":
+        run_id = start_child(run_id, "evaluation", client=client, status="RUNNING")
+    with TrackedRun(run_id, out / ".mlflow", tracking_uri=tracking_uri) as run:
         log_evaluation(result, run)
 
 
 def _table(result: EvaluationResult) -> str:
-    rows = [("task", "metric", "n", "teacher", "student", "student - teacher [95% interval]", "p (Holm)")]
+    from pl_attnedit.eval.formatting import NONE, points_or_value, significant, value_of
+
+    rows = [("task", "metric", "n", "teacher", "student", "student - teacher [95% interval]", "p (Holm)", "verdict")]
     for row in result.tasks:
         low, high = points_or_value(row.metric, row.ci_low), points_or_value(row.metric, row.ci_high)
         difference = f"{points_or_value(row.metric, row.difference)} [{low}, {high}]"
         values = (value_of(row.metric, row.teacher), value_of(row.metric, row.student))
-        rows.append((row.task, row.metric, str(row.n), *values, difference, f"{row.p_holm:.3g}"))
+        rows.append((row.task, row.metric, str(row.n), *values, difference, f"{row.p_holm:.3g}", row.verdict or NONE))
+    for row in result.further.get("by_position", []):
+        name, where = ("KL to the teacher", f"tokens {row['start']}-{row['end'] - 1}")
+        rows.append((name, where, str(row["n"]), NONE, significant(row["kl"]), NONE, NONE, NONE))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

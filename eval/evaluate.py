@@ -1,0 +1,197 @@
+"""The evaluation of a saved student by a suite: tasks, positions in context, retrieval, speed and memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.errors import invalid
+from pl_attnedit.eval.answers import TaskRequest, answers_folder, evaluation_mode, kept
+from pl_attnedit.eval.by_position import by_position, packed_sequences
+from pl_attnedit.eval.files import write_atomically
+from pl_attnedit.eval.harness import AnsweredPair, EvaluationResult, answer_both, compare_samples, model_context
+from pl_attnedit.eval.retrieval import build_retrieval_tasks
+from pl_attnedit.eval.suites import Efficiency, Suite
+from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks
+from pl_attnedit.modeling import load
+from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
+
+SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none
+Rows = list[dict[str, Any]]
+Files = str | Path | Sequence[str | Path]
+
+
+def evaluate_suite(
+    suite: Suite,
+    student: str | Path,
+    teacher: str,
+    *,
+    out_dir: str | Path,
+    text: str = "builtin:",
+    bigbench: Files | None = None,
+    device: str = "cpu",
+    batch_size: int | str = "auto",
+) -> EvaluationResult:
+    """Evaluate a saved student against its teacher. An evaluation that was interrupted goes on in the same `out_dir`.
+
+    Args:
+        student: folder of a converted model.
+        teacher: hub name, folder, GGUF file or package:NAME.
+        out_dir: receives results.json, the tasks, and one jsonl per task and model with every sample.
+        text: whose held-out documents make the tasks; a conversion on the same text has not seen them.
+        bigbench: files, or their folder, for a suite with `bigbench`.
+        device: torch device.
+        batch_size: see `answer_both`.
+
+    Raises:
+        UserError: something that the suite needs is missing.
+    """
+    if suite.bigbench and bigbench is None:
+        raise invalid("--bigbench", None, f"suite {suite.name} needs BIG-bench's questions: a folder or .jsonl files")
+    out = Path(out_dir)
+    pair = _Pair(suite, student, teacher, device)
+    data = TextDataModule(teacher, text, seq_len=min(SHORTEST_CONTEXT, pair.max_length))
+    data.setup("validate")
+    texts = data.held_out_texts()
+    # what can be missing is noticed before the models have answered for hours
+    requests = build_tasks(suite, texts, pair.tokenizer, out / "tasks", pair.max_length, bigbench)
+    tokens = pair.sequences(texts)
+    found = pair.answer(requests, out, batch_size)
+    further: dict[str, Rows] = {}
+    if tokens is not None:
+        further["by_position"] = pair.by_position(tokens, out / ".answers")
+    if suite.retrieval:
+        further["retrieval"] = retrieval_rows(found, suite.retrieval.tasks)
+    if suite.efficiency:
+        further |= pair.efficiency(suite.efficiency)
+    result = EvaluationResult(
+        compare_samples(found.pairs, found.higher_is_better, suite.margins),
+        found.samples,
+        {**found.settings, "text": text},
+        {"name": suite.name, "version": suite.version},
+        further,
+    )
+    write_atomically(out / "results.json", result.to_json())
+    return result
+
+
+class _Pair:
+    """Teacher and student of an evaluation, loaded, with what identifies them."""
+
+    def __init__(self, suite: Suite, student: str | Path, teacher: str, device: str) -> None:
+        self.suite = suite
+        of_student = load(student)
+        of_teacher, self.tokenizer = load_teacher(teacher, dtype=of_student.dtype)
+        self.models: tuple[PreTrainedModel, PreTrainedModel] = of_teacher.to(device), of_student.to(device)
+        self.teacher_print = teacher_fingerprint(resolve_teacher(teacher))
+        self.student_print = teacher_fingerprint(student)
+        context = model_context(of_teacher, suite.max_length or SHORTEST_CONTEXT)
+        self.max_length = suite.max_length or context
+        if self.max_length > context:
+            raise invalid("max_length", self.max_length, f"must be at most the teacher's context of {context} tokens")
+
+    def answer(self, requests: Sequence[TaskRequest], out: Path, batch_size: int | str) -> AnsweredPair:
+        return answer_both(
+            *self.models,
+            self.tokenizer,
+            requests,
+            max_length=self.max_length,
+            batch_size=batch_size,
+            out_dir=out,
+            teacher_fingerprint=self.teacher_print,
+            student_fingerprint=self.student_print,
+        )
+
+    def sequences(self, texts: Sequence[str]) -> torch.Tensor | None:
+        """The text of `by_position`, (sequences, context)."""
+        options = self.suite.by_position
+        if options is None:
+            return None
+        context = min(options.context or self.max_length, self.max_length)
+        return packed_sequences(texts, self.tokenizer, options.sequences, context)
+
+    def by_position(self, tokens_NT: torch.Tensor, folder: Path) -> Rows:
+        dtype = str(self.models[1].dtype).removeprefix("torch.")
+        teacher = f"hidden-{self.teacher_print[:32]}-{dtype}"
+        text = hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest()
+        key = {"by_position": list(tokens_NT.shape), "text": text, "teacher": teacher, "student": self.student_print}
+
+        def measure() -> dict[str, Any]:
+            with evaluation_mode(*self.models):
+                return {"rows": by_position(*self.models, tokens_NT, teacher_kept_in=answers_folder() / teacher)}
+
+        return kept(folder, key, measure)[0]["rows"]
+
+    def efficiency(self, options: Efficiency) -> dict[str, Rows]:
+        """Never kept: speed is of the machine as it is now."""
+        from pl_attnedit.eval.efficiency import largest_batch, measure_efficiency
+
+        sizes = asdict(options)
+        budget = sizes.pop("budget_gb")
+        with evaluation_mode(*self.models):
+            found = {"efficiency": measure_efficiency(*self.models, **sizes)}
+            if budget is not None:
+                found["largest_batch"] = [
+                    {"model": name, **largest_batch(model, context, round(budget * 1e9))}
+                    for name, model in zip(("teacher", "student"), self.models)
+                    for context in options.contexts
+                ]
+        return found
+
+
+def build_tasks(
+    suite: Suite,
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    max_length: int,
+    bigbench: Files | None = None,
+) -> list[TaskRequest]:
+    """Write the suite's own tasks into `folder`; returns the requests for these and for lm-eval's library."""
+    names: list[str] = []
+    if options := suite.text:
+        sizes = {"n_documents": options.documents, "document_chars": options.document_chars, "n_cloze": options.cloze}
+        build_offline_tasks(texts, folder, **sizes)
+        names += OFFLINE_TASKS
+    if suite.bigbench and bigbench is not None:
+        names += build_bigbench_tasks(bigbench, folder, suite.bigbench.limit)
+    if suite.retrieval:
+        sizes = asdict(suite.retrieval)
+        sizes["contexts"] = sizes["contexts"] or _doublings(max_length)
+        if not sizes["contexts"] or max(sizes["contexts"]) > max_length:
+            raise invalid("retrieval.contexts", sizes["contexts"], f"must be numbers up to {max_length} tokens")
+        build_retrieval_tasks(texts, tokenizer, folder, **sizes)
+        names += suite.retrieval.tasks
+    library = [TaskRequest(each.task, None, each.num_fewshot, each.limit) for each in suite.library]
+    return [*(TaskRequest(name, folder) for name in names), *library]
+
+
+def _doublings(longest: int) -> list[int]:
+    contexts, context = [], SHORTEST_CONTEXT
+    while context <= longest:
+        contexts.append(context)
+        context *= 2
+    return contexts
+
+
+def retrieval_rows(found: AnsweredPair, tasks: Sequence[str]) -> Rows:
+    """Both models' accuracy for each task, context and depth."""
+    rows = []
+    for task in tasks:
+        metric = found.pairs[task][0][0]["metrics"][0]
+        cells: dict[tuple[int, float | None], list[tuple[float, float]]] = {}
+        for teacher, student in found.pairs[task]:
+            place = teacher["doc"]["context"], teacher["doc"]["depth"]
+            cells.setdefault(place, []).append((teacher[metric], student[metric]))
+        for (context, depth), values in cells.items():
+            of_teacher, of_student = (sum(side) / len(values) for side in zip(*values))
+            row = {"task": task, "context": context, "depth": depth, "n": len(values)}
+            rows.append({**row, "teacher": of_teacher, "student": of_student})
+    return rows
