@@ -101,6 +101,7 @@ class Job:
 
     subject: Subject
     suite: str
+    options: Sequence[str]
     run_id: str
     folder: Path
     tracking_uri: str
@@ -116,7 +117,7 @@ def evaluate_in_process(job: Job) -> None:
     """
     command = [sys.executable, "-m", "pl_attnedit.cli", "eval", str(job.subject.path), "--teacher", job.subject.teacher]
     command += ["--suite", job.suite, "--out", str(job.folder), "--log-to", job.run_id]
-    command += ["--tracking-uri", job.tracking_uri]
+    command += ["--tracking-uri", job.tracking_uri, *job.options]
     working_folder = job.subject.run.data.tags.get(WORKING_FOLDER_TAG, ".")
     with (job.folder / LOG_FILE).open("wb") as log:
         process = subprocess.Popen(
@@ -165,6 +166,7 @@ class Schedule:
         tracking_uri, experiment: where they are.
         retry: seconds after which a failed evaluation is tried again; doubled with each further failure, up to a week.
         timeout: seconds after which an evaluation is ended as failed.
+        options: further ones of `pl-attnedit eval`, such as its device; paths in them absolute.
         evaluate: does an evaluation and logs it.
     """
 
@@ -176,6 +178,7 @@ class Schedule:
     experiment: str = EXPERIMENT
     retry: float = 3600.0
     timeout: float = 86400.0
+    options: Sequence[str] = ()
     evaluate: Callable[[Job], None] = evaluate_in_process
 
     def watch(self, every: float) -> None:
@@ -271,7 +274,8 @@ class Schedule:
             try:
                 check_fingerprint(subject)
                 begin = time.monotonic()
-                self.evaluate(Job(subject, self.suite, run_id, folder, self.tracking_uri, self.timeout, lock))
+                options = (self.suite, self.options, run_id, folder, self.tracking_uri, self.timeout, lock)
+                self.evaluate(Job(subject, *options))
             except EvaluationFailed as error:
                 return self._fail(client, subject, run_id, error)
             except BaseException:  # a signal: the next round goes on

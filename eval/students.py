@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from pl_attnedit.callbacks import check_checkpoint
 from pl_attnedit.distillation import STAGES
 from pl_attnedit.modeling import edited_attention, load
+from pl_attnedit.teachers.source import file_sha256, teacher_fingerprint
 
 
 def load_student(path: str | Path) -> PreTrainedModel:
@@ -39,3 +40,9 @@ def load_student(path: str | Path) -> PreTrainedModel:
     for attention in edited_attention(student).values():
         attention.to(student.dtype)
     return student.eval()
+
+
+def student_fingerprint(path: str | Path) -> str:
+    """Hex SHA-256 that identifies what `load_student` loads from there; of a checkpoint, the file's own."""
+    path = Path(path)
+    return file_sha256(path) if path.suffix == ".ckpt" else teacher_fingerprint(path)

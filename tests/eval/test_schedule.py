@@ -19,7 +19,7 @@ from pl_attnedit.eval.records import CHECKPOINT_TAG
 from pl_attnedit.eval.schedule import FOLDER_TAG, LOCK_FILE, SCHEDULED_TAG, EvaluationFailed, Job
 from pl_attnedit.interruption import Interrupted
 from pl_attnedit.tracking import connect, start_child
-from pl_attnedit.tracking.client import CHECKPOINTS_TAG, STUDENT_FINGERPRINT_TAG, STUDENT_TAG
+from pl_attnedit.tracking.client import CHECKPOINTS_TAG, STUDENT_FINGERPRINT_TAG, STUDENT_TAG, WORKING_FOLDER_TAG
 
 Make = Callable[..., Store]
 
@@ -254,3 +254,92 @@ def test_a_server_that_is_away_and_a_broken_report_end_one_round(
     store.schedule().watch(60)
     assert capsys.readouterr().err.count("KeyError: 'tasks'") == 3
     assert store.statuses() == ["FINISHED"]
+
+
+@pytest.fixture
+def interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`interpreter(script)`: the shell script that evaluations run as instead of Python."""
+
+    def install(script: str) -> None:
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(scheduling.sys, "executable", str(path))
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("echo 'a warning' >&2; echo 'pl-attnedit eval: error: path: is broken' >&2; exit 2", "path: is broken"),
+        ("echo 'Traceback ...'; echo 'RuntimeError: no memory' >&2; exit 1", "RuntimeError: no memory"),
+        ("kill -SEGV $$", "killed by SIGSEGV; see "),
+        ("exit 3", "status 3 without a word"),
+        ("exec sleep 60", "took longer than 0 s"),
+    ],
+)
+def test_however_an_evaluation_dies_the_watcher_lives(
+    script: str, error: str, make_store: Make, interpreter: Callable[[str], None]
+) -> None:
+    store = make_store(1)
+    interpreter(script)
+    timeout = 0.1 if "sleep" in script else 30.0
+    assert store.schedule(scheduling.evaluate_in_process, timeout=timeout).round() == 1
+    [run] = store.evaluations()
+    assert run.info.status == "FAILED"
+    assert run.data.tags["error"].startswith(error)
+
+
+def test_an_evaluation_that_outlives_its_watcher_keeps_the_lock(
+    make_store: Make, interpreter: Callable[[str], None]
+) -> None:
+    store = make_store(1)
+    interpreter(
+        f'pwd > {store.folder}/begun; echo "$@" >> {store.folder}/begun; while [ -f {store.folder}/begun ]; do sleep 0.02; done'
+    )
+    connect(store.database).set_tag(store.runs[0], WORKING_FOLDER_TAG, str(store.folder / "runs"))
+    schedule = store.schedule(scheduling.evaluate_in_process, options=["--device", "cuda"])
+    process = store.start(schedule.round)
+    begun = store.folder / "begun"
+    wait_for(process, lambda: begun.exists() and begun.read_text().count("\n") == 2)
+    os.kill(process.pid, signal.SIGKILL)
+    assert end(process) == -signal.SIGKILL
+    [run] = store.evaluations()
+    folder = Path(run.data.tags[FOLDER_TAG])
+    student = store.folder / "runs" / "conversion00" / "student"
+    working_folder, arguments = begun.read_text().splitlines()
+    assert working_folder == str(store.folder / "runs")
+    assert arguments == (
+        f"-m pl_attnedit.cli eval {student} --teacher t --suite quick --out {folder} --log-to {run.info.run_id} "
+        f"--tracking-uri {store.database} --device cuda"
+    )
+    assert store.schedule().round() == 0
+    assert store.statuses() == ["RUNNING"]
+    begun.unlink()
+    deadline = time.monotonic() + 30
+    while (lock := claim(folder / LOCK_FILE)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    lock.close()
+    assert store.schedule().round() == 0
+    assert [(r.info.run_id, r.info.status) for r in store.evaluations()] == [(run.info.run_id, "FINISHED")]
+
+
+def test_sigterm_ends_the_process_that_evaluates(make_store: Make, interpreter: Callable[[str], None]) -> None:
+    store = make_store(1)
+    interpreter(
+        f"trap 'touch {store.folder}/told; exit 143' TERM; touch {store.folder}/begun; while :; do sleep 0.02; done"
+    )
+    process = store.start(lambda: store.schedule(scheduling.evaluate_in_process).watch(3600))
+    wait_for(process, (store.folder / "begun").exists)
+    os.kill(process.pid, signal.SIGTERM)
+    assert end(process) == 128 + signal.SIGTERM, store.output()
+    assert (store.folder / "told").exists()
+    assert store.statuses() == ["KILLED"]
+
+
+def test_paths_mean_the_same_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert scheduling.absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
+    assert scheduling.absolute_uri("http://server:5000") == "http://server:5000"
