@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
@@ -27,7 +27,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from sqlalchemy.engine import make_url
 
-from pl_attnedit.errors import UserError
+from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.formatting import duration
 from pl_attnedit.eval.locks import claim, process_name
 from pl_attnedit.eval.records import CHECKPOINT_TAG, Conversion, find_conversions, find_evaluations, find_fits
@@ -91,7 +91,8 @@ class Subject:
         statuses = [run.info.status for run in self.evaluations]
         if "FINISHED" in statuses:
             return None
-        ends = [run.info.end_time / 1000 for run in self.evaluations if run.info.status == "FAILED"]
+        failed = [run.info for run in self.evaluations if run.info.status == "FAILED"]
+        ends = [(info.end_time or info.start_time) / 1000 for info in failed]
         return max(ends) + min(first * 2 ** (len(ends) - 1), LONGEST_WAIT) - time.time() if ends else 0.0
 
 
@@ -205,6 +206,8 @@ class Schedule:
         Raises:
             UserError, UNREACHABLE: MLflow is not there, or has no such runs. What was done so far stays.
         """
+        if not os.access(self.out.absolute().parent, os.W_OK):  # noticed before hours of work
+            raise invalid("report", str(self.out), "its folder must be one that can be written to")
         trainings = find_conversions(self.runs, self.tracking_uri, self.experiment)
         if self.runs is None:
             trainings += find_fits(self.tracking_uri, self.experiment)
@@ -221,9 +224,15 @@ class Schedule:
         # Those whose evaluation was cut short come last: it may be they that take the watcher down.
         for subject in sorted(due, key=lambda subject: subject.unfinished is not None):
             if subject.unfinished or time.monotonic() - written > REPORT_SECONDS:
-                self._write_report()
+                with suppress(Exception):  # what is wrong with it is said at the end of the round
+                    self._write_report()
                 written = time.monotonic()
-            failed += not self._attempt(subject)
+            try:
+                failed += not self._attempt(subject)
+            except UNREACHABLE as error:
+                connect(self.tracking_uri)  # MLflow away ends the round, MLflow's trouble with one run does not
+                say(f"{subject.name}: {first_line(error)}")
+                failed += 1
         self._write_report()
         return failed
 
@@ -251,38 +260,43 @@ class Schedule:
         client = connect(self.tracking_uri)
         folder = subject.path.parent / "eval" / "-".join(self.version.values())
         folder /= f"{subject.path.stem}-{subject.run.info.run_id[:8]}"
+        if not subject.path.exists():
+            if (run := subject.unfinished) and host_of(run.data.tags[SCHEDULED_TAG]) != host_of(process_name()):
+                say(f"{subject.name}: is not here; {run.data.tags[SCHEDULED_TAG]} has begun to evaluate it")
+                return True
+            return self._fail(client, subject, folder, f"there is no {subject.path}")
         try:
-            if not subject.path.exists():
-                if (run := subject.unfinished) and host_of(run.data.tags[SCHEDULED_TAG]) != host_of(process_name()):
-                    say(f"{subject.name}: is not here; {run.data.tags[SCHEDULED_TAG]} has begun to evaluate it")
-                    return True
-                raise EvaluationFailed(f"there is no {subject.path}")
             folder.mkdir(parents=True, exist_ok=True)
             lock = claim(folder / LOCK_FILE)
-        except (EvaluationFailed, OSError) as error:
-            return self._fail(client, subject, self._open(client, subject, folder), error)
+        except OSError as error:
+            return self._fail(client, subject, folder, first_line(error))
         if lock is None:
             say(f"{subject.name}: another process evaluates it")
             return True
         with lock:
+            return self._attempt_locked(client, subject, folder, lock)
+
+    def _attempt_locked(self, client: MlflowClient, subject: Subject, folder: Path, lock: IO[str]) -> bool:
+        try:
             deliver_pending(folder / SPOOL_FOLDER, tracking_uri=self.tracking_uri)
-            found = find_evaluations(client, subject.run)
-            subject = replace(subject, evaluations=[run for run in found if self._is_ours(run, subject.checkpoint)])
-            if (wait := subject.wait(self.retry)) is None or wait > 0:
-                return True  # another process has tried it since the round began
-            run_id = self._open(client, subject, folder)
-            try:
-                check_fingerprint(subject)
-                begin = time.monotonic()
-                options = (self.suite, self.options, run_id, folder, self.tracking_uri, self.timeout, lock)
-                self.evaluate(Job(subject, *options))
-            except EvaluationFailed as error:
-                return self._fail(client, subject, run_id, error)
-            except BaseException:  # a signal: the next round goes on
-                with suppress(*UNREACHABLE):
-                    client.set_terminated(run_id, "KILLED")
-                raise
-            arrived = client.get_run(run_id).info.status == "FINISHED"
+        except UserError as error:
+            return self._fail(client, subject, folder, first_line(error))
+        found = find_evaluations(client, subject.run)  # others may have tried it since the round began
+        subject = replace(subject, evaluations=[run for run in found if self._is_ours(run, subject.checkpoint)])
+        if (wait := subject.wait(self.retry)) is None or wait > 0:
+            return True
+        begin, run_id = time.monotonic(), self._open(client, subject, folder)
+        try:
+            check_fingerprint(subject)
+            job = Job(subject, self.suite, self.options, run_id, folder, self.tracking_uri, self.timeout, lock)
+            self.evaluate(job)
+        except EvaluationFailed as error:
+            return self._fail(client, subject, folder, first_line(error), run_id)
+        except BaseException:  # a signal: the next round goes on
+            with suppress(*UNREACHABLE):
+                client.set_terminated(run_id, "KILLED")
+            raise
+        arrived = client.get_run(run_id).info.status == "FINISHED"
         took = duration(time.monotonic() - begin)
         say(f"{subject.name}: evaluated in {took}" + ("" if arrived else "; MLflow gets the rest in the next round"))
         return True
@@ -298,12 +312,15 @@ class Schedule:
             tags[CHECKPOINT_TAG] = subject.checkpoint
         return start_child(subject.run.info.run_id, "evaluation", client=client, status="RUNNING", tags=tags)
 
-    def _fail(self, client: MlflowClient, subject: Subject, run_id: str, error: Exception) -> bool:
-        client.set_tag(run_id, ERROR_TAG, first_line(error))
+    def _fail(
+        self, client: MlflowClient, subject: Subject, folder: Path, error: str, run_id: str | None = None
+    ) -> bool:
+        run_id = run_id or self._open(client, subject, folder)
+        client.set_tag(run_id, ERROR_TAG, error)
         client.set_terminated(run_id, "FAILED")
         failures = sum(run.info.status == "FAILED" for run in subject.evaluations)
         wait = duration(min(self.retry * 2**failures, LONGEST_WAIT))
-        say(f"{subject.name}: failed: {first_line(error)}; tried again after {wait}")
+        say(f"{subject.name}: failed: {error}; tried again after {wait}")
         return False
 
     def _end_abandoned(self, trainings: Sequence[Conversion], subjects: Sequence[Subject]) -> None:
@@ -315,8 +332,8 @@ class Schedule:
             scheduled = SCHEDULED_TAG in run.data.tags and self.version["suite"] == run.data.tags.get("suite")
             if not scheduled or run.info.status != "RUNNING" or run.info.run_id in current or not folder.is_dir():
                 continue
-            if (lock := claim(folder / LOCK_FILE)) is not None:
-                with lock:
+            with suppress(OSError, UserError), claim(folder / LOCK_FILE) or nullcontext() as lock:
+                if lock is not None:
                     deliver_pending(folder / SPOOL_FOLDER, tracking_uri=self.tracking_uri)
                     if client.get_run(run.info.run_id).info.status == "RUNNING":
                         client.set_terminated(run.info.run_id, "KILLED")

@@ -31,7 +31,8 @@ def log_environment(
     """Log what is needed to repeat a run.
 
     Tags ``git_commit`` (with ``-dirty`` where files differ; absent outside a repository), ``data_fingerprint``,
-    ``teacher_fingerprint``, ``pl_attnedit.working_folder``; artifact ``environment.json`` (Python, packages, machine); the config, see `log_config`.
+    ``teacher_fingerprint``, ``pl_attnedit.working_folder``; artifact ``environment.json`` (Python, packages,
+    machine); the config, see `log_config`.
 
     Args:
         run: the run to write to.

@@ -67,6 +67,7 @@ def test_a_checkpoint_is_found_evaluated_and_reported_once(
         (["--once", "--every", "6h"], "--every: needs --watch"),
         (["--suite", "quick"], "--suite: needs --watch or --once"),
         (["--once", "--suite", "none"], "suite = 'none': must be one of offline"),
+        (["--once", "--out", "nowhere/report.html"], "report = 'nowhere/report.html': its folder must be"),
         (["--once"], "experiment = 'pl_attnedit': does not exist"),
         (["--once", "--watch"], "not allowed with"),
     ],

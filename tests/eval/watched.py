@@ -16,16 +16,16 @@ from mlflow.entities import Run
 from pl_attnedit.eval.records import log_evaluation
 from pl_attnedit.eval.schedule import SPOOL_FOLDER, EvaluationFailed, Job, Schedule
 from pl_attnedit.interruption import termination_as_exception
-from pl_attnedit.tracking import TrackedRun, connect, find_runs, start_conversion
+from pl_attnedit.tracking import TrackedRun, connect, find_runs, start_child, start_conversion
 from pl_attnedit.tracking.client import STUDENT_TAG
 
 VERSION = {"suite": "quick", "suite_version": "7"}
 
 
 class Store:
-    """Conversions of an experiment of its own, in one database; `evaluated` counts what `evaluate` was called for."""
+    """Conversions of an experiment of its own, in one database, the first `evaluated` of them evaluated before."""
 
-    def __init__(self, folder: Path, database: str, conversions: int) -> None:
+    def __init__(self, folder: Path, database: str, conversions: int, evaluated: int = 0) -> None:
         self.folder, self.database, self.experiment = folder, database, folder.name
         client = connect(database)
         client.create_experiment(self.experiment, artifact_location=str(folder / "artifacts"))
@@ -35,6 +35,8 @@ class Store:
             student.mkdir(parents=True)
             tags = {"teacher": "t", "target": "mla", STUDENT_TAG: student}
             self.runs.append(start_conversion(student.parent.name, tags, client=client, experiment=self.experiment))
+        for run in self.runs[:evaluated]:
+            client.set_terminated(start_child(run, "evaluation", client=client, tags=VERSION))
 
     def schedule(self, evaluate: Callable[[Job], None] | None = None, **settings: Any) -> Schedule:
         defaults: dict[str, Any] = {
@@ -62,6 +64,7 @@ class Store:
             raise EvaluationFailed(f"status {process.exitcode}")
 
     def evaluated(self) -> list[str]:
+        """What `evaluate` was called for, in order."""
         file = self.folder / "evaluated"
         return file.read_text().splitlines() if file.exists() else []
 
@@ -85,6 +88,7 @@ def _forked(work: Callable[[], Any], output: Path | None) -> None:
     status = 70  # of a traceback
     try:
         if output is not None:
+            os.setpgid(0, 0)  # a group of its own, which can be killed
             sys.stdout = sys.stderr = output.open("a", buffering=1)
         with termination_as_exception():
             work()
