@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.data import TextDataModule
+from pl_attnedit.data.sources import BUILTIN, document_hash, open_source
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.answers import TaskRequest, answers_folder, evaluation_mode, kept
 from pl_attnedit.eval.by_position import by_position, packed_sequences
@@ -24,6 +25,7 @@ from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_bigbench_tasks, build_of
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 
 SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none
+MOST_CHARACTERS = 4_000_000  # about a million tokens of English
 Rows = list[dict[str, Any]]
 Files = str | Path | Sequence[str | Path]
 
@@ -45,7 +47,7 @@ def evaluate_suite(
         student: folder of a converted model, or a checkpoint of a training (`load_student`).
         teacher: hub name, folder, GGUF file or package:NAME.
         out_dir: receives results.json, the tasks, and one jsonl per task and model with every sample.
-        text: whose held-out documents make the tasks; a conversion on the same text has not seen them.
+        text: see `held_out_texts`.
         bigbench: files, or their folder, for a suite with `bigbench`.
         device: torch device.
         batch_size: see `answer_both`.
@@ -57,9 +59,7 @@ def evaluate_suite(
         raise invalid("--bigbench", None, f"suite {suite.name} needs BIG-bench's questions: a folder or .jsonl files")
     out = Path(out_dir)
     pair = _Pair(suite, student, teacher, device)
-    data = TextDataModule(teacher, text, seq_len=min(SHORTEST_CONTEXT, pair.max_length))
-    data.setup("validate")
-    texts = data.held_out_texts()
+    texts = held_out_texts(teacher, text)
     # what can be missing is noticed before the models have answered for hours
     requests = build_tasks(suite, texts, pair.tokenizer, out / "tasks", pair.max_length, bigbench)
     tokens = pair.sequences(texts)
@@ -144,6 +144,30 @@ class _Pair:
                     for context in options.contexts
                 ]
         return found
+
+
+def held_out_texts(teacher: str, text: str) -> list[str]:
+    """The text that tasks are made of: of `builtin:` what conversions hold out of training, of other text everything, and
+    it is for the user to know that the student has not seen it. Of much text `MOST_CHARACTERS`, chosen by content.
+
+    Raises:
+        UserError: no such text, or conversations.
+    """
+    if text == BUILTIN:
+        data = TextDataModule(teacher, text)
+        data.setup("validate")
+        return data.held_out_texts()
+    found: dict[int, str] = {}
+    for document in open_source(text).documents():
+        if not isinstance(document, str):
+            raise invalid("--text", text, "must be plain text; these are conversations")
+        found[document_hash(document)] = document
+    chosen, characters = [], 0
+    for key in sorted(found):
+        if characters < MOST_CHARACTERS:
+            chosen.append(found[key])
+            characters += len(found[key])
+    return chosen
 
 
 def build_tasks(

@@ -156,8 +156,6 @@ def answer_both(
     for name, value in {"max_length": max_length, "batch_size": batch_size}.items():
         if isinstance(value, int) and value < 1:
             raise invalid(name, value, "must be at least 1")
-    if not isinstance(batch_size, int) and batch_size != "auto":
-        raise invalid("batch_size", batch_size, "must be a number or auto")
     context = model_context(teacher, max_length)
     if max_length > context:
         raise invalid("max_length", max_length, f"must be at most the teacher's context of {context} tokens")

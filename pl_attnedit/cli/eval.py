@@ -20,7 +20,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--suite", help="quick, offline, paper, or a YAML file; default: perplexity and cloze of --text"
     )
-    parser.add_argument("--text", default="builtin:", help="text whose held-out documents make the tasks")
+    parser.add_argument(
+        "--text",
+        default="builtin:",
+        help="text to make tasks of; with a suite all of a file that the student has not seen, else what a conversion on "
+        "this text holds out (default builtin:)",
+    )
     parser.add_argument(
         "--bigbench", nargs="+", help="folder or .jsonl files with BIG-bench's questions (suite offline)"
     )
@@ -37,7 +42,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     options = parser.parse_args(list(arguments))
     options.out = Path(options.out or Path(options.student).parent / "eval")
-    if options.batch_size.isdigit():
+    if options.batch_size != "auto":
+        if not options.batch_size.isdigit():
+            raise invalid("--batch-size", options.batch_size, "must be a number or auto")
         options.batch_size = int(options.batch_size)
     if options.suite and (options.tasks or options.task_folder):
         raise invalid("--suite", options.suite, "names the tasks itself; leave --tasks and --task-folder out")

@@ -10,9 +10,16 @@ from typing import Any
 
 import pytest
 import yaml
+from lm_eval.tasks import TaskManager
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.tasks import CLOZE_TASK, OFFLINE_TASKS, PERPLEXITY_TASK, build_offline_tasks
+from pl_attnedit.eval.tasks import (
+    CLOZE_TASK,
+    OFFLINE_TASKS,
+    PERPLEXITY_TASK,
+    build_bigbench_tasks,
+    build_offline_tasks,
+)
 
 SIZES: dict[str, Any] = {"n_documents": 6, "n_cloze": 12, "document_chars": 300, "context_chars": 120}
 
@@ -91,3 +98,45 @@ def test_too_little_text(documents_: list[str], tmp_path: Path) -> None:
 def test_sizes_below_one(field: str, documents: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{field} = 0: must be at least 1"):
         build_offline_tasks(documents, tmp_path, **{field: 0})
+
+
+QUESTION = {"question": "How many legs do horses have?", "choices": ["two", "four"], "answer": 1}
+
+
+def test_bigbench_files_become_tasks(tmp_path: Path) -> None:
+    rows = [{**QUESTION, "question": f"Which of {i}?" if i else ""} for i in range(10)]
+    (tmp_path / "a-b c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "tasks"
+    assert build_bigbench_tasks(tmp_path, folder, limit=4) == ["bigbench_a_b_c", "bigbench_d"]
+    assert build_bigbench_tasks([tmp_path / "d.jsonl"], folder) == ["bigbench_d"]
+    assert [row["question"] for row in read(folder, "bigbench_a_b_c")] == [
+        "",
+        "Which of 2?",
+        "Which of 5?",
+        "Which of 7?",
+    ]
+    assert len(read(folder, "bigbench_d")) == 10
+    [task] = TaskManager(include_path=str(folder), include_defaults=False).load(["bigbench_a_b_c"])["tasks"].values()
+    empty, asked = list(task.eval_docs)[:2]
+    assert task.doc_to_text(empty) == ""
+    assert task.doc_to_text(asked) == "Question: Which of 2?\nAnswer:"
+    assert (task.doc_to_choice(asked), task.doc_to_target(asked)) == (["two", "four"], 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "each line must be an object"),
+        (json.dumps({**QUESTION, "answer": 2}), "answer, an index"),
+        (json.dumps({**QUESTION, "choices": ["one"], "answer": 0}), "at least 2 choices"),
+        (json.dumps({"question": "?"}), "each line must be"),
+        (json.dumps(QUESTION), "has fewer than 2 questions"),
+    ],
+)
+def test_files_that_are_no_questions(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=message):
+        build_bigbench_tasks(tmp_path, tmp_path / "tasks")
+    with pytest.raises(UserError, match="must be a .jsonl file or a folder"):
+        build_bigbench_tasks([tmp_path / "y.jsonl"], tmp_path / "tasks")

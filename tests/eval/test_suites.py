@@ -1,0 +1,52 @@
+"""Suites are YAML; their version changes with what they measure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pl_attnedit.errors import UserError
+from pl_attnedit.eval import suites
+from pl_attnedit.eval.suites import SUITES, load_suite
+
+
+@pytest.mark.parametrize("name", ["quick", "offline", "paper"])
+def test_our_suites_load(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.name == name
+    assert suite == load_suite(str(SUITES / f"{name}.yaml"))
+    assert suite.margins
+    assert bool(suite.library) == (name == "paper"), "only that one needs the hub"
+
+
+def test_the_version_is_of_the_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    quick = load_suite("quick")
+    copied = tmp_path / "mine.yaml"
+    copied.write_text("# another comment\n" + (SUITES / "quick.yaml").read_text())
+    assert load_suite(str(copied)).version == quick.version
+    assert quick.retrieval
+    assert replace(quick, retrieval=replace(quick.retrieval, samples=2)).version != quick.version
+    before = quick.version
+    monkeypatch.setattr(suites, "TASKS_VERSION", 10**6)
+    assert quick.version != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: x\nretrival: {samples: 1}", "does not accept option 'retrival.samples'"),
+        ("name: x\ntext: {documents: many}", "Expected a <class 'int'>. Got value: many"),
+        ("name: x\nretrieval: {samples: 0}", "suite x: retrieval.samples = 0: must be at least 1"),
+        ("name: x\nmargins: {a/acc: -1}", "suite x: margins = 'a/acc: -1.0': must be positive"),
+        ("max_length: 64", "required: suite.name"),
+    ],
+)
+def test_mistakes(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_suite(str(path))
+    with pytest.raises(UserError, match="suite = 'quik': must be one of offline, paper, quick"):
+        load_suite("quik")
