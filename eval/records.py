@@ -31,7 +31,6 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 RESULTS_FILE = "results.json"
 CONTINUATIONS_FILE = "continuations.json"
-CHECKPOINT_TAG = "checkpoint"  # of an evaluation of something else than the conversion's saved student
 DIFFERENCE_FIELDS = ("teacher", "student", "difference", "ci_low", "ci_high")
 
 
@@ -94,10 +93,9 @@ class Conversion:
 
     @property
     def evaluation(self) -> Run | None:
-        """The latest evaluation that logged a result; those of checkpoints count as long as the student has none."""
-        logged = [run for run in self.children.get("evaluation", []) if eval_metrics(run)]
-        of_student = [run for run in logged if CHECKPOINT_TAG not in run.data.tags]
-        return next(reversed(of_student or logged), None)
+        """The latest evaluation that logged a result."""
+        logged = (run for run in reversed(self.children.get("evaluation", [])) if eval_metrics(run))
+        return next(logged, None)
 
 
 def eval_metrics(run: Run) -> dict[tuple[str, str], dict[str, float]]:
@@ -143,7 +141,7 @@ def find_conversions(
 
 
 def find_fits(tracking_uri: str | None = None, experiment: str = EXPERIMENT) -> list[Conversion]:
-    """Trainings outside of a conversion that have written checkpoints, newest first, each with its evaluations.
+    """Trainings outside of a conversion that have written checkpoints, newest first: their stage and its evaluations.
 
     Raises:
         UserError: MLflow cannot be reached.
@@ -156,7 +154,10 @@ def find_fits(tracking_uri: str | None = None, experiment: str = EXPERIMENT) -> 
     evaluations: dict[str, list[Run]] = defaultdict(list)
     for run in reversed(_search(client, experiments if fits else [], f"tags.`{KIND_TAG}` = 'evaluation'")):
         evaluations[run.data.tags.get(PARENT_TAG, "")].append(run)
-    return [Conversion(run, {"fit": [run], "evaluation": evaluations[run.info.run_id]}) for run in fits]
+    return [
+        Conversion(run, {run.data.tags.get(KIND_TAG, "fit"): [run], "evaluation": evaluations[run.info.run_id]})
+        for run in fits
+    ]
 
 
 def find_evaluations(client: MlflowClient, parent: Run) -> list[Run]:

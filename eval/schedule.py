@@ -27,10 +27,10 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from sqlalchemy.engine import make_url
 
-from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.errors import UserError
 from pl_attnedit.eval.formatting import duration
 from pl_attnedit.eval.locks import claim, process_name
-from pl_attnedit.eval.records import CHECKPOINT_TAG, Conversion, find_conversions, find_evaluations, find_fits
+from pl_attnedit.eval.records import Conversion, find_conversions, find_evaluations, find_fits
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.interruption import Interrupted
 from pl_attnedit.teachers.source import teacher_fingerprint
@@ -47,6 +47,7 @@ from pl_attnedit.tracking.client import (
 
 SCHEDULED_TAG = "pl_attnedit.scheduled_by"  # host and process; evaluations without it are not ours to end
 FOLDER_TAG = "pl_attnedit.folder"  # of the evaluation: results, lock, log
+CHECKPOINT_TAG = "checkpoint"  # of an evaluation: what was evaluated, where that is no saved student
 ERROR_TAG = "error"
 LOCK_FILE, LOG_FILE, SPOOL_FOLDER = ".lock", "log.txt", ".mlflow"
 LONGEST_WAIT = 7 * 86400.0  # seconds between two attempts
@@ -66,7 +67,7 @@ class Subject:
         run: the run that the evaluation becomes a child of.
         path: folder of the student, or file of the checkpoint.
         teacher: as the conversion or training was given it.
-        checkpoint: None for a student; else kind of training and file, e.g. ``stage2/last-00000100``.
+        checkpoint: None for a student; else stage and file, e.g. ``stage2/last-00000100``.
         evaluations: those by the suite's version so far, oldest first.
     """
 
@@ -206,26 +207,23 @@ class Schedule:
         Raises:
             UserError, UNREACHABLE: MLflow is not there, or has no such runs. What was done so far stays.
         """
-        if not os.access(self.out.absolute().parent, os.W_OK):  # noticed before hours of work
-            raise invalid("report", str(self.out), "its folder must be one that can be written to")
         trainings = find_conversions(self.runs, self.tracking_uri, self.experiment)
         if self.runs is None:
             trainings += find_fits(self.tracking_uri, self.experiment)
-        subjects = [subject for training in trainings if (subject := self._subject(training)) is not None]
+        subjects = self._subjects(trainings)
         self._end_abandoned(trainings, subjects)
         waits = [subject.wait(self.retry) for subject in subjects]
         due = [subject for subject, wait in zip(subjects, waits) if wait is not None and wait <= 0]
         waiting = sum(wait is not None and wait > 0 for wait in waits)
         say(
-            f"{len(due)} of {len(subjects)} to evaluate with {self.suite}; {waiting} failed and wait; "
+            f"{len(due)} of {len(subjects)} to evaluate with {' '.join(self.version.values())}; {waiting} failed and wait; "
             f"{len(trainings) - len(subjects)} without a student or checkpoint"
         )
-        failed, written = 0, time.monotonic()
+        failed, written = 0, -REPORT_SECONDS
         # Those whose evaluation was cut short come last: it may be they that take the watcher down.
         for subject in sorted(due, key=lambda subject: subject.unfinished is not None):
             if subject.unfinished or time.monotonic() - written > REPORT_SECONDS:
-                with suppress(Exception):  # what is wrong with it is said at the end of the round
-                    self._write_report()
+                self._report_so_far()
                 written = time.monotonic()
             try:
                 failed += not self._attempt(subject)
@@ -238,6 +236,21 @@ class Schedule:
 
     def _write_report(self) -> None:
         write_report(self.runs, self.out, self.tracking_uri, self.experiment)
+
+    def _report_so_far(self) -> None:
+        """For readers during a long round; and a place where it cannot be written is noticed before hours of work."""
+        try:
+            self._write_report()
+        except (UserError, OSError):
+            raise
+        except Exception:  # is no reason not to evaluate; at the end of the round it comes again
+            pass
+
+    def _subjects(self, trainings: Sequence[Conversion]) -> list[Subject]:
+        """One for each conversion that has a student, and for each folder of checkpoints (a resumed `fit` is a new run)."""
+        found = [subject for training in trainings if (subject := self._subject(training)) is not None]
+        keys = [subject.path if subject.checkpoint else subject.run.info.run_id for subject in found]
+        return [subject for i, subject in enumerate(found) if keys[i] not in keys[:i]]
 
     def _subject(self, training: Conversion) -> Subject | None:
         tags = training.run.data.tags

@@ -40,6 +40,9 @@ def test_a_checkpoint_is_found_evaluated_and_reported_once(
     suite = {"name": "tiny", "max_length": 32, "text": {"documents": 2, "document_chars": 80, "cloze": 2}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(suite))
     command = ["report", "--once", "--suite", "tiny.yaml", "--text", tiny_corpus]
+    (tmp_path / "file").touch()
+    assert main([*command, "--out", "file/report.html"]) == 2
+    assert "file: File exists" in capsys.readouterr().err
     assert main(command) == 1
     errors = capsys.readouterr().err
     assert "2 of 2 to evaluate with" in errors
@@ -67,7 +70,6 @@ def test_a_checkpoint_is_found_evaluated_and_reported_once(
         (["--once", "--every", "6h"], "--every: needs --watch"),
         (["--suite", "quick"], "--suite: needs --watch or --once"),
         (["--once", "--suite", "none"], "suite = 'none': must be one of offline"),
-        (["--once", "--out", "nowhere/report.html"], "report = 'nowhere/report.html': its folder must be"),
         (["--once"], "experiment = 'pl_attnedit': does not exist"),
         (["--once", "--watch"], "not allowed with"),
     ],

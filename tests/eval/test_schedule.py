@@ -16,8 +16,7 @@ from watched import VERSION, Store
 
 from pl_attnedit.eval import schedule as scheduling
 from pl_attnedit.eval.locks import claim
-from pl_attnedit.eval.records import CHECKPOINT_TAG
-from pl_attnedit.eval.schedule import FOLDER_TAG, LOCK_FILE, SCHEDULED_TAG, SPOOL_FOLDER, EvaluationFailed, Job
+from pl_attnedit.eval.schedule import CHECKPOINT_TAG, FOLDER_TAG, LOCK_FILE, SCHEDULED_TAG, SPOOL_FOLDER, EvaluationFailed, Job
 from pl_attnedit.interruption import Interrupted
 from pl_attnedit.tracking import connect, start_child
 from pl_attnedit.tracking.client import CHECKPOINTS_TAG, STUDENT_FINGERPRINT_TAG, STUDENT_TAG, WORKING_FOLDER_TAG
@@ -216,20 +215,28 @@ def test_the_newest_checkpoint_counts_until_there_is_a_student(make_store: Make)
     client.delete_tag(store.runs[0], STUDENT_TAG)
     assert store.schedule().round() == 0
     assert store.evaluations() == []
-    checkpoints = store.folder / "runs" / "conversion00" / "stage1"
-    checkpoints.mkdir()
-    stage = start_child(store.runs[0], "stage1", client=client, tags={CHECKPOINTS_TAG: str(checkpoints)})
-    fit = client.create_run(client.get_run(stage).info.experiment_id, tags={CHECKPOINTS_TAG: str(checkpoints)})
+    folders = [store.folder / name for name in ("runs/conversion00/stage1", "fit")]
+    of_stage, of_fit = ({CHECKPOINTS_TAG: str(folder)} for folder in folders)
+    stage = start_child(store.runs[0], "stage1", client=client, tags=of_stage)
+    fits = []
+    for _ in range(2):  # resumed, it is a new run over the same checkpoints
+        time.sleep(0.002)
+        fits.append(client.create_run(client.get_run(stage).info.experiment_id, tags=of_fit).info.run_id)
+    for folder in folders:
+        folder.mkdir()
     for step in (8, 16):
-        (checkpoints / f"last-{step:08d}.ckpt").touch()
+        for folder in folders:
+            (folder / f"last-{step:08d}.ckpt").touch()
         for _ in range(2):
             store.schedule().round()
     found = [run.data.tags[CHECKPOINT_TAG] for run in store.evaluations(store.runs[0])]
     assert found == ["stage1/last-00000016", "stage1/last-00000008"]
-    of_fit = store.evaluations(fit.info.run_id)
-    assert [run.data.tags[CHECKPOINT_TAG] for run in of_fit] == ["fit/last-00000016", "fit/last-00000008"]
+    found = [run.data.tags[CHECKPOINT_TAG] for run in store.evaluations(fits[1])]
+    assert found == ["fit/last-00000016", "fit/last-00000008"]
+    assert len(store.evaluated()) == 4
+
     # killed while it evaluated a checkpoint that is not the newest any more
-    folder = of_fit[1].data.tags[FOLDER_TAG]
+    folder = store.evaluations(store.runs[0])[0].data.tags[FOLDER_TAG]
     tags = {**VERSION, SCHEDULED_TAG: "host:1", FOLDER_TAG: folder, CHECKPOINT_TAG: "stage1/last-00000009"}
     left = start_child(store.runs[0], "evaluation", client=client, status="RUNNING", tags=tags)
     client.set_tag(store.runs[0], STUDENT_TAG, store.folder / "runs" / "conversion00" / "student")
