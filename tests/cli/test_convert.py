@@ -63,7 +63,9 @@ def test_from_a_recipe_to_a_report_and_again(
     parent = runs.pop("conversion")
     assert parent.info.run_id == summary["run_id"]
     assert parent.data.metrics["kl_after_stage2"] == summary["kl_after_stage2"]
-    where = {tag: parent.data.tags[f"pl_attnedit.{tag}"] for tag in ("student", "student_fingerprint", "working_folder")}
+    where = {
+        tag: parent.data.tags[f"pl_attnedit.{tag}"] for tag in ("student", "student_fingerprint", "working_folder")
+    }
     assert where == {
         "student": str(folder / "student"),
         "student_fingerprint": teacher_fingerprint(folder / "student"),

@@ -16,7 +16,15 @@ from watched import VERSION, Store
 
 from pl_attnedit.eval import schedule as scheduling
 from pl_attnedit.eval.locks import claim
-from pl_attnedit.eval.schedule import CHECKPOINT_TAG, FOLDER_TAG, LOCK_FILE, SCHEDULED_TAG, SPOOL_FOLDER, EvaluationFailed, Job
+from pl_attnedit.eval.schedule import (
+    CHECKPOINT_TAG,
+    FOLDER_TAG,
+    LOCK_FILE,
+    SCHEDULED_TAG,
+    SPOOL_FOLDER,
+    EvaluationFailed,
+    Job,
+)
 from pl_attnedit.interruption import Interrupted
 from pl_attnedit.tracking import connect, start_child
 from pl_attnedit.tracking.client import CHECKPOINTS_TAG, STUDENT_FINGERPRINT_TAG, STUDENT_TAG, WORKING_FOLDER_TAG
