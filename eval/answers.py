@@ -35,7 +35,7 @@ Sample = dict[str, Any]  # one of lm-eval's logged samples
 LARGEST_BATCH = {"cpu": 4}
 LARGEST_BATCH_ELSEWHERE = 64
 # lm-eval's aggregations that have a paired comparison; others (F1, Matthews, BLEU ...) are no sum over samples.
-COMPARABLE = ("mean", "nanmean", "perplexity", "weighted_perplexity", "bits_per_byte")
+COMPARABLE = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def load_tasks(requests: Iterable[TaskRequest]) -> dict[str, list[LoadedTask]]:
 def _load(manager: TaskManager, name: str, *, local: bool) -> list[Task]:
     try:
         return list(manager.load([name])["tasks"].values())
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         if local:
             raise invalid("tasks", name, f"cannot be loaded: {error}") from error
         reason = str(error).strip().splitlines()[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.sources import BUILTIN, document_hash, open_source
@@ -89,13 +89,16 @@ class _Pair:
         self.suite = suite
         of_student = load_student(student)
         of_teacher, self.tokenizer = load_teacher(teacher, dtype=of_student.dtype)
-        self.models: tuple[PreTrainedModel, PreTrainedModel] = of_teacher.to(device), of_student.to(device)
+        self.models: tuple[Any, Any] = of_teacher.to(device), of_student.to(device)
         self.teacher_print = teacher_fingerprint(resolve_teacher(teacher))
         self.student_print = student_fingerprint(student)
         context = model_context(of_teacher, suite.max_length or SHORTEST_CONTEXT)
         self.max_length = suite.max_length or context
         if self.max_length > context:
             raise invalid("max_length", self.max_length, f"must be at most the teacher's context of {context} tokens")
+        if suite.efficiency and max(suite.efficiency.contexts) >= context:
+            contexts = suite.efficiency.contexts
+            raise invalid("efficiency.contexts", contexts, f"must be below the teacher's context of {context} tokens")
 
     def answer(self, requests: Sequence[TaskRequest], out: Path, batch_size: int | str) -> AnsweredPair:
         return answer_both(
@@ -180,18 +183,18 @@ def build_tasks(
 ) -> list[TaskRequest]:
     """Write the suite's own tasks into `folder`; returns the requests for these and for lm-eval's library."""
     names: list[str] = []
-    if options := suite.text:
-        sizes = {"n_documents": options.documents, "document_chars": options.document_chars, "n_cloze": options.cloze}
+    if text := suite.text:
+        sizes = {"n_documents": text.documents, "document_chars": text.document_chars, "n_cloze": text.cloze}
         build_offline_tasks(texts, folder, **sizes)
         names += OFFLINE_TASKS
     if suite.bigbench and bigbench is not None:
         names += build_bigbench_tasks(bigbench, folder, suite.bigbench.limit)
     if suite.retrieval:
-        sizes = asdict(suite.retrieval)
-        sizes["contexts"] = sizes["contexts"] or _doublings(max_length)
-        if not sizes["contexts"] or max(sizes["contexts"]) > max_length:
-            raise invalid("retrieval.contexts", sizes["contexts"], f"must be numbers up to {max_length} tokens")
-        build_retrieval_tasks(texts, tokenizer, folder, **sizes)
+        retrieval = asdict(suite.retrieval)
+        retrieval["contexts"] = contexts = suite.retrieval.contexts or _doublings(max_length)
+        if not contexts or max(contexts) > max_length:
+            raise invalid("retrieval.contexts", contexts, f"must be numbers up to {max_length} tokens")
+        build_retrieval_tasks(texts, tokenizer, folder, **retrieval)
         names += suite.retrieval.tasks
     library = [TaskRequest(each.task, None, each.num_fewshot, each.limit) for each in suite.library]
     return [*(TaskRequest(name, folder) for name in names), *library]

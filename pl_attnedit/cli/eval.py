@@ -31,23 +31,26 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--tasks", nargs="+", help="instead of a suite: tasks in --task-folder or of lm-eval's library")
     parser.add_argument("--task-folder", help="folder with lm-eval task YAMLs")
-    parser.add_argument("--documents", type=int, default=8, help="held-out passages for perplexity (default 8)")
-    parser.add_argument("--cloze", type=int, default=48, help="cloze questions (default 48)")
-    parser.add_argument("--seq-len", type=int, default=512, help="longest window in tokens (default 512)")
+    parser.add_argument("--documents", type=int, help="held-out passages for perplexity (default 8)")
+    parser.add_argument("--cloze", type=int, help="cloze questions (default 48)")
+    parser.add_argument("--seq-len", type=int, help="longest window in tokens (default 512)")
     parser.add_argument("--batch-size", default="auto", help="a number, or auto (default): as large as memory allows")
     parser.add_argument("--limit", type=int, help="only the first samples of each task")
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
-    parser.add_argument("--out", help="folder for results.json and the samples (default: eval beside the student)")
+    parser.add_argument(
+        "--out", help="for results.json and the samples (default: eval, or eval/SUITE, beside the student)"
+    )
     parser.add_argument("--log-to", help="MLflow run id of the conversion, or of an evaluation that has begun")
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     options = parser.parse_args(list(arguments))
-    options.out = Path(options.out or Path(options.student).parent / "eval")
+    options.out = Path(options.out or Path(options.student).parent / "eval" / Path(options.suite or "").stem)
     if options.batch_size != "auto":
         if not options.batch_size.isdigit():
             raise invalid("--batch-size", options.batch_size, "must be a number or auto")
         options.batch_size = int(options.batch_size)
-    if options.suite and (options.tasks or options.task_folder):
-        raise invalid("--suite", options.suite, "names the tasks itself; leave --tasks and --task-folder out")
+    for name in ("tasks", "task_folder", "documents", "cloze", "seq_len", "limit"):
+        if options.suite and getattr(options, name) is not None:
+            raise invalid("--" + name.replace("_", "-"), getattr(options, name), "is the suite's; leave it out")
     if options.task_folder and not options.tasks:
         raise invalid("--task-folder", options.task_folder, "needs --tasks")
     result = _by_suite(options) if options.suite else _by_tasks(options)
@@ -86,19 +89,20 @@ def _by_tasks(options: Namespace) -> EvaluationResult:
     student = load(options.student)
     teacher, tokenizer = load_teacher(options.teacher, dtype=student.dtype)
     folder: str | Path | None = options.task_folder
+    seq_len = 512 if options.seq_len is None else options.seq_len
     if options.tasks is None:
-        data = TextDataModule(options.teacher, options.text, seq_len=options.seq_len)
+        data = TextDataModule(options.teacher, options.text, seq_len=seq_len)
         data.setup("validate")
-        folder = build_offline_tasks(
-            data.held_out_texts(), options.out / "tasks", n_documents=options.documents, n_cloze=options.cloze
-        )
+        sizes = {"n_documents": options.documents, "n_cloze": options.cloze}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        folder = build_offline_tasks(data.held_out_texts(), options.out / "tasks", **given)
     return evaluate_pair(
         teacher.to(options.device),
         student.to(options.device),
         tokenizer,
         options.tasks or OFFLINE_TASKS,
         task_folder=folder,
-        max_length=options.seq_len,
+        max_length=seq_len,
         batch_size=options.batch_size,
         limit=options.limit,
         out_dir=options.out,
@@ -123,14 +127,18 @@ def _log(result: EvaluationResult, run_id: str, tracking_uri: str | None, out: P
 def _table(result: EvaluationResult) -> str:
     from pl_attnedit.eval.formatting import NONE, points_or_value, significant, value_of
 
-    rows = [("task", "metric", "n", "teacher", "student", "student - teacher [95% interval]", "p (Holm)", "verdict")]
+    head = ("task", "metric", "n", "teacher", "student", "student - teacher [95% interval]", "detectable", "p (Holm)")
+    rows: list[tuple[str, ...]] = [(*head, "verdict")]
     for row in result.tasks:
         low, high = points_or_value(row.metric, row.ci_low), points_or_value(row.metric, row.ci_high)
         difference = f"{points_or_value(row.metric, row.difference)} [{low}, {high}]"
         values = (value_of(row.metric, row.teacher), value_of(row.metric, row.student))
-        rows.append((row.task, row.metric, str(row.n), *values, difference, f"{row.p_holm:.3g}", row.verdict or NONE))
-    for row in result.further.get("by_position", []):
-        name, where = ("KL to the teacher", f"tokens {row['start']}-{row['end'] - 1}")
-        rows.append((name, where, str(row["n"]), NONE, significant(row["kl"]), NONE, NONE, NONE))
+        mde = NONE if row.mde is None else points_or_value(row.metric, row.mde).removeprefix("+")
+        rows.append(
+            (row.task, row.metric, str(row.n), *values, difference, mde, f"{row.p_holm:.3g}", row.verdict or NONE)
+        )
+    for span in result.further.get("by_position", []):
+        where = f"tokens {span['start']}-{span['end'] - 1}"
+        rows.append(("KL to the teacher", where, str(span["n"]), NONE, significant(span["kl"]), *[NONE] * 4))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -118,7 +118,8 @@ def test_what_is_missing_is_said_before_anything_runs(
     cases = {
         ("--suite", "offline"): "--bigbench = None: suite offline needs",
         ("--suite", "paper"): "max_length = 4096: must be at most the teacher's context of 512",
-        ("--suite", "quick", "--tasks", "x"): "--suite = 'quick': names the tasks itself",
+        ("--suite", "quick", "--tasks", "x"): "--tasks = ['x']: is the suite's",
+        ("--suite", "quick", "--seq-len", "64"): "--seq-len = 64: is the suite's",
         ("--suite", "fast"): "suite = 'fast': must be one of",
         ("--task-folder", "x"): "--task-folder = 'x': needs --tasks",
         ("--batch-size", "many"): "--batch-size = 'many': must be a number or auto",

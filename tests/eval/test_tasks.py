@@ -138,5 +138,5 @@ def test_files_that_are_no_questions(line: str, message: str, tmp_path: Path) ->
     (tmp_path / "x.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=message):
         build_bigbench_tasks(tmp_path, tmp_path / "tasks")
-    with pytest.raises(UserError, match="must be a .jsonl file or a folder"):
+    with pytest.raises(UserError, match=r"must be a \.jsonl file or a folder"):
         build_bigbench_tasks([tmp_path / "y.jsonl"], tmp_path / "tasks")
