@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,8 @@ def load_tasks(requests: Iterable[TaskRequest]) -> dict[str, list[LoadedTask]]:
     Raises:
         UserError: no such task, or its data is neither on this machine nor to be had from the hub.
     """
+    # lm-eval reports every step it takes, and warns of defaults that are meant.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     managers: dict[Path | None, TaskManager] = {}
     found: dict[str, list[LoadedTask]] = {}
     for request in requests:

@@ -87,7 +87,7 @@ class _Pair:
 
     def __init__(self, suite: Suite, student: str | Path, teacher: str, device: str) -> None:
         self.suite = suite
-        of_student = load_student(student)
+        of_student: Any = load_student(student)
         of_teacher, self.tokenizer = load_teacher(teacher, dtype=of_student.dtype)
         self.models: tuple[Any, Any] = of_teacher.to(device), of_student.to(device)
         self.teacher_print = teacher_fingerprint(resolve_teacher(teacher))

@@ -7,7 +7,6 @@ The parts, for whoever needs less than `evaluate_pair`: `pl_attnedit.eval.answer
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
@@ -175,7 +174,7 @@ def answer_both(
             "max_length": max_length,
         }
         with evaluation_mode(model):
-            lm = _language_model(model, tokenizer, name, max_length)
+            lm = SharedPrefixLM(model, tokenizer, name=name, max_length=max_length, batch_size=1)
             found = _answers(lm, tasks, folders[name], identity, batch_size)
         answers[name] = {task: content["samples"] for task, (content, _) in found.items()}
         settings["batch_size"][name] = min(content["batch_size"] for content, _ in found.values())
@@ -300,11 +299,3 @@ def _difference(metric: str, pairs: list[Pair]) -> Difference:
 
 def _pairs_of(task: LoadedTask, answers: dict[str, dict[str, list[Sample]]]) -> list[Pair]:
     return pair_samples(answers["teacher"][task.name], answers["student"][task.name])
-
-
-def _language_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, max_length: int
-) -> SharedPrefixLM:
-    # lm-eval warns that a loaded model makes other arguments moot, and reports every step it takes.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return SharedPrefixLM(model, tokenizer, name=name, max_length=max_length, batch_size=1)
