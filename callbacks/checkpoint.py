@@ -252,6 +252,9 @@ class ResumableCheckpoint(ModelCheckpoint):
             trainer.strategy.barrier()  # the one that the other ranks are waiting at, inside save_checkpoint
         finally:
             self._writing_before_validation = False
+        if failure is None and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
         return trainer.strategy.broadcast(failure)
 
     def _ask(self, trainer: Trainer) -> None:

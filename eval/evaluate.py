@@ -19,9 +19,9 @@ from pl_attnedit.eval.by_position import by_position, packed_sequences
 from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.harness import AnsweredPair, EvaluationResult, answer_both, compare_samples, model_context
 from pl_attnedit.eval.retrieval import build_retrieval_tasks
+from pl_attnedit.eval.students import load_student, student_fingerprint
 from pl_attnedit.eval.suites import Efficiency, Suite
 from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks
-from pl_attnedit.modeling import load
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 
 SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none
@@ -44,7 +44,7 @@ def evaluate_suite(
     """Evaluate a saved student against its teacher. An evaluation that was interrupted goes on in the same `out_dir`.
 
     Args:
-        student: folder of a converted model.
+        student: folder of a converted model, or a checkpoint of a training (`load_student`).
         teacher: hub name, folder, GGUF file or package:NAME.
         out_dir: receives results.json, the tasks, and one jsonl per task and model with every sample.
         text: see `held_out_texts`.
@@ -87,11 +87,11 @@ class _Pair:
 
     def __init__(self, suite: Suite, student: str | Path, teacher: str, device: str) -> None:
         self.suite = suite
-        of_student: Any = load(student)
+        of_student: Any = load_student(student)
         of_teacher, self.tokenizer = load_teacher(teacher, dtype=of_student.dtype)
         self.models: tuple[Any, Any] = of_teacher.to(device), of_student.to(device)
         self.teacher_print = teacher_fingerprint(resolve_teacher(teacher))
-        self.student_print = teacher_fingerprint(student)
+        self.student_print = student_fingerprint(student)
         context = model_context(of_teacher, suite.max_length or SHORTEST_CONTEXT)
         self.max_length = suite.max_length or context
         if self.max_length > context:

@@ -24,7 +24,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.tracking import TrackedRun, connect
-from pl_attnedit.tracking.client import EXPERIMENT, KIND_TAG, PARENT_TAG
+from pl_attnedit.tracking.client import CHECKPOINTS_TAG, EXPERIMENT, KIND_TAG, PARENT_TAG
 
 if TYPE_CHECKING:  # comparing and reporting do not wait for lm-eval's import
     from pl_attnedit.eval.harness import EvaluationResult
@@ -212,6 +212,32 @@ def find_conversions(
         tags = child.data.tags
         children[tags.get(PARENT_TAG, "")][tags[KIND_TAG]].append(child)
     return [Conversion(parent, dict(children[parent.info.run_id])) for parent in parents]
+
+
+def find_fits(tracking_uri: str | None = None, experiment: str = EXPERIMENT) -> list[Conversion]:
+    """Trainings outside of a conversion that have written checkpoints, newest first: their stage and its evaluations.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    client = connect(tracking_uri)
+    found = client.get_experiment_by_name(experiment)
+    experiments = [] if found is None else [found.experiment_id]
+    trainings = _search(client, experiments, f"tags.`{CHECKPOINTS_TAG}` LIKE '%'")
+    fits = [run for run in trainings if PARENT_TAG not in run.data.tags]
+    evaluations: dict[str, list[Run]] = defaultdict(list)
+    for run in reversed(_search(client, experiments if fits else [], f"tags.`{KIND_TAG}` = 'evaluation'")):
+        evaluations[run.data.tags.get(PARENT_TAG, "")].append(run)
+    return [
+        Conversion(run, {run.data.tags.get(KIND_TAG, "fit"): [run], "evaluation": evaluations[run.info.run_id]})
+        for run in fits
+    ]
+
+
+def find_evaluations(client: MlflowClient, parent: Run) -> list[Run]:
+    """The evaluations of a conversion or training as they are now, oldest first."""
+    of_parent = f"tags.`{KIND_TAG}` = 'evaluation' and tags.`{PARENT_TAG}` = '{parent.info.run_id}'"
+    return _search(client, [parent.info.experiment_id], of_parent)[::-1]
 
 
 def load_json(client: MlflowClient, run: Run | None, name: str) -> Any | None:

@@ -27,7 +27,7 @@ from pl_attnedit.callbacks import (
     latest_checkpoint,
 )
 from pl_attnedit.data import TextDataModule
-from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, ModelDistillation
+from pl_attnedit.distillation import STAGES, DistillationModule
 from pl_attnedit.distillation.base import TeacherHidden
 from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.distillation.sharding import whole_state_dict
@@ -54,8 +54,7 @@ from pl_attnedit.tracking import (
     open_conversion,
     resolve_tracking_uri,
 )
-
-STAGES: dict[str, type[DistillationModule]] = {"stage1": LayerwiseDistillation, "stage2": ModelDistillation}
+from pl_attnedit.tracking.client import STUDENT_FINGERPRINT_TAG, STUDENT_TAG
 
 
 def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any] | None:
@@ -273,7 +272,9 @@ class Conversion:
             "peak_rss_bytes": progress["peak_rss_bytes"],
         }
         path = write_atomically(self.folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-        parent.set_tags({"pattern": summary["pattern"]})
+        student = (self.folder.path / "student").resolve()
+        where = {STUDENT_TAG: student, STUDENT_FINGERPRINT_TAG: teacher_fingerprint(student)}
+        parent.set_tags({"pattern": summary["pattern"], **where})
         parent.log_metrics({name: value for name, value in summary.items() if isinstance(value, int | float)})
         parent.log_file(path)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # it imports lm-eval, which takes seconds
 
 def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="pl-attnedit eval", description="Evaluate a converted model against its teacher.")
-    parser.add_argument("student", help="folder of a converted model, e.g. runs/quickstart/student")
+    parser.add_argument("student", help="folder of a converted model, e.g. runs/quickstart/student; or a .ckpt of fit")
     parser.add_argument("--teacher", required=True, help="hub name, folder, GGUF file or package:NAME")
     parser.add_argument(
         "--suite", help="quick, offline, paper, or a YAML file; default: perplexity and cloze of --text"

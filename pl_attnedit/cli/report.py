@@ -1,11 +1,17 @@
-"""`pl-attnedit report`: one HTML page about conversions."""
+"""`pl-attnedit report`: one HTML page about conversions, once or on a schedule with the evaluations that are missing."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+import os
+import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
 
-from pl_attnedit.eval.report import write_report
+from pl_attnedit.errors import UserError, invalid
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -13,7 +19,80 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="*", help="run ids of conversions (default: all)")
     parser.add_argument("--filter", help="an MLflow search filter instead, e.g. \"tags.target = 'mla'\"")
     parser.add_argument("-o", "--out", default="report.html", help="file to write (default report.html)")
+    parser.add_argument("--experiment", default="pl_attnedit", help="MLflow experiment (default pl_attnedit)")
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
+    group = parser.add_argument_group(
+        "schedule", "Before the report is written, students and checkpoints that the suite has not seen are evaluated."
+    )
+    rounds = group.add_mutually_exclusive_group()
+    rounds.add_argument("--watch", action="store_true", help="round after round, until SIGTERM or Ctrl-C")
+    rounds.add_argument("--once", action="store_true", help="one round; status 1 where an evaluation failed")
+    group.add_argument("--every", metavar="TIME", help="from round to round, e.g. 30m, 6h, 1d (default 6h)")
+    group.add_argument("--suite", help="as in `pl-attnedit eval` (default quick)")
+    group.add_argument("--text", help="likewise")
+    group.add_argument("--bigbench", nargs="+", help="likewise")
+    group.add_argument("--device", help="likewise")
+    group.add_argument(
+        "--retry", metavar="TIME", help="pause after a failure; each further one doubles it (default 1h)"
+    )
+    group.add_argument("--timeout", metavar="TIME", help="an evaluation that takes longer has failed (default 1d)")
     options = parser.parse_args(list(arguments))
-    print(write_report(options.runs or options.filter, options.out, options.tracking_uri))
+    scheduled = options.watch or options.once
+    for name in ("every", "suite", "text", "bigbench", "device", "retry", "timeout"):
+        if getattr(options, name) is not None and not (options.watch if name == "every" else scheduled):
+            raise UserError(f"--{name}: needs --watch" + ("" if name == "every" else " or --once"))
+    return _rounds(options) if scheduled else _report(options)
+
+
+def _report(options: Namespace) -> int:
+    from pl_attnedit.eval.report import write_report
+
+    runs = options.runs or options.filter
+    print(write_report(runs, options.out, options.tracking_uri, options.experiment))
     return 0
+
+
+def _rounds(options: Namespace) -> int:
+    every = seconds("--every", options.every or "6h")
+    retry, timeout = seconds("--retry", options.retry or "1h"), seconds("--timeout", options.timeout or "1d")
+    from pl_attnedit.eval.schedule import Schedule, absolute_uri
+    from pl_attnedit.eval.suites import load_suite
+
+    suite = load_suite(options.suite or "quick")
+    for_eval = ["--device", options.device] if options.device else []
+    for_eval += ["--text", absolute(options.text)] if options.text else []
+    for_eval += ["--bigbench", *map(absolute, options.bigbench)] if options.bigbench else []
+    schedule = Schedule(
+        absolute(options.suite or "quick"),
+        {"suite": suite.name, "suite_version": suite.version},
+        Path(options.out),
+        runs=options.runs or options.filter,
+        tracking_uri=absolute_uri(options.tracking_uri),
+        experiment=options.experiment,
+        retry=retry,
+        timeout=timeout,
+        options=for_eval,
+    )
+    if options.watch:
+        schedule.watch(every)
+        return 0
+    failed = schedule.round()
+    print(options.out)
+    return 1 if failed else 0
+
+
+def absolute(name: str) -> str:
+    """The name of files here as others find them; any other name as it is."""
+    return os.path.abspath(name) if glob(name) else name
+
+
+def seconds(field: str, text: str) -> float:
+    """``30m`` in seconds.
+
+    Raises:
+        UserError: no number with a unit, or no time at all.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise invalid(field, text, "must be a number above 0 with a unit s, m, h or d, e.g. 30m, 6h, 1d")
+    return float(match[1]) * UNITS[match[2]]

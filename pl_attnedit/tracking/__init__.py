@@ -4,6 +4,7 @@ import os
 
 # Before mlflow is imported for the first time: it sends usage data from then on.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # at the end of every run on a server
 
 from pl_attnedit.tracking.client import connect, resolve_tracking_uri
 from pl_attnedit.tracking.config_callback import LogConfigCallback

@@ -21,6 +21,14 @@ EXPERIMENT = "pl_attnedit"
 
 KIND_TAG = "pl_attnedit.kind"
 PARENT_TAG = "mlflow.parentRunId"
+# Where things are, as absolute paths; children do not inherit these.
+STUDENT_TAG = "pl_attnedit.student"  # of a conversion: the folder of its saved student
+STUDENT_FINGERPRINT_TAG = "pl_attnedit.student_fingerprint"
+CHECKPOINTS_TAG = "pl_attnedit.checkpoints"  # of a training: the folder of its checkpoints
+WORKING_FOLDER_TAG = "pl_attnedit.working_folder"  # where relative names in its settings begin
+
+UNREACHABLE = (MlflowException, SQLAlchemyError, requests.RequestException, sqlite3.Error)
+"""What MLflow's calls raise when a server or a database does not answer, beside `OSError`."""
 
 _ALLOWED = "give http(s)://host:port of a running MLflow server, or sqlite:///file.db"
 
@@ -64,7 +72,7 @@ def connect(tracking_uri: str | None = None) -> MlflowClient:
             _open_sqlite(uri)
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
-    except (MlflowException, SQLAlchemyError, requests.RequestException, sqlite3.Error, OSError) as error:
+    except (*UNREACHABLE, OSError) as error:
         reason = str(error).splitlines()[0][:300]
         raise invalid("tracking_uri", uri, f"MLflow cannot be reached there ({reason}); {_ALLOWED}") from error
     return client

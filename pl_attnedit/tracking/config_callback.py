@@ -7,6 +7,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
+from pl_attnedit.tracking.client import KIND_TAG
 from pl_attnedit.tracking.environment import log_environment
 from pl_attnedit.tracking.logger import TrackingLogger
 
@@ -14,7 +15,8 @@ from pl_attnedit.tracking.logger import TrackingLogger
 class LogConfigCallback(SaveConfigCallback):
     """For ``LightningCLI(save_config_callback=LogConfigCallback)``: config and environment as artifacts and parameters.
 
-    Lightning's own callback writes into the logger's folder, which an MLflow server does not have.
+    Lightning's own callback writes into the logger's folder, which an MLflow server does not have. The run's kind becomes
+    the module's stage.
     """
 
     def __init__(
@@ -33,3 +35,5 @@ class LogConfigCallback(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, TrackingLogger):
                 log_environment(logger.run, config=settings)
+                if hasattr(pl_module, "stage"):
+                    logger.run.set_tags({KIND_TAG: pl_module.stage})

@@ -118,13 +118,15 @@ def start_conversion(name: str, tags: Mapping[str, Any], *, client: MlflowClient
     return str(run.info.run_id)
 
 
-def start_child(parent: str, kind: str, *, client: MlflowClient, status: str = "SCHEDULED") -> str:
-    """Create a child run with its parent's tags. Returns its run id."""
+def start_child(
+    parent: str, kind: str, *, client: MlflowClient, status: str = "SCHEDULED", tags: Mapping[str, str] | None = None
+) -> str:
+    """Create a child run with its parent's tags and `tags`. Returns its run id."""
     run = client.get_run(parent)
     inherited = {key: value for key, value in run.data.tags.items() if not key.startswith(("mlflow.", "pl_attnedit."))}
     child = client.create_run(
         run.info.experiment_id,
-        tags={**inherited, KIND_TAG: kind, PARENT_TAG: parent},
+        tags={**inherited, **(tags or {}), KIND_TAG: kind, PARENT_TAG: parent},
         run_name=f"{run.info.run_name}/{kind}",
     )
     client.update_run(child.info.run_id, status=status)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from pl_attnedit.tracking.client import WORKING_FOLDER_TAG
 from pl_attnedit.tracking.run import TrackedRun
 
 _PACKAGES = (
@@ -40,7 +41,8 @@ def log_environment(
     """Log what is needed to repeat a run.
 
     Tags ``git_commit`` (with ``-dirty`` where files differ; absent outside a repository), ``data_fingerprint``,
-    ``teacher_fingerprint``; artifact ``environment.json`` (Python, packages, machine); the config, see `log_config`.
+    ``teacher_fingerprint``, ``pl_attnedit.working_folder``; artifact ``environment.json`` (Python, packages,
+    machine); the config, see `log_config`.
 
     Args:
         run: the run to write to.
@@ -52,6 +54,7 @@ def log_environment(
         "git_commit": git_commit(folder),
         "data_fingerprint": data_fingerprint,
         "teacher_fingerprint": teacher_fingerprint,
+        WORKING_FOLDER_TAG: str(Path.cwd()),
     }
     run.set_tags({key: value for key, value in tags.items() if value is not None})
     run.log_text(json.dumps(environment(), indent=2) + "\n", "environment.json")

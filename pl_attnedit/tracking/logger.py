@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.logger import _convert_params
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from mlflow.tracking import MlflowClient
 from torch.nn import Module
 
-from pl_attnedit.tracking.client import EXPERIMENT, PARENT_TAG, connect, resolve_tracking_uri
+from pl_attnedit.tracking.client import CHECKPOINTS_TAG, EXPERIMENT, PARENT_TAG, connect, resolve_tracking_uri
 from pl_attnedit.tracking.conversion import experiment_id
 from pl_attnedit.tracking.run import TrackedRun, status_of
 
@@ -58,6 +60,7 @@ class TrackingLogger(Logger):
         self._spool_dir = Path(spool_dir)
         self._run: TrackedRun | None = None
         self._already_logged: dict[str, int] = {}
+        self._checkpoints: str | None = None  # their folder, as logged
         self._ended = True  # in MLflow's eyes: not RUNNING
 
     @property
@@ -108,6 +111,14 @@ class TrackingLogger(Logger):
         new = {k: v for k, v in metrics.items() if step > self._already_logged.get(k, -1) and k != "epoch"}
         if new:
             run.log_metrics(new, step)
+
+    @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Notes where the checkpoints are, for whoever wants to evaluate them."""
+        folder = os.path.abspath(str(checkpoint_callback.dirpath))
+        if folder != self._checkpoints:
+            self._running().set_tags({CHECKPOINTS_TAG: folder})
+            self._checkpoints = folder
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -18,6 +18,7 @@ from pl_attnedit.cli import main
 from pl_attnedit.errors import UserError
 from pl_attnedit.recipe import as_plain, recipe_parser
 from pl_attnedit.run_folder import RunFolder
+from pl_attnedit.teachers.source import teacher_fingerprint
 
 KEYS = (
     "teacher targets pattern tokens_stage1 tokens_stage2 kl_before kl_after_stage1 kl_after_stage2 top1_after ppl_teacher "
@@ -62,6 +63,15 @@ def test_from_a_recipe_to_a_report_and_again(
     parent = runs.pop("conversion")
     assert parent.info.run_id == summary["run_id"]
     assert parent.data.metrics["kl_after_stage2"] == summary["kl_after_stage2"]
+    where = {
+        tag: parent.data.tags[f"pl_attnedit.{tag}"] for tag in ("student", "student_fingerprint", "working_folder")
+    }
+    assert where == {
+        "student": str(folder / "student"),
+        "student_fingerprint": teacher_fingerprint(folder / "student"),
+        "working_folder": str(tmp_path),
+    }
+    assert runs["stage2"].data.tags["pl_attnedit.checkpoints"] == str(folder / "stage2")
     for run in (parent, *runs.values()):
         assert run.info.status == "FINISHED"
     for run in runs.values():

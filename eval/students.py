@@ -1,0 +1,48 @@
+"""Students to evaluate: saved ones, and those in the checkpoints of a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from pl_attnedit.callbacks import check_checkpoint
+from pl_attnedit.distillation import STAGES
+from pl_attnedit.modeling import edited_attention, load
+from pl_attnedit.teachers.source import file_sha256, teacher_fingerprint
+
+
+def load_student(path: str | Path) -> PreTrainedModel:
+    """The student in a folder, or in a checkpoint that `fit` or `convert` wrote, in eval mode on the CPU.
+
+    A checkpoint holds what was trained. The rest of the student comes from the teacher, and from `init_from` where the
+    training had one; relative names of both begin in the training's working folder. After mixed precision the new
+    attention gets the dtype of the trunk.
+
+    Raises:
+        UserError: neither a converted model nor a checkpoint of ours; teacher or `init_from` are not there any more, or
+            others than they were.
+    """
+    path = Path(path)
+    if path.suffix != ".ckpt":
+        return load(path)
+    stage = check_checkpoint(path)["stage"]
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    trained = content["state_dict"]
+    dtype = str(next(iter(trained.values())).dtype).removeprefix("torch.")  # `bf16-true` is not in the settings
+    module = STAGES[stage](**{**content["hyper_parameters"], "dtype": dtype})
+    module.resuming = True  # no init: the weights follow
+    module.configure_model()
+    module.on_load_checkpoint(content)
+    module.load_state_dict(trained)
+    student = module.student
+    for attention in edited_attention(student).values():
+        attention.to(student.dtype)
+    return student.eval()
+
+
+def student_fingerprint(path: str | Path) -> str:
+    """Hex SHA-256 that identifies what `load_student` loads from there; of a checkpoint, the file's own."""
+    path = Path(path)
+    return file_sha256(path) if path.suffix == ".ckpt" else teacher_fingerprint(path)

@@ -1,0 +1,55 @@
+"""Students out of checkpoints are the students that were trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures_stages import (  # noqa: F401
+    LATENT,
+    cache_of_tests,
+    make_data,
+    make_stage1,
+    make_stage2,
+    make_trainer,
+    session_cache,
+    teacher_folder,
+    tiny_corpus,
+    tiny_tokenizer,
+)
+
+from pl_attnedit.callbacks import ResumableCheckpoint
+from pl_attnedit.errors import UserError
+from pl_attnedit.eval.students import load_student
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "options"),
+    [
+        ("make_stage1", "32-true", {"targets": LATENT}),
+        ("make_stage2", "bf16-true", {}),
+        ("make_stage2", "32-true", {"train": "all"}),
+        ("make_stage2", "bf16-mixed", {"teacher_dtype": "bfloat16"}),
+    ],
+)
+def test_a_checkpoint_is_the_student_that_was_trained(
+    stage: str, precision: Any, options: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    module = request.getfixturevalue(stage)(**options)
+    trainer = make_trainer(ResumableCheckpoint(tmp_path), steps=2, enable_checkpointing=True, precision=precision)
+    trainer.fit(module, request.getfixturevalue("make_data")())
+    student = load_student(tmp_path / "last-00000002.ckpt")
+    trained = module.student.state_dict()
+    assert not student.training
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, trained[name].to(value.dtype)), name
+    assert {parameter.dtype for parameter in student.parameters()} == {student.dtype}
+    assert student(torch.ones(1, 20, dtype=torch.long)).logits.shape == (1, 20, 300)
+
+
+def test_what_is_no_student(tmp_path: Path) -> None:
+    for name, expected in (("last-00000002.ckpt", "no such file"), ("student", "must be the folder")):
+        with pytest.raises(UserError, match=expected):
+            load_student(tmp_path / name)
