@@ -148,7 +148,7 @@ def _check_names(field: str, given: dict[str, Any], known: set[str]) -> None:
 
 
 # where a recipe runs and is kept does not change what it computes
-PLACE_FIELDS = ("config", "runs", "tracking_uri")
+PLACE_FIELDS = ("config", "dry_run", "runs", "tracking_uri")
 
 
 def recipe_parser() -> ArgumentParser:
@@ -159,6 +159,11 @@ def recipe_parser() -> ArgumentParser:
         description="Run a whole conversion: init, stage 1, stage 2, saved student, evaluation, report.",
     )
     parser.add_argument("-c", "--config", action="config", help="recipe YAML; options given after it override it")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print what would be trained, cached, held in memory and how long it may take, from the teacher's config",
+    )
     parser.add_class_arguments(Recipe)
     parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer"}, instantiate=False)
     return parser

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pl_attnedit.attention import Target
 from pl_attnedit.teachers import attention_spec
@@ -88,6 +88,21 @@ def measure_cache(model: PreTrainedModel, context: int, batch: int = 1, extra_st
         for tokens in (context, *([1] * extra_steps)):
             shadow.model(input_ids=torch.zeros(batch, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
     return cache_bytes(cache)
+
+
+def on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """A model of this config without weights, in eval mode: on the meta device a tensor is a shape and a dtype."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def bytes_by_layer(config: PreTrainedConfig, dtype: torch.dtype, context: int) -> list[int]:
+    """Bytes that each layer caches for one sequence of `context` tokens, by its own attention on the meta device.
+
+    Unlike `measure_cache` it leaves out the feed-forward parts, which cache nothing: a mixture of experts cannot route
+    tokens without content.
+    """
+    return next(fill_cache(on_meta(config, dtype), context))
 
 
 def kv_context(model: PreTrainedModel) -> int:

@@ -1,0 +1,143 @@
+"""What a recipe would train, cache, hold and take, from the teacher's config alone: no weights, no text, nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pl_attnedit.conversion import check_plan
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.distillation.settings import parse_targets
+from pl_attnedit.errors import invalid
+from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
+from pl_attnedit.eval.bench.memory import StageMemory, Step, stage_memory, trained_parameters
+from pl_attnedit.eval.formatting import count, duration, percent
+from pl_attnedit.modeling.hf import edited_config
+from pl_attnedit.modeling.kv import bytes_by_layer, on_meta
+from pl_attnedit.recipe import Recipe, StageRecipe
+
+CONTEXTS = (1024, 8192, 32768)  # tokens; the model's limit is added
+# Share of a matrix product's rate that training reaches on a GPU. Measured on one and two H200, both stages
+# (results/bench_one_gpu.json, bench_two_gpus.json): Qwen3-8B 0.63 to 0.73, SmolLM2-135M 0.26 to 0.39.
+EFFICIENCY = 0.65
+SMALL_EFFICIENCY, SMALL = 0.35, 1e9  # teachers of fewer parameters
+MIXTURE_EFFICIENCY = 0.3  # not measured: experts are small matrix products
+
+
+def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
+    """The estimate as plain data; `UserError` for a recipe that does not fit its teacher. `data` is not opened."""
+    config, plan = check_plan(recipe, parse_targets(recipe.targets))
+    limit = config.max_position_embeddings
+    if data.seq_len > limit:
+        raise invalid("seq_len", data.seq_len, f"must be at most {limit}, the context of the model")
+    new_config, dtype = edited_config(config, plan), weight_dtype(recipe, None)
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    devices = device_count(recipe.trainer) * int(recipe.trainer.get("num_nodes", 1))
+    rate = matmul_rate(here, dtype)
+    teacher = on_meta(config, dtype)
+    parameters = sum(p.numel() for p in teacher.parameters())
+    mixture = any(is_mixture(layer.mlp) for layer in teacher.model.layers)
+    efficiency = MIXTURE_EFFICIENCY if mixture else SMALL_EFFICIENCY if parameters < SMALL else EFFICIENCY
+    result: dict[str, Any] = {
+        "recipe": recipe.name,
+        "teacher": recipe.teacher,
+        "pattern": plan.pattern,
+        "layers": len(plan.letters),
+        "edited_layers": len(plan.edited_layers),
+        "teacher_parameters": parameters,
+        "devices": devices,
+        "efficiency": efficiency,
+        "here": {"device": torch.cuda.get_device_name(here) if here.type == "cuda" else "cpu", "matmul_flops": rate},
+        "kv": [],
+        "stages": {},
+    }
+    for context in sorted({*(c for c in CONTEXTS if c < limit), limit}):
+        bytes_ = {"teacher": config, "student": new_config}
+        found = {name: sum(bytes_by_layer(one, dtype, context)) for name, one in bytes_.items()}
+        result["kv"].append({"context": context, **found, "budget": found["student"] / found["teacher"]})
+    for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
+        frozen = on_meta(config, weight_dtype(recipe, stage.options.get("teacher_dtype")))
+        student = on_meta(new_config, dtype)
+        step = _step(name, stage, recipe, data, devices)
+        tokens = stage.steps * stage.accumulate * devices * data.batch_size * data.seq_len
+        flops = tokens * step_flops(frozen, student, stage=name, trained=step.trained, seq_len=data.seq_len)
+        result["stages"][name] = {
+            "trained_parameters": sum(p.numel() for p in trained_parameters(student, step)),
+            "steps": stage.steps,
+            "tokens": tokens,
+            "flops": flops,
+            "seconds": flops / (rate * efficiency * devices),
+            "memory": stage_memory(frozen, student, step),
+        }
+    return result
+
+
+def _step(name: str, stage: StageRecipe, recipe: Recipe, data: TextDataModule, devices: int) -> Step:
+    options = stage.options
+    low = str(recipe.trainer.get("precision", "")).startswith("bf16")
+    layers = options.get("train_layers")
+    return Step(
+        stage=name,
+        tokens=data.batch_size * data.seq_len,
+        trained=options.get("train", "attention"),
+        train_layers=None if layers is None else tuple(layers),
+        feature_weight=float(options.get("feature_weight", 0.0)),
+        activation_checkpointing=bool(options.get("activation_checkpointing", False)),
+        devices=devices,
+        sharded="fsdp2" in str(recipe.trainer.get("strategy", "")),
+        itemsize=2 if low else weight_dtype(recipe, None).itemsize,
+        device=torch.device("cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda"),
+    )
+
+
+def weight_dtype(recipe: Recipe, teacher_dtype: str | None) -> torch.dtype:
+    """Of the weights that train, or of the frozen ones where the stage gives them a dtype of their own."""
+    if teacher_dtype is not None:
+        return getattr(torch, teacher_dtype)
+    return torch.bfloat16 if recipe.trainer.get("precision") == "bf16-true" else getattr(torch, recipe.dtype)
+
+
+def device_count(trainer: Mapping[str, Any]) -> int:
+    """Devices of one node. "auto" and -1 mean those of this machine."""
+    devices = trainer.get("devices", "auto")
+    if isinstance(devices, list):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        return 1 if trainer.get("accelerator") == "cpu" else max(torch.cuda.device_count(), 1)
+    return int(devices)
+
+
+def dry_run_table(result: dict[str, Any]) -> str:
+    """The estimate as text."""
+    here, stages = result["here"], result["stages"]
+    lines = [
+        f"{result['recipe']}: {result['teacher']}, {count(result['teacher_parameters'])} parameters; pattern "
+        f"{result['pattern']}, {result['edited_layers']} of {result['layers']} layers edited",
+        "",
+        "KV cache of one sequence   teacher GB   student GB   KV budget",
+    ]
+    for row in result["kv"]:
+        sizes = f"{row['teacher'] / 1e9:10.3f}   {row['student'] / 1e9:10.3f}"
+        lines.append(f"{row['context']:16,} tokens   {sizes}   {percent(row['budget']):>9}")
+    lines += ["", "         trained parameters   steps     tokens      PFLOP   time here"]
+    for name, stage in stages.items():
+        trained, tokens = count(stage["trained_parameters"]), count(stage["tokens"])
+        work = f"{stage['flops'] / 1e15:10,.3g}"
+        lines.append(f"{name}   {trained:>18}   {stage['steps']:5}   {tokens:>8} {work}   {duration(stage['seconds'])}")
+    efficiency = result["efficiency"]
+    lines += [
+        f"time on {result['devices']} x {here['device']}, if each reaches {efficiency:.0%} of the {here['matmul_flops'] / 1e12:.3g} TFLOP/s "
+        "that a matrix product reaches on this machine now; init, validation and evaluation come on top",
+        "",
+        "GB per device   weights   gradients   optimizer   gathered   activations     total",
+    ]
+    for name, stage in stages.items():
+        memory: StageMemory = stage["memory"]
+        widths = {"weights": 10, "gradients": 12, "optimizer": 12, "gathered": 11, "activations": 14, "total": 10}
+        cells = "".join(f"{getattr(memory, field) / 1e9:{width}.2f}" for field, width in widths.items())
+        lines.append(f"{name:13}{cells}")
+    lines.append("gathered and activations are estimates, see pl_attnedit/eval/bench/memory.py for their formula")
+    return "\n".join(lines)
+
