@@ -33,7 +33,8 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     if data.seq_len > limit:
         raise invalid("seq_len", data.seq_len, f"must be at most {limit}, the context of the model")
     new_config, dtype = edited_config(config, plan), weight_dtype(recipe, None)
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert here is not None
     devices = device_count(recipe.trainer) * int(recipe.trainer.get("num_nodes", 1))
     rate = matmul_rate(here, dtype)
     teacher = on_meta(config, dtype)
@@ -49,7 +50,7 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
         "teacher_parameters": parameters,
         "devices": devices,
         "efficiency": efficiency,
-        "here": {"device": torch.cuda.get_device_name(here) if here.type == "cuda" else "cpu", "matmul_flops": rate},
+        "here": {"device": _name(here), "matmul_flops": rate},
         "kv": [],
         "stages": {},
     }
@@ -74,6 +75,11 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     return result
 
 
+def _name(device: torch.device) -> str:
+    module = torch.get_device_module(device)
+    return module.get_device_name() if hasattr(module, "get_device_name") else device.type
+
+
 def _step(name: str, stage: StageRecipe, recipe: Recipe, data: TextDataModule, devices: int) -> Step:
     options = stage.options
     low = str(recipe.trainer.get("precision", "")).startswith("bf16")
@@ -86,7 +92,7 @@ def _step(name: str, stage: StageRecipe, recipe: Recipe, data: TextDataModule, d
         feature_weight=float(options.get("feature_weight", 0.0)),
         activation_checkpointing=bool(options.get("activation_checkpointing", False)),
         devices=devices,
-        sharded="fsdp2" in str(recipe.trainer.get("strategy", "")),
+        sharded="fsdp" in str(recipe.trainer.get("strategy", "")),
         itemsize=2 if low else weight_dtype(recipe, None).itemsize,
         device=torch.device("cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda"),
     )
@@ -105,7 +111,7 @@ def device_count(trainer: Mapping[str, Any]) -> int:
     if isinstance(devices, list):
         return len(devices)
     if str(devices) in ("auto", "-1"):
-        return 1 if trainer.get("accelerator") == "cpu" else max(torch.cuda.device_count(), 1)
+        return 1 if trainer.get("accelerator") == "cpu" else max(torch.accelerator.device_count(), 1)
     return int(devices)
 
 

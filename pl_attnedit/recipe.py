@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.pytorch import Callback, Trainer
 
 from pl_attnedit.data import TextDataModule
@@ -158,15 +158,23 @@ def recipe_parser() -> ArgumentParser:
         exit_on_error=False,
         description="Run a whole conversion: init, stage 1, stage 2, saved student, evaluation, report.",
     )
-    parser.add_argument("-c", "--config", action="config", help="recipe YAML; options given after it override it")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="only print what would be trained, cached, held in memory and how long it may take, from the teacher's config",
-    )
+    help_ = "recipe YAML; a second one, e.g. of configs/trainer, and options given after it override it"
+    parser.add_argument("-c", "--config", action=_LayeredConfig, help=help_)
     parser.add_class_arguments(Recipe)
     parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer"}, instantiate=False)
+    dry_run = "only print what would be trained, cached and held in memory, and for how long: needs no weights, no text"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
     return parser
+
+
+class _LayeredConfig(ActionConfigFile):
+    """A later config changes single fields of `trainer`, as an option does, and leaves the others."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        before = cfg.get("trainer")
+        super().__call__(parser, cfg, values, option_string)
+        if isinstance(before, dict) and isinstance(cfg.trainer, dict):
+            cfg.trainer = before | cfg.trainer
 
 
 def as_plain(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:

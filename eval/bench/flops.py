@@ -79,6 +79,6 @@ def _reading_the_input(attention: nn.Module, hidden_size: int) -> int:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product on random data: the median of ten."""
-    size = 8192 if device.type == "cuda" else 1536
+    size = 1536 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / median_seconds(lambda: left @ right, device, repeats=10)

@@ -72,14 +72,15 @@ def trained_parameters(student: Any, step: Step) -> list[nn.Parameter]:
 def stage_memory(teacher: Any, student: Any, step: Step) -> StageMemory:
     """Of teacher and student (on any device, meta too), which need not share their trunk."""
     shards = step.devices if step.sharded else 1
-    trained = size(trained_parameters(student, step))
+    parameters = trained_parameters(student, step)
+    trained = size(parameters)
     new = [layer.self_attn for layer in student.model.layers if isinstance(layer.self_attn, Target)]
     own = size(student.parameters()) if step.trained == "all" else sum(size(module.parameters()) for module in new)
     return StageMemory(
         weights=(size(teacher.parameters()) + own) / shards,
         gradients=trained / shards,
         optimizer=2 * trained / shards,
-        gathered=_gathered(teacher, student, step, trained) if step.devices > 1 else 0.0,
+        gathered=_gathered(teacher, student, step, parameters) if step.devices > 1 else 0.0,
         activations=_activations(teacher, student, step),
     )
 
@@ -89,18 +90,22 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _gathered(teacher: Any, student: Any, step: Step, trained: int) -> float:
+def _gathered(teacher: Any, student: Any, step: Step, trained: list[nn.Parameter]) -> float:
     if not step.sharded:
-        return trained
+        return size(trained)
+
+    def gathered(parameters: Iterable[torch.Tensor]) -> int:  # in the dtype of the arithmetic, where it is smaller
+        return sum(p.numel() * min(p.element_size(), step.itemsize) for p in parameters)
+
     pairs = zip(teacher.model.layers, student.model.layers, strict=True)
     layers = [
-        size(old.parameters()) + size((new if step.trained == "all" else new.self_attn).parameters())
+        gathered(old.parameters()) + gathered((new if step.trained == "all" else new.self_attn).parameters())
         for old, new in pairs
         if isinstance(new.self_attn, Target)
     ]
     if step.stage == "stage1":  # the new attention stays whole, and so do its gradients until the backward pass
-        return 2 * max(layers) + 2 * trained
-    heads = size(teacher.lm_head.parameters()) * (2 if step.trained == "all" else 1)
+        return 2 * max(layers) + 2 * gathered(trained)
+    heads = gathered(teacher.lm_head.parameters()) * (2 if step.trained == "all" else 1)
     return 2 * max(layers) + heads
 
 

@@ -34,13 +34,13 @@ def main(arguments: Sequence[str]) -> int:
         "--tokens", type=int, default=16384, help="to measure on, and as many others to calibrate on (default 16384)"
     )
     parser.add_argument("--budget", type=float, help="KV budget of the plan: cached bytes, student / teacher")
-    parser.add_argument("--context", type=int, default=8192, help="of the budget, in tokens (default 8192)")
+    parser.add_argument("--context", type=int, help="of the budget, in tokens; default 32k, or the teacher's limit")
     parser.add_argument("--device", help="torch device; default a GPU where there is one")
     parser.add_argument("--dtype", default="auto", help="of all weights; default the teacher's own")
     parser.add_argument("-o", "--output", default="sensitivity.json", help="default sensitivity.json")
     options = parser.parse_args(list(arguments))
     for name in ("seq_len", "batch_size", "tokens", "context"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise invalid("--" + name.replace("_", "-"), getattr(options, name), "must be at least 1")
     result = _measure(options)
 
@@ -58,6 +58,7 @@ def _measure(options: Any) -> dict[str, Any]:
     from pl_attnedit.data import TextDataModule
     from pl_attnedit.distillation.settings import parse_targets, plain_targets
     from pl_attnedit.eval.sensitivity import UntrainedPlans, cached_by_letter, single_edits
+    from pl_attnedit.modeling.kv import kv_context
     from pl_attnedit.modeling.sensitivity import Sensitivity, spread_evenly
     from pl_attnedit.teachers.source import load_teacher
 
@@ -65,7 +66,13 @@ def _measure(options: Any) -> dict[str, Any]:
     targets = parsed if isinstance(parsed, dict) else {"S": parsed}
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     teacher, tokenizer = load_teacher(options.teacher, dtype=options.dtype)
-    teacher = teacher.to(device)
+    teacher, layers = teacher.to(device), teacher.config.num_hidden_layers
+    context = kv_context(teacher) if options.context is None else options.context
+    if context > teacher.config.max_position_embeddings:
+        raise invalid("--context", context, f"must be at most {teacher.config.max_position_embeddings}, the teacher's limit")
+    cached = None if options.budget is None else cached_by_letter(teacher, targets, context)
+    if cached is not None:  # a budget that cannot be kept is an error before the work
+        Sensitivity({letter: [1.0] * layers for letter in targets}).plan(cached, options.budget)
     data = TextDataModule(tokenizer, options.source, seq_len=options.seq_len, batch_size=options.batch_size)
     if any(TARGETS[target.type].needs_statistics for target in targets.values()):
         both = torch.cat(data.calibration_batches(2 * options.tokens))  # in turn: text of the same kind, none of it twice
@@ -77,10 +84,6 @@ def _measure(options: Any) -> dict[str, Any]:
     def report(done: int) -> None:
         print(f"sensitivity  batch {done}/{len(batches)}", file=sys.stderr)
 
-    layers = teacher.config.num_hidden_layers
-    cached = None if options.budget is None else cached_by_letter(teacher, targets, options.context)
-    if cached is not None:  # a budget that cannot be kept is an error before the work
-        Sensitivity({letter: [1.0] * layers for letter in targets}).plan(cached, options.budget)
     rows = plans.measure([plan for letter in targets for plan in single_edits(layers, letter)], batches, report)
     columns = {letter: rows[i * layers : (i + 1) * layers] for i, letter in enumerate(targets)}
     result: dict[str, Any] = {
@@ -95,7 +98,7 @@ def _measure(options: Any) -> dict[str, Any]:
         if len(targets) == 1 and "F" in chosen[0]:
             chosen.append(spread_evenly(chosen[0], next(iter(targets))))
         measured = plans.measure(chosen, batches)
-        result["context"] = options.context
+        result["context"] = context
         names = ("plan", "evenly_spread")
         for name, letters, row in zip(names, chosen, measured):
             share = sum(cached[letter][i] for i, letter in enumerate(letters)) / sum(cached["F"])

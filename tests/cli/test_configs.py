@@ -1,4 +1,4 @@
-"""Every YAML in configs/ loads, and runs for two steps with a tiny teacher in place of its own."""
+"""Every YAML in configs/ loads; those that say what to train run for two steps with a tiny teacher in place of their own."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ import pytest
 import yaml
 
 from pl_attnedit.cli import main
+from pl_attnedit.cli.fit import AttentionEditingCLI
+from pl_attnedit.recipe import recipe_parser
 
-CONFIGS = sorted(Path(__file__).parents[2].joinpath("configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+TRAINERS = [
+    path for path in CONFIGS if path.parent.name == "trainer"
+]  # where something runs; they come after the others
 TINY = {
     "gate_swa": {"type": "gate_swa", "window": 8, "sinks": 1},
     "mla": {"type": "mla", "kv_lora_rank": 8, "qk_rope_head_dim": 4},
 }
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in TRAINERS], ids=lambda path: path.stem)
 def test_a_config_runs(
     path: Path,
     teacher_folder: Callable[..., str],
@@ -43,6 +49,28 @@ def test_a_config_runs(
         trainer = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.accelerator", "cpu"]
         assert main(["fit", "-c", str(path), *data, *model, *trainer]) == 0
         assert list((tmp_path / "runs" / path.stem).glob("last-*.ckpt"))
+
+
+@pytest.mark.parametrize("path", TRAINERS, ids=lambda path: path.stem)
+def test_a_trainer_comes_after_a_recipe_or_a_stage(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes its own fields of the trainer and no others; options after it change single fields again."""
+    expected = yaml.safe_load(path.read_text())["trainer"] | {"devices": 2}
+    recipe = tmp_path / "recipe.yaml"
+    values = yaml.safe_load((FOLDER / "quickstart.yaml").read_text())
+    recipe.write_text(yaml.safe_dump(values | {"trainer": {"accelerator": "gpu", "gradient_clip_val": 1.0}}))
+    layers = ["-c", str(path), "--trainer.devices", "2"]
+    config = recipe_parser().parse_args(["-c", str(recipe), *layers])
+    assert config.trainer == {"gradient_clip_val": 1.0, **expected}
+    assert config.stage1.steps == values["stage1"]["steps"]
+
+    parsed = []
+    monkeypatch.setattr(AttentionEditingCLI, "instantiate_classes", lambda cli: parsed.append(cli.config.fit))
+    monkeypatch.setattr(AttentionEditingCLI, "_run_subcommand", lambda cli, name: None)
+    stage = FOLDER / "stage1_unfreezing.yaml"
+    assert main(["fit", "-c", str(stage), *layers]) == 0
+    assert {name: parsed[0].trainer[name] for name in expected} == expected
+    assert parsed[0].trainer.max_steps == yaml.safe_load(stage.read_text())["trainer"]["max_steps"]
+    assert len(parsed[0].trainer.callbacks) == 2
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
