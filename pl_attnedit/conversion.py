@@ -343,10 +343,8 @@ class Conversion:
         return load_teacher(self.recipe.teacher, dtype=getattr(torch, self.recipe.dtype))
 
 
-def check_plan(
-    recipe: Recipe, targets: TargetConfig | dict[str, TargetConfig]
-) -> tuple[PreTrainedConfig, EditPlan]:
-    """The teacher's config and the edit plan; `UserError` for a teacher, plan or target that does not fit. Needs no weights."""
+def check_plan(recipe: Recipe, targets: TargetConfig | dict[str, TargetConfig]) -> tuple[PreTrainedConfig, EditPlan]:
+    """The teacher's config and the edit plan; `UserError` where teacher, plan or targets do not fit. Needs no weights."""
     config = teacher_config(recipe.teacher)
     family = family_of(config)
     family.check(config)

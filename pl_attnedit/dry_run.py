@@ -94,7 +94,7 @@ def _step(name: str, stage: StageRecipe, recipe: Recipe, data: TextDataModule, d
         devices=devices,
         sharded="fsdp" in str(recipe.trainer.get("strategy", "")),
         itemsize=2 if low else weight_dtype(recipe, None).itemsize,
-        device=torch.device("cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda"),
+        device_type="cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda",
     )
 
 
@@ -132,10 +132,10 @@ def dry_run_table(result: dict[str, Any]) -> str:
         trained, tokens = count(stage["trained_parameters"]), count(stage["tokens"])
         work = f"{stage['flops'] / 1e15:10,.3g}"
         lines.append(f"{name}   {trained:>18}   {stage['steps']:5}   {tokens:>8} {work}   {duration(stage['seconds'])}")
-    efficiency = result["efficiency"]
+    efficiency, rate = result["efficiency"], here["matmul_flops"] / 1e12
     lines += [
-        f"time on {result['devices']} x {here['device']}, if each reaches {efficiency:.0%} of the {here['matmul_flops'] / 1e12:.3g} TFLOP/s "
-        "that a matrix product reaches on this machine now; init, validation and evaluation come on top",
+        f"time on {result['devices']} x {here['device']}, if each reaches {efficiency:.0%} of the {rate:.3g} TFLOP/s that a "
+        "matrix product reaches on this machine now; init, validation and evaluation come on top",
         "",
         "GB per device   weights   gradients   optimizer   gathered   activations     total",
     ]
@@ -146,4 +146,3 @@ def dry_run_table(result: dict[str, Any]) -> str:
         lines.append(f"{name:13}{cells}")
     lines.append("gathered and activations are estimates, see pl_attnedit/eval/bench/memory.py for their formula")
     return "\n".join(lines)
-

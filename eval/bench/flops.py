@@ -19,7 +19,7 @@ def linear_flops(module: nn.Module) -> int:
 
 
 def is_mixture(module: nn.Module) -> bool:
-    """Whether this is a mixture of experts as in Hugging Face's Qwen3-MoE: a router `gate`, and `experts` as stacked weights."""
+    """Whether this is a mixture of experts as Hugging Face's Qwen3-MoE has it: a router `gate` and stacked `experts`."""
     return hasattr(module, "experts") and hasattr(getattr(module, "gate", None), "top_k")
 
 
@@ -29,7 +29,7 @@ def _mixture_flops(mixture: Any) -> int:
 
 
 def head_widths(attention: Any, config: Any) -> tuple[int, int, int]:
-    """Number of heads, width of a query (and key) head, width of a value head; keys and values count for every query head."""
+    """Number of query heads, width of a query (and key) head, width of a value head."""
     if isinstance(attention, MLA):
         return attention.num_heads, attention.nope_dim + attention.rope_dim, attention.v_dim
     spec = attention_spec(config)

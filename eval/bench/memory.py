@@ -46,7 +46,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step of a stage is. tokens: of one device's batch; devices: of all nodes; sharded: FSDP2 and no copies."""
+    """What a step of a stage is. tokens: of one device's batch; devices: of all nodes; sharded: by FSDP2."""
 
     stage: str
     tokens: int
@@ -57,7 +57,7 @@ class Step:
     devices: int = 1
     sharded: bool = False
     itemsize: int = 2  # bytes of an activation
-    device: torch.device = torch.device("cuda")
+    device_type: str = "cuda"
 
 
 def trained_parameters(student: Any, step: Step) -> list[nn.Parameter]:
@@ -121,7 +121,12 @@ def _activations(teacher: Any, student: Any, step: Step) -> float:
     total = step.tokens * step.itemsize * (values + largest)
     if step.feature_weight:  # hidden states of both in float32
         total += step.tokens * 8 * config.hidden_size * len(behind)
-    total += CHUNKS_OF_LOGITS * 4 * vocabulary * min(step.tokens, tokens_of_a_chunk(vocabulary, step.device))
+    total += (
+        CHUNKS_OF_LOGITS
+        * 4
+        * vocabulary
+        * min(step.tokens, tokens_of_a_chunk(vocabulary, torch.device(step.device_type)))
+    )
     return total + (4 * vocabulary * config.hidden_size if step.trained == "all" else 0)  # the head's gradient
 
 

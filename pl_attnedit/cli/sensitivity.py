@@ -54,31 +54,24 @@ def main(arguments: Sequence[str]) -> int:
 def _measure(options: Any) -> dict[str, Any]:
     import torch
 
-    from pl_attnedit.attention import TARGETS
-    from pl_attnedit.data import TextDataModule
     from pl_attnedit.distillation.settings import parse_targets, plain_targets
     from pl_attnedit.eval.sensitivity import UntrainedPlans, cached_by_letter, single_edits
     from pl_attnedit.modeling.kv import kv_context
-    from pl_attnedit.modeling.sensitivity import Sensitivity, spread_evenly
+    from pl_attnedit.modeling.sensitivity import Sensitivity
     from pl_attnedit.teachers.source import load_teacher
 
     parsed = parse_targets(options.target)
     targets = parsed if isinstance(parsed, dict) else {"S": parsed}
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     teacher, tokenizer = load_teacher(options.teacher, dtype=options.dtype)
-    teacher, layers = teacher.to(device), teacher.config.num_hidden_layers
+    teacher.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    layers, limit = teacher.config.num_hidden_layers, teacher.config.max_position_embeddings
     context = kv_context(teacher) if options.context is None else options.context
-    if context > teacher.config.max_position_embeddings:
-        raise invalid("--context", context, f"must be at most {teacher.config.max_position_embeddings}, the teacher's limit")
+    if context > limit:
+        raise invalid("--context", context, f"must be at most {limit}, the teacher's limit")
     cached = None if options.budget is None else cached_by_letter(teacher, targets, context)
     if cached is not None:  # a budget that cannot be kept is an error before the work
         Sensitivity({letter: [1.0] * layers for letter in targets}).plan(cached, options.budget)
-    data = TextDataModule(tokenizer, options.source, seq_len=options.seq_len, batch_size=options.batch_size)
-    if any(TARGETS[target.type].needs_statistics for target in targets.values()):
-        both = torch.cat(data.calibration_batches(2 * options.tokens))  # in turn: text of the same kind, none of it twice
-        calibration, batches = both[0::2].split(options.batch_size), both[1::2].split(options.batch_size)
-    else:
-        calibration, batches = None, data.calibration_batches(options.tokens)
+    calibration, batches = _text(options, tokenizer, targets)
     plans = UntrainedPlans(teacher, targets, calibration)
 
     def report(done: int) -> None:
@@ -86,24 +79,42 @@ def _measure(options: Any) -> dict[str, Any]:
 
     rows = plans.measure([plan for letter in targets for plan in single_edits(layers, letter)], batches, report)
     columns = {letter: rows[i * layers : (i + 1) * layers] for i, letter in enumerate(targets)}
-    result: dict[str, Any] = {
-        "teacher": options.teacher,
-        "targets": plain_targets(targets),
-        "text": {"source": options.source, "seq_len": options.seq_len, "tokens": sum(b.numel() for b in batches)},
-        "layers": columns,
-    }
+    text = {"source": options.source, "seq_len": options.seq_len, "tokens": sum(batch.numel() for batch in batches)}
+    found = {"teacher": options.teacher, "targets": plain_targets(targets), "text": text, "layers": columns}
     if cached is not None:
-        scores = Sensitivity({letter: [row["kl"] for row in column] for letter, column in columns.items()})  # type: ignore[misc]
-        chosen = [scores.plan(cached, options.budget)]
-        if len(targets) == 1 and "F" in chosen[0]:
-            chosen.append(spread_evenly(chosen[0], next(iter(targets))))
-        measured = plans.measure(chosen, batches)
-        result["context"] = context
-        names = ("plan", "evenly_spread")
-        for name, letters, row in zip(names, chosen, measured):
-            share = sum(cached[letter][i] for i, letter in enumerate(letters)) / sum(cached["F"])
-            result[name] = {"pattern": letters, "kv_budget": share, **row}
-    return result
+        found |= {"context": context, **_plans(plans, columns, cached, options.budget, batches)}
+    return found
+
+
+def _text(options: Any, tokenizer: Any, targets: dict[str, Any]) -> tuple[Any, Any]:
+    """Batches to calibrate on, where a target needs it, and others to measure on; both from the training split."""
+    import torch
+
+    from pl_attnedit.attention import TARGETS
+    from pl_attnedit.data import TextDataModule
+
+    data = TextDataModule(tokenizer, options.source, seq_len=options.seq_len, batch_size=options.batch_size)
+    if not any(TARGETS[target.type].needs_statistics for target in targets.values()):
+        return None, data.calibration_batches(options.tokens)
+    both = torch.cat(data.calibration_batches(2 * options.tokens))
+    return both[0::2].split(options.batch_size), both[1::2].split(options.batch_size)
+
+
+def _plans(plans: Any, columns: dict[str, Any], cached: dict[str, Any], budget: float, batches: Any) -> dict[str, Any]:
+    """The plan for a budget, measured as a whole, beside as many full layers evenly spread."""
+    from pl_attnedit.modeling.sensitivity import Sensitivity, spread_evenly
+
+    scores = Sensitivity({letter: [row["kl"] for row in column] for letter, column in columns.items()})
+    chosen = {"plan": scores.plan(cached, budget)}
+    if len(columns) == 1 and "F" in chosen["plan"]:
+        chosen["evenly_spread"] = spread_evenly(chosen["plan"], next(iter(columns)))
+    measured = plans.measure(list(chosen.values()), batches)
+    full = sum(cached["F"])
+    shares = [sum(cached[letter][i] for i, letter in enumerate(letters)) / full for letters in chosen.values()]
+    return {
+        name: {"pattern": letters, "kv_budget": share, **row}
+        for (name, letters), share, row in zip(chosen.items(), shares, measured)
+    }
 
 
 def _table(result: dict[str, Any]) -> str:

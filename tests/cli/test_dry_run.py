@@ -90,7 +90,10 @@ def test_printed_and_nothing_written(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"teacher": "Qwen/Qwen3-8B"}, "teacher = 'Qwen/Qwen3-8B': not found; tried the local path and the Hugging Face"),
+        (
+            {"teacher": "Qwen/Qwen3-8B"},
+            "teacher = 'Qwen/Qwen3-8B': not found; tried the local path and the Hugging Face",
+        ),
         ({"data": {"seq_len": 1024}}, "seq_len = 1024: must be at most 512, the context of the model"),
         ({"targets": {"S": LATENT}}, "kv_lora_rank = 512: must be at most the hidden size 32"),
         ({"pattern": "F"}, "pattern = 'F': edits no layer"),
