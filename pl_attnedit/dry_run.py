@@ -12,7 +12,7 @@ from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
-from pl_attnedit.eval.bench.memory import StageMemory, Step, stage_memory, trained_parameters
+from pl_attnedit.eval.bench.memory import StageMemory, Step, init_memory, stage_memory, trained_parameters
 from pl_attnedit.eval.formatting import count, duration, percent
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.modeling.kv import bytes_by_layer, on_meta
@@ -36,8 +36,9 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert here is not None
     devices = device_count(recipe.trainer) * int(recipe.trainer.get("num_nodes", 1))
-    rate = matmul_rate(here, dtype)
-    teacher = on_meta(config, dtype)
+    rate = matmul_rate(here, torch.bfloat16 if _low(recipe) else dtype)
+    served = weight_dtype(recipe, recipe.stage1.options.get("teacher_dtype"))
+    teacher = on_meta(config, served)
     parameters = sum(p.numel() for p in teacher.parameters())
     mixture = any(is_mixture(layer.mlp) for layer in teacher.model.layers)
     efficiency = MIXTURE_EFFICIENCY if mixture else SMALL_EFFICIENCY if parameters < SMALL else EFFICIENCY
@@ -53,10 +54,11 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
         "here": {"device": _name(here), "matmul_flops": rate},
         "kv": [],
         "stages": {},
+        "memory": {},
     }
     for context in sorted({*(c for c in CONTEXTS if c < limit), limit}):
         bytes_ = {"teacher": config, "student": new_config}
-        found = {name: sum(bytes_by_layer(one, dtype, context)) for name, one in bytes_.items()}
+        found = {name: sum(bytes_by_layer(one, served, context)) for name, one in bytes_.items()}
         result["kv"].append({"context": context, **found, "budget": found["student"] / found["teacher"]})
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         frozen = on_meta(config, weight_dtype(recipe, stage.options.get("teacher_dtype")))
@@ -70,8 +72,10 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
             "tokens": tokens,
             "flops": flops,
             "seconds": flops / (rate * efficiency * devices),
-            "memory": stage_memory(frozen, student, step),
         }
+        if name == "stage1" and recipe.init == "calibrated":
+            result["memory"]["init"] = init_memory(frozen, student, data.batch_size, data.seq_len)
+        result["memory"][name] = stage_memory(frozen, student, step)
     return result
 
 
@@ -82,7 +86,6 @@ def _name(device: torch.device) -> str:
 
 def _step(name: str, stage: StageRecipe, recipe: Recipe, data: TextDataModule, devices: int) -> Step:
     options = stage.options
-    low = str(recipe.trainer.get("precision", "")).startswith("bf16")
     layers = options.get("train_layers")
     return Step(
         stage=name,
@@ -93,9 +96,14 @@ def _step(name: str, stage: StageRecipe, recipe: Recipe, data: TextDataModule, d
         activation_checkpointing=bool(options.get("activation_checkpointing", False)),
         devices=devices,
         sharded="fsdp" in str(recipe.trainer.get("strategy", "")),
-        itemsize=2 if low else weight_dtype(recipe, None).itemsize,
+        itemsize=2 if _low(recipe) else weight_dtype(recipe, None).itemsize,
         device_type="cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda",
     )
+
+
+def _low(recipe: Recipe) -> bool:
+    """Whether arithmetic is in bfloat16."""
+    return str(recipe.trainer.get("precision", "")).startswith("bf16")
 
 
 def weight_dtype(recipe: Recipe, teacher_dtype: str | None) -> torch.dtype:
@@ -139,10 +147,13 @@ def dry_run_table(result: dict[str, Any]) -> str:
         "",
         "GB per device   weights   gradients   optimizer   gathered   activations     total",
     ]
-    for name, stage in stages.items():
-        memory: StageMemory = stage["memory"]
-        widths = {"weights": 10, "gradients": 12, "optimizer": 12, "gathered": 11, "activations": 14, "total": 10}
+    memories: dict[str, StageMemory] = {name: found for name, found in result["memory"].items() if found is not None}
+    widths = {"weights": 10, "gradients": 12, "optimizer": 12, "gathered": 11, "activations": 14, "total": 10}
+    for name, memory in memories.items():
         cells = "".join(f"{getattr(memory, field) / 1e9:{width}.2f}" for field, width in widths.items())
         lines.append(f"{name:13}{cells}")
-    lines.append("gathered and activations are estimates, see pl_attnedit/eval/bench/memory.py for their formula")
+    lines += [
+        "gathered and activations are estimates, their formula is in pl_attnedit/eval/bench/memory.py; a calibrated init is "
+        "not sharded, its statistics stand under activations",
+    ]
     return "\n".join(lines)

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pl_attnedit.attention import Target
+from pl_attnedit.attention import LayerStatistics, Target
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
 from pl_attnedit.eval.bench.flops import head_widths, is_mixture
+from pl_attnedit.modeling.kv import on_meta
 
 CHUNKS_OF_LOGITS = 4  # log-probabilities of both, probabilities and the gradient, in float32
 LAYERS_AT_WORK = 3
@@ -83,6 +84,24 @@ def stage_memory(teacher: Any, student: Any, step: Step) -> StageMemory:
         gathered=_gathered(teacher, student, step, parameters) if step.devices > 1 else 0.0,
         activations=_activations(teacher, student, step),
     )
+
+
+def init_memory(teacher: Any, student: Any, batch: int, seq: int) -> StageMemory | None:
+    """Of a calibrated init; None where no target looks at text. Whatever the strategy each device has all weights, the
+    statistics of all layers, and three times the attention's probabilities for one key head."""
+    looking = [
+        layer.self_attn
+        for layer in student.model.layers
+        if isinstance(layer.self_attn, Target) and layer.self_attn.needs_statistics
+    ]
+    if not looking:
+        return None
+    spec = looking[0].spec
+    one = LayerStatistics(spec, on_meta(teacher.config, torch.float32).model.rotary_emb, seq)
+    statistics = len(looking) * size(value for value in vars(one).values() if isinstance(value, torch.Tensor))
+    probabilities = 3 * 4 * batch * spec.num_heads // spec.num_kv_heads * seq**2
+    new = sum(size(a.parameters()) for layer in student.model.layers if isinstance(a := layer.self_attn, Target))
+    return StageMemory(size(teacher.parameters()) + new, 0.0, 0.0, 0.0, float(statistics + probabilities))
 
 
 def size(tensors: Iterable[torch.Tensor]) -> int:

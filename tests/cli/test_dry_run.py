@@ -58,7 +58,9 @@ def test_qwen3_8b_from_its_config(config_folder: Callable[[str], str]) -> None:
     attention = 4096 * 32 * 192 + 4096 * 576 + 512 + 512 * 32 * 256 + 4096 * 4096
     assert stage["trained_parameters"] == 36 * attention
     assert stage["seconds"] == pytest.approx(stage["flops"] / (8 * 0.65e15))
-    memory = stage["memory"]
+    memory = found["memory"]["stage1"]
+    init = found["memory"]["init"]  # whole on each device
+    assert init.weights == pytest.approx(8 * memory.weights)
     assert memory.weights == pytest.approx(2 * (found["teacher_parameters"] + 36 * attention) / 8)
 
 
@@ -71,7 +73,8 @@ def test_a_mixture_of_experts_and_windows(config_folder: Callable[[str], str]) -
     assert [row["budget"] for row in found["kv"]] == pytest.approx(
         [(1 + 3 * 515 / row["context"]) / 4 for row in found["kv"]]
     )
-    assert found["stages"]["stage2"]["memory"].gathered == 0
+    assert found["memory"]["stage2"].gathered == 0
+    assert found["memory"]["init"] is None  # windows start from the teacher's own weights
 
 
 def test_printed_and_nothing_written(

@@ -48,8 +48,8 @@ def test_a_recipe_fits_its_teacher_and_says_so(path: Path, tmp_path: Path, monke
     tokens = [count(found["stages"][stage]["tokens"]) for stage in ("stage1", "stage2")]
     assert f"{tokens[0]} + {tokens[1]} tokens" in head
     assert f"here {count(found['stages']['stage1']['trained_parameters'])} parameters train" in head
-    for stage in found["stages"].values():
-        assert stage["memory"].total < 80e9
+    for memory in found["memory"].values():
+        assert memory is None or memory.total < 80e9
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
