@@ -32,51 +32,49 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     limit = config.max_position_embeddings
     if data.seq_len > limit:
         raise invalid("seq_len", data.seq_len, f"must be at most {limit}, the context of the model")
-    new_config, dtype = edited_config(config, plan), weight_dtype(recipe, None)
+    dtype, served = weight_dtype(recipe, None), weight_dtype(recipe, recipe.stage1.options.get("teacher_dtype"))
+    teacher, student = on_meta(config, served), on_meta(edited_config(config, plan), dtype)
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert here is not None
-    devices = device_count(recipe.trainer) * int(recipe.trainer.get("num_nodes", 1))
-    rate = matmul_rate(here, torch.bfloat16 if _low(recipe) else dtype)
-    served = weight_dtype(recipe, recipe.stage1.options.get("teacher_dtype"))
-    teacher = on_meta(config, served)
     parameters = sum(p.numel() for p in teacher.parameters())
     mixture = any(is_mixture(layer.mlp) for layer in teacher.model.layers)
-    efficiency = MIXTURE_EFFICIENCY if mixture else SMALL_EFFICIENCY if parameters < SMALL else EFFICIENCY
     result: dict[str, Any] = {
         "recipe": recipe.name,
         "teacher": recipe.teacher,
+        "teacher_parameters": parameters,
         "pattern": plan.pattern,
         "layers": len(plan.letters),
         "edited_layers": len(plan.edited_layers),
-        "teacher_parameters": parameters,
-        "devices": devices,
-        "efficiency": efficiency,
-        "here": {"device": _name(here), "matmul_flops": rate},
-        "kv": [],
+        "kv": [_kv(config, student.config, served, c) for c in sorted({*(c for c in CONTEXTS if c < limit), limit})],
+        "device_here": _name(here),
+        "matmul_flops": matmul_rate(here, torch.bfloat16 if _low(recipe) else dtype),
+        "efficiency": MIXTURE_EFFICIENCY if mixture else SMALL_EFFICIENCY if parameters < SMALL else EFFICIENCY,
+        "devices": device_count(recipe.trainer) * int(recipe.trainer.get("num_nodes", 1)),
         "stages": {},
         "memory": {},
     }
-    for context in sorted({*(c for c in CONTEXTS if c < limit), limit}):
-        bytes_ = {"teacher": config, "student": new_config}
-        found = {name: sum(bytes_by_layer(one, served, context)) for name, one in bytes_.items()}
-        result["kv"].append({"context": context, **found, "budget": found["student"] / found["teacher"]})
+    if recipe.init == "calibrated":
+        result["memory"]["init"] = init_memory(teacher, student, data.batch_size, data.seq_len)
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         frozen = on_meta(config, weight_dtype(recipe, stage.options.get("teacher_dtype")))
-        student = on_meta(new_config, dtype)
-        step = _step(name, stage, recipe, data, devices)
-        tokens = stage.steps * stage.accumulate * devices * data.batch_size * data.seq_len
+        step = _step(name, stage, recipe, data, result["devices"])
+        result["memory"][name] = stage_memory(frozen, student, step)
+        tokens = stage.steps * stage.accumulate * result["devices"] * step.tokens
         flops = tokens * step_flops(frozen, student, stage=name, trained=step.trained, seq_len=data.seq_len)
         result["stages"][name] = {
             "trained_parameters": sum(p.numel() for p in trained_parameters(student, step)),
             "steps": stage.steps,
             "tokens": tokens,
             "flops": flops,
-            "seconds": flops / (rate * efficiency * devices),
+            "seconds": flops / (result["matmul_flops"] * result["efficiency"] * result["devices"]),
         }
-        if name == "stage1" and recipe.init == "calibrated":
-            result["memory"]["init"] = init_memory(frozen, student, data.batch_size, data.seq_len)
-        result["memory"][name] = stage_memory(frozen, student, step)
     return result
+
+
+def _kv(teacher: Any, student: Any, dtype: torch.dtype, context: int) -> dict[str, Any]:
+    """Cached bytes of one sequence, from the models' configs."""
+    found = {name: sum(bytes_by_layer(c, dtype, context)) for name, c in (("teacher", teacher), ("student", student))}
+    return {"context": context, **found, "budget": found["student"] / found["teacher"]}
 
 
 def _name(device: torch.device) -> str:
@@ -125,7 +123,7 @@ def device_count(trainer: Mapping[str, Any]) -> int:
 
 def dry_run_table(result: dict[str, Any]) -> str:
     """The estimate as text."""
-    here, stages = result["here"], result["stages"]
+    stages = result["stages"]
     lines = [
         f"{result['recipe']}: {result['teacher']}, {count(result['teacher_parameters'])} parameters; pattern "
         f"{result['pattern']}, {result['edited_layers']} of {result['layers']} layers edited",
@@ -140,10 +138,10 @@ def dry_run_table(result: dict[str, Any]) -> str:
         trained, tokens = count(stage["trained_parameters"]), count(stage["tokens"])
         work = f"{stage['flops'] / 1e15:10,.3g}"
         lines.append(f"{name}   {trained:>18}   {stage['steps']:5}   {tokens:>8} {work}   {duration(stage['seconds'])}")
-    efficiency, rate = result["efficiency"], here["matmul_flops"] / 1e12
+    rate = f"{result['efficiency']:.0%} of the {result['matmul_flops'] / 1e12:.3g} TFLOP/s"
     lines += [
-        f"time on {result['devices']} x {here['device']}, if each reaches {efficiency:.0%} of the {rate:.3g} TFLOP/s that a "
-        "matrix product reaches on this machine now; init, validation and evaluation come on top",
+        f"time on {result['devices']} x {result['device_here']}, if each reaches {rate} that a matrix product "
+        "reaches on this machine now; init, validation and evaluation come on top",
         "",
         "GB per device   weights   gradients   optimizer   gathered   activations     total",
     ]
