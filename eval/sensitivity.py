@@ -17,7 +17,7 @@ from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.distillation.pairs import Call, Pairs
 from pl_attnedit.modeling import FULL, EditPlan, edit_model
 from pl_attnedit.modeling.hf import edited_config
-from pl_attnedit.modeling.kv import bytes_by_layer
+from pl_attnedit.modeling.kv import fill_cache, on_meta
 
 
 class UntrainedPlans:
@@ -103,7 +103,8 @@ def cached_by_letter(
     layers, config = teacher.config.num_hidden_layers, teacher.config
     plans = {letter: EditPlan(letter * layers, {letter: target}) for letter, target in targets.items()}
     configs: dict[str, Any] = {letter: edited_config(config, plan) for letter, plan in plans.items()}
-    return {letter: bytes_by_layer(c, teacher.dtype, context) for letter, c in {**configs, FULL: config}.items()}
+    models = {letter: on_meta(c, teacher.dtype) for letter, c in {**configs, FULL: config}.items()}
+    return {letter: next(fill_cache(model, context)) for letter, model in models.items()}
 
 
 def _mean(rows: list[dict[str, float]], weights: list[int]) -> dict[str, float | None]:

@@ -15,7 +15,7 @@ from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
 from pl_attnedit.eval.bench.memory import StageMemory, Step, init_memory, stage_memory, trained_parameters
 from pl_attnedit.eval.formatting import count, duration, percent
 from pl_attnedit.modeling.hf import edited_config
-from pl_attnedit.modeling.kv import bytes_by_layer, on_meta
+from pl_attnedit.modeling.kv import fill_cache, on_meta
 from pl_attnedit.recipe import Recipe, StageRecipe
 
 CONTEXTS = (1024, 8192, 32768)  # tokens; the model's limit is added
@@ -45,7 +45,7 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
         "pattern": plan.pattern,
         "layers": len(plan.letters),
         "edited_layers": len(plan.edited_layers),
-        "kv": [_kv(config, student.config, served, c) for c in sorted({*(c for c in CONTEXTS if c < limit), limit})],
+        "kv": _kv(teacher, on_meta(student.config, served), limit),
         "device_here": _name(here),
         "matmul_flops": matmul_rate(here, torch.bfloat16 if _low(recipe) else dtype),
         "efficiency": MIXTURE_EFFICIENCY if mixture else SMALL_EFFICIENCY if parameters < SMALL else EFFICIENCY,
@@ -71,10 +71,13 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     return result
 
 
-def _kv(teacher: Any, student: Any, dtype: torch.dtype, context: int) -> dict[str, Any]:
-    """Cached bytes of one sequence, from the models' configs."""
-    found = {name: sum(bytes_by_layer(c, dtype, context)) for name, c in (("teacher", teacher), ("student", student))}
-    return {"context": context, **found, "budget": found["student"] / found["teacher"]}
+def _kv(teacher: Any, student: Any, limit: int) -> list[dict[str, Any]]:
+    """Cached bytes of one sequence, by context."""
+    rows = []
+    for context in sorted({*(c for c in CONTEXTS if c < limit), limit}):
+        found = {"teacher": sum(next(fill_cache(teacher, context))), "student": sum(next(fill_cache(student, context)))}
+        rows.append({"context": context, **found, "budget": found["student"] / found["teacher"]})
+    return rows
 
 
 def _name(device: torch.device) -> str:

@@ -63,7 +63,8 @@ def test_a_recipe_trains(
     """A step of each stage. Replaced are the teacher, the text and the trainer; the targets are the recipe's own."""
     recipe, options = read(path)
     family = "qwen3_moe" if "a3b" in path.stem else "qwen3"
-    make_teacher(family, **SMALL).save_pretrained(tmp_path / "teacher")
+    layers = max(2, len(recipe.pattern or ""))
+    make_teacher(family, **SMALL, num_hidden_layers=layers).save_pretrained(tmp_path / "teacher")
     tiny_tokenizer.save_pretrained(tmp_path / "teacher")
     recipe.teacher, recipe.calibration_tokens = str(tmp_path / "teacher"), 1024
     data = TextDataModule(recipe.teacher, **{**options, "source": tiny_corpus, "seq_len": 64, "val_sequences": 2})
