@@ -81,7 +81,7 @@ class TeacherWriter:
     def write(self, number: int) -> list[str]:
         """The documents of a batch; fewer than its size where a question came to no end."""
         size = self.sampling.batch_size
-        torch.manual_seed(self.sampling.seed * 2**32 + number)
+        torch.manual_seed(document_hash(f"{self.sampling.seed} {number}"))  # a CPU looks at the lower 32 bits only
         if self.mode == "none":
             return [self._text(ids) for ids in self._continue([[self._first_token()]] * size)]
         if self.mode != "chat":
