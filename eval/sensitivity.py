@@ -108,7 +108,9 @@ def cached_by_letter(
 
 
 def _mean(rows: list[dict[str, float]], weights: list[int]) -> dict[str, float | None]:
-    mean: dict[str, float | None] = {name: statistics.fmean((r[name] for r in rows), weights) for name in rows[0]}
+    mean: dict[str, float | None] = {
+        name: sum(row[name] * weight for row, weight in zip(rows, weights)) / sum(weights) for name in rows[0]
+    }
     several = len(rows) > 1
     mean["kl_error"] = statistics.stdev(row["kl"] for row in rows) / len(rows) ** 0.5 if several else None
     return mean

@@ -54,11 +54,11 @@ def test_a_config_runs(
 @pytest.mark.parametrize("path", TRAINERS, ids=lambda path: path.stem)
 def test_a_trainer_comes_after_a_recipe_or_a_stage(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It changes its own fields of the trainer and no others; options after it change single fields again."""
-    expected = yaml.safe_load(path.read_text())["trainer"] | {"devices": 2}
+    expected = yaml.safe_load(path.read_text())["trainer"] | {"precision": "bf16-true"}
     recipe = tmp_path / "recipe.yaml"
     values = yaml.safe_load((FOLDER / "quickstart.yaml").read_text())
     recipe.write_text(yaml.safe_dump(values | {"trainer": {"accelerator": "gpu", "gradient_clip_val": 1.0}}))
-    layers = ["-c", str(path), "--trainer.devices", "2"]
+    layers = ["-c", str(path), "--trainer.precision", "bf16-true"]
     config = recipe_parser().parse_args(["-c", str(recipe), *layers])
     assert config.trainer == {"gradient_clip_val": 1.0, **expected}
     assert config.stage1.steps == values["stage1"]["steps"]

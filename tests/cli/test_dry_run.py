@@ -64,19 +64,6 @@ def test_qwen3_8b_from_its_config(config_folder: Callable[[str], str]) -> None:
     assert memory.weights == pytest.approx(2 * (found["teacher_parameters"] + 36 * attention) / 8)
 
 
-def test_a_mixture_of_experts_and_windows(config_folder: Callable[[str], str]) -> None:
-    folder = config_folder("qwen3-30b-a3b")
-    recipe = a_recipe(folder, WINDOW, trainer={"accelerator": "gpu", "devices": 1, "precision": "bf16-true"})
-    found = dry_run(recipe, TextDataModule(folder, seq_len=4096, batch_size=1))
-    assert found["teacher_parameters"] == pytest.approx(30.5e9, rel=1e-2)
-    assert found["efficiency"] == module.MIXTURE_EFFICIENCY
-    assert [row["budget"] for row in found["kv"]] == pytest.approx(
-        [(1 + 3 * 515 / row["context"]) / 4 for row in found["kv"]]
-    )
-    assert found["memory"]["stage2"].gathered == 0
-    assert found["memory"]["init"] is None  # windows start from the teacher's own weights
-
-
 def test_printed_and_nothing_written(
     recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,7 +110,7 @@ def test_device_count(trainer: dict[str, Any], expected: int) -> None:
     assert device_count(trainer) == expected
 
 
-def test_a_sharded_weight_is_counted_once(config_folder: Callable[[str], str]) -> None:
+def test_a_tied_weight_is_counted_once(config_folder: Callable[[str], str]) -> None:
     config = json.loads(Path(config_folder("smollm2-135m"), "config.json").read_text())
     assert config["tie_word_embeddings"]
     folder = config_folder("smollm2-135m")

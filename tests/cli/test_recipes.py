@@ -48,6 +48,10 @@ def test_a_recipe_fits_its_teacher_and_says_so(path: Path, tmp_path: Path, monke
     tokens = [count(found["stages"][stage]["tokens"]) for stage in ("stage1", "stage2")]
     assert f"{tokens[0]} + {tokens[1]} tokens" in head
     assert f"here {count(found['stages']['stage1']['trained_parameters'])} parameters train" in head
+    assert found["efficiency"] == (module.MIXTURE_EFFICIENCY if "a3b" in path.stem else module.EFFICIENCY)
+    assert (found["memory"]["init"] is None) == (
+        "gate_swa" in path.stem
+    )  # windows start from the teacher's own weights
     for memory in found["memory"].values():
         assert memory is None or memory.total < 80e9
 
