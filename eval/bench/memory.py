@@ -140,12 +140,8 @@ def _activations(teacher: Any, student: Any, step: Step) -> float:
     total = step.tokens * step.itemsize * (values + largest)
     if step.feature_weight:  # hidden states of both in float32
         total += step.tokens * 8 * config.hidden_size * len(behind)
-    total += (
-        CHUNKS_OF_LOGITS
-        * 4
-        * vocabulary
-        * min(step.tokens, tokens_of_a_chunk(vocabulary, torch.device(step.device_type)))
-    )
+    chunk = min(step.tokens, tokens_of_a_chunk(vocabulary, torch.device(step.device_type)))
+    total += CHUNKS_OF_LOGITS * 4 * vocabulary * chunk
     return total + (4 * vocabulary * config.hidden_size if step.trained == "all" else 0)  # the head's gradient
 
 
