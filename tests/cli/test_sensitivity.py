@@ -81,8 +81,11 @@ def test_mistakes(
     message: str,
     teacher_folder: Callable[..., str],
     tiny_corpus: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     arguments = ["--teacher", teacher_folder(), "--target", "{type: gate_swa, window: 8}", "--source", tiny_corpus]
     assert main(["sensitivity", *arguments, "--seq-len", "32", *options]) == 2
     assert message in capsys.readouterr().err
