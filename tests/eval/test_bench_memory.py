@@ -26,6 +26,7 @@ Make = Callable[..., Any]
 
 def measured() -> list[Any]:
     rows = [row for name in ("one_gpu", "two_gpus") for row in json.loads((RESULTS / f"bench_{name}.json").read_text())]
+    rows = [row for row in rows if row["what"].get("strategy") in (None, "ddp", "fsdp2")]
     return [pytest.param(row, id=f"{row['what']['model']}-{row['what']['stage']}-{i}") for i, row in enumerate(rows)]
 
 
@@ -38,7 +39,8 @@ def test_estimate_is_near_what_was_measured(row: dict[str, Any]) -> None:
     batch, seq = map(int, what["batch"].split()[0].split("x"))
     strategy, trained = what.get("strategy"), what.get("train", "attention")
     devices, sharded = 2 if strategy else 1, strategy == "fsdp2"
-    step = Step(what["stage"], batch * seq, trained, devices=devices, sharded=sharded)
+    again = what.get("activation_checkpointing", False)
+    step = Step(what["stage"], batch * seq, trained, devices=devices, sharded=sharded, activation_checkpointing=again)
     memory = stage_memory(teacher, student, step)
     fixed = memory.weights + memory.gradients + memory.optimizer
     assert fixed == pytest.approx(row["weights_gradients_optimizer_bytes"], rel=1e-3)
@@ -46,7 +48,7 @@ def test_estimate_is_near_what_was_measured(row: dict[str, Any]) -> None:
     assert flops == pytest.approx(row["flops_per_token"], rel=1e-6)
     # The runs on one GPU held the stored inputs of the bound beside stage 1; SmolLM2's stage 1 is small beside its estimate.
     if what["stage"] == "stage2" or (sharded and what["model"] == "qwen3-8b"):
-        assert memory.total == pytest.approx(row["peak_bytes"], rel=0.1)
+        assert memory.total == pytest.approx(row["peak_bytes"], rel=0.2 if again else 0.1)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
