@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn import Parameter
 
 from pl_attnedit.errors import invalid
+from pl_attnedit.modeling.sensitivity import Sensitivity
 
 Order = Literal["all", "bottom_up", "top_down", "parts"]
 ORDERS = ("all", "bottom_up", "top_down", "parts")
@@ -21,17 +22,19 @@ class ProgressiveUnfreezing(Callback):
     unfrozen after wrapping would never be reduced.
 
     Args:
-        order: "bottom_up" or "top_down" over the edited layers, a list of layer indices in the order wanted (e.g. by
-            sensitivity), "parts" = the new attention, then all norms, then the rest of the trunk, "all" = no holding back.
+        order: "bottom_up" or "top_down" over the edited layers, a list of layer indices in the order wanted, a .json file of
+            `pl-attnedit sensitivity` (the most sensitive layer first), "parts" = the new attention, then all norms, then
+            the rest of the trunk, "all" = no holding back.
         layers_per_group: edited layers that are unfrozen together; "parts" has groups of its own.
         steps_per_group: optimiser steps between two groups.
     """
 
     def __init__(
-        self, order: Order | list[int] = "bottom_up", layers_per_group: int = 1, steps_per_group: int = 100
+        self, order: Order | list[int] | str = "bottom_up", layers_per_group: int = 1, steps_per_group: int = 100
     ) -> None:
-        if not isinstance(order, list) and order not in ORDERS:
-            raise invalid("order", order, f"must be one of {', '.join(ORDERS)} or a list of layer indices")
+        if not isinstance(order, list) and order not in ORDERS and not order.endswith(".json"):
+            allowed = f"must be one of {', '.join(ORDERS)}, a list of layer indices, or a .json file of sensitivities"
+            raise invalid("order", order, allowed)
         if layers_per_group < 1:
             raise invalid("layers_per_group", layers_per_group, "must be at least 1")
         if steps_per_group < 1:
@@ -58,6 +61,8 @@ class ProgressiveUnfreezing(Callback):
         order = list(modules)
         if self.order == "top_down":
             order.reverse()
+        elif isinstance(self.order, str) and self.order.endswith(".json"):
+            order = Sensitivity.read(self.order).order(pl_module.plan.letters)
         elif isinstance(self.order, list):
             if sorted(self.order) != order:
                 raise invalid("order", self.order, f"must list each edited layer once: {order}")

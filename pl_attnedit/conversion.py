@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.attention import TargetConfig
 from pl_attnedit.callbacks import (
@@ -45,7 +45,7 @@ from pl_attnedit.recipe import Recipe, StageRecipe
 from pl_attnedit.run_folder import RunFolder
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
 from pl_attnedit.teachers import family_of
-from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
+from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_config, teacher_fingerprint
 from pl_attnedit.tracking import (
     ConversionRuns,
     TrackedRun,
@@ -348,15 +348,16 @@ class Conversion:
         return load_teacher(self.recipe.teacher, dtype=getattr(torch, self.recipe.dtype))
 
 
-def check_plan(recipe: Recipe, targets: TargetConfig | dict[str, TargetConfig]) -> None:
-    """`UserError` for a teacher, an edit plan or a target that does not fit, from the teacher's config alone."""
-    config = AutoConfig.from_pretrained(resolve_teacher(recipe.teacher))
+def check_plan(recipe: Recipe, targets: TargetConfig | dict[str, TargetConfig]) -> tuple[PreTrainedConfig, EditPlan]:
+    """The teacher's config and the edit plan; `UserError` where teacher, plan or targets do not fit. Needs no weights."""
+    config = teacher_config(recipe.teacher)
     family = family_of(config)
     family.check(config)
     plan = EditPlan.build(config.num_hidden_layers, targets, recipe.pattern, recipe.layers)
     plan.require_edits()
     for target in plan.targets.values():
         target.check(family.attention_spec(config))
+    return config, plan
 
 
 def build_trainer(options: dict[str, Any]) -> Trainer:

@@ -148,7 +148,7 @@ def _check_names(field: str, given: dict[str, Any], known: set[str]) -> None:
 
 
 # where a recipe runs and is kept does not change what it computes
-PLACE_FIELDS = ("config", "runs", "tracking_uri")
+PLACE_FIELDS = ("config", "dry_run", "runs", "tracking_uri")
 
 
 def recipe_parser() -> ArgumentParser:
@@ -162,6 +162,8 @@ def recipe_parser() -> ArgumentParser:
     parser.add_argument("-c", "--config", action=_LayeredConfig, help=help_)
     parser.add_class_arguments(Recipe)
     parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer"}, instantiate=False)
+    dry_run = "only print what would be trained, cached and held in memory, and for how long: needs no weights, no text"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
     return parser
 
 

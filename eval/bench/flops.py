@@ -13,18 +13,34 @@ from pl_attnedit.teachers import attention_spec
 
 
 def linear_flops(module: nn.Module) -> int:
-    """Forward FLOPs per token of the linear layers in a module."""
-    return sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+    """Forward FLOPs per token of the linear layers in a module; of a mixture's experts, of those that a token goes to."""
+    dense = sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+    return dense + sum(_mixture_flops(m) for m in module.modules() if is_mixture(m))
+
+
+def is_mixture(module: nn.Module) -> bool:
+    """Whether this is a mixture of experts as Hugging Face's Qwen3-MoE has it: a router `gate` and stacked `experts`."""
+    return hasattr(module, "experts") and hasattr(getattr(module, "gate", None), "top_k")
+
+
+def _mixture_flops(mixture: Any) -> int:
+    routed = sum(p.numel() for p in mixture.experts.parameters()) * mixture.gate.top_k // mixture.gate.num_experts
+    return 2 * (routed + mixture.gate.weight.numel())
+
+
+def head_widths(attention: Any, config: Any) -> tuple[int, int, int]:
+    """Number of query heads, width of a query (and key) head, width of a value head."""
+    if isinstance(attention, MLA):
+        return attention.num_heads, attention.nope_dim + attention.rope_dim, attention.v_dim
+    spec = attention_spec(config)
+    return spec.num_heads, spec.head_dim, spec.head_dim
 
 
 def score_flops(attention: Any, config: Any, seq_len: int) -> float:
     """Forward FLOPs per token of scores and weighted values; causal, so half of the square, or the window."""
-    spec = attention_spec(config)
-    heads, query, value = spec.num_heads, spec.head_dim, spec.head_dim
+    heads, query, value = head_widths(attention, config)
     visible = (seq_len + 1) / 2
-    if isinstance(attention, MLA):
-        heads, query, value = attention.num_heads, attention.nope_dim + attention.rope_dim, attention.v_dim
-    elif isinstance(attention, Target) and getattr(attention.target, "window", None) is not None:
+    if isinstance(attention, Target) and getattr(attention.target, "window", None) is not None:
         reach = min(attention.target.window + attention.target.sinks, seq_len)  # type: ignore[attr-defined]
         visible = reach - reach * (reach - 1) / (2 * seq_len)
     return 2 * visible * heads * (query + value)
@@ -63,6 +79,6 @@ def _reading_the_input(attention: nn.Module, hidden_size: int) -> int:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product on random data: the median of ten."""
-    size = 8192 if device.type == "cuda" else 1536
+    size = 1536 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / median_seconds(lambda: left @ right, device, repeats=10)

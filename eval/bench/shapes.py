@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -31,15 +31,36 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 40960,
         "tie_word_embeddings": False,
     },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": False,
+    },
 }
+
+
+def config_of(shape: str) -> PreTrainedConfig:
+    """The config of one of `SHAPES`."""
+    fields = dict(SHAPES[shape])
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def random_model(shape: str, *, layers: int | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A model of one of `SHAPES` with weights as after its own initialisation, made on the device itself."""
     from pl_attnedit.distillation.base import default_dtype  # Lightning, which the names of the shapes do not need
 
-    fields = dict(SHAPES[shape])
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config = config_of(shape)
     if layers is not None:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):

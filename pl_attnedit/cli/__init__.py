@@ -11,6 +11,8 @@ from pl_attnedit.cli.messages import farewell, message_of
 
 COMMANDS: dict[str, str] = {
     "convert": "run a whole conversion from a recipe: init, stage 1, stage 2, evaluation, report",
+    "sensitivity": "what editing each layer costs, and an edit plan for a KV budget",
+    "generate-data": "text for training, sampled from the teacher itself",
     "prepare": "tokenise and pack text ahead of time",
     "fit": "train one stage (LightningCLI)",
     "validate": "measure a student against its teacher (LightningCLI)",
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pl_attnedit.interruption import Interrupted, termination_as_exception
 
     quiet()
-    module = importlib.import_module(f"pl_attnedit.cli.{'fit' if name == 'validate' else name}")
+    module = importlib.import_module(f"pl_attnedit.cli.{'fit' if name == 'validate' else name.replace('-', '_')}")
     try:
         with termination_as_exception():
             return module.main([name, *rest] if module.__name__.endswith(".fit") else rest)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from pl_attnedit.conversion import convert
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.dry_run import dry_run, dry_run_table
 from pl_attnedit.recipe import Recipe, as_plain, recipe_parser
 
 
@@ -15,6 +17,9 @@ def main(arguments: Sequence[str]) -> int:
     plain = as_plain(parser, config)
     ready = parser.instantiate_classes(config)
     recipe = Recipe(**{field.name: getattr(ready, field.name) for field in fields(Recipe)})
+    if config.dry_run:
+        print(dry_run_table(dry_run(recipe, TextDataModule(recipe.teacher, **dict(ready.data)))))
+        return 0
     summary = convert(recipe, dict(ready.data), plain)
     if summary is None:  # a further process of a distributed conversion
         return 0

@@ -49,6 +49,30 @@ def resolve_teacher(name: str, cache_dir: str | Path | None = None) -> Path:
     Raises:
         UserError: nothing there, not a causal language model, or a package that is not installed.
     """
+    teacher_config(name, cache_dir)  # of the hub that alone: an encoder is refused before gigabytes of it arrive
+    path = _local_folder(name, cache_dir)
+    if path is None:
+        path = hub_snapshot("teacher", name, [*TOKENIZER_FILES, "*.safetensors"], TEACHER_SOURCES)
+    if not any(path.glob("*.safetensors")):
+        raise invalid("teacher", name, "no *.safetensors there; pickled weights (*.bin) are not read")
+    return path
+
+
+def teacher_config(name: str, cache_dir: str | Path | None = None) -> PreTrainedConfig:
+    """The config of a teacher. Its weights need not be there: a folder with config.json alone will do, and of a model on
+    the hub nothing else is fetched.
+
+    Raises:
+        UserError: nothing there, or not a causal language model.
+    """
+    path = _local_folder(name, cache_dir) or hub_snapshot("teacher", name, ["config.json"], TEACHER_SOURCES)
+    config = _config(name, path)
+    _check_causal(name, config)
+    return config
+
+
+def _local_folder(name: str, cache_dir: str | Path | None) -> Path | None:
+    """The folder of a teacher that is on this machine, a GGUF converted; None where it can only be on the hub."""
     path = Path(name).expanduser()
     if name.startswith(PACKAGE_PREFIX):
         return _converted(gguf_in_package(name), cache_dir)
@@ -57,16 +81,10 @@ def resolve_teacher(name: str, cache_dir: str | Path | None = None) -> Path:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise invalid("teacher", name, "this folder has no config.json; allowed: " + TEACHER_SOURCES)
-        _check_causal(name, _config(name, path))
-    elif path.is_absolute() or name.startswith((".", "~")):
+        return path
+    if path.is_absolute() or name.startswith((".", "~")):
         raise invalid("teacher", name, "there is no such folder; allowed: " + TEACHER_SOURCES)
-    else:
-        # The config alone first: an encoder is refused before gigabytes of it arrive.
-        _check_causal(name, _config(name, hub_snapshot("teacher", name, ["config.json"], TEACHER_SOURCES)))
-        path = hub_snapshot("teacher", name, [*TOKENIZER_FILES, "*.safetensors"], TEACHER_SOURCES)
-    if not any(path.glob("*.safetensors")):
-        raise invalid("teacher", name, "no *.safetensors there; pickled weights (*.bin) are not read")
-    return path
+    return None
 
 
 def load_teacher(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:

@@ -27,7 +27,14 @@ from transformers import (
 
 from pl_attnedit.errors import UserError
 from pl_attnedit.teachers import source
-from pl_attnedit.teachers.source import build_once, file_sha256, load_teacher, resolve_teacher, teacher_fingerprint
+from pl_attnedit.teachers.source import (
+    build_once,
+    file_sha256,
+    load_teacher,
+    resolve_teacher,
+    teacher_config,
+    teacher_fingerprint,
+)
 
 THETA = 54321.0
 CONFIG: dict[str, Any] = {
@@ -177,6 +184,14 @@ def test_hub_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "snapshot_download", snapshot_download)
     assert resolve_teacher("org/name") == folder
     assert asked == [("org/name", True, False), ("org/name", False, True)]  # the config is judged before the download
+    asked.clear()
+    assert teacher_config("org/name").model_type == "llama"
+    assert asked == [("org/name", True, False)]
+
+
+def test_config_without_weights(tmp_path: Path) -> None:
+    LlamaConfig(**CONFIG, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    assert teacher_config(str(tmp_path)).hidden_size == CONFIG["hidden_size"]
 
 
 def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:

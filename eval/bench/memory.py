@@ -1,0 +1,156 @@
+"""Memory of a training step, counted from shapes: what each device holds, and what comes and goes.
+
+Weights, gradients and AdamW's moments are exact. The rest is an estimate; per token and layer a backward pass keeps
+
+    4 * hidden                                       layer input, normed input, attention output, second normed input
+    heads * (2 * query width + 2 * value width)      query, key, value and output of the attention
+    2 * intermediate                                 gate and up projection (trained: and their product, for the weight)
+    2 * intermediate + hidden, for each expert       in a mixture, of the experts that a token goes to
+
+values. Stage 2 keeps this of all layers and works on two layers more (values and their gradients); with activation
+checkpointing it keeps the layers' inputs and works on three layers. Stage 1 works on three. The loss holds four chunks of
+logits. FSDP2 gathers the layer at work and the next, DDP's buckets are as large as the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from pl_attnedit.attention import LayerStatistics, Target
+from pl_attnedit.distillation.losses import tokens_of_a_chunk
+from pl_attnedit.eval.bench.flops import head_widths, is_mixture
+from pl_attnedit.modeling.kv import on_meta
+
+CHUNKS_OF_LOGITS = 4  # log-probabilities of both, probabilities and the gradient, in float32
+LAYERS_AT_WORK = 3
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on each device."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float  # whole layers, gradients or buckets that sharding and reducing add for a while
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step of a stage is. tokens: of one device's batch; devices: of all nodes; sharded: by FSDP2."""
+
+    stage: str
+    tokens: int
+    trained: str = "attention"  # stage 2: attention | all
+    train_layers: tuple[int, ...] | None = None  # stage 1
+    feature_weight: float = 0.0
+    activation_checkpointing: bool = False
+    devices: int = 1
+    sharded: bool = False
+    itemsize: int = 2  # bytes of an activation
+    device_type: str = "cuda"
+
+
+def trained_parameters(student: Any, step: Step) -> list[nn.Parameter]:
+    """What a stage trains."""
+    if step.trained == "all":
+        return list(student.parameters())
+    chosen = range(len(student.model.layers)) if step.train_layers is None else step.train_layers
+    modules = (student.model.layers[index].self_attn for index in chosen)
+    return [p for module in modules if isinstance(module, Target) for p in module.parameters()]
+
+
+def stage_memory(teacher: Any, student: Any, step: Step) -> StageMemory:
+    """Of teacher and student (on any device, meta too), which need not share their trunk."""
+    shards = step.devices if step.sharded else 1
+    parameters = trained_parameters(student, step)
+    trained = size(parameters)
+    new = [layer.self_attn for layer in student.model.layers if isinstance(layer.self_attn, Target)]
+    own = size(student.parameters()) if step.trained == "all" else sum(size(module.parameters()) for module in new)
+    return StageMemory(
+        weights=(size(teacher.parameters()) + own) / shards,
+        gradients=trained / shards,
+        optimizer=2 * trained / shards,
+        gathered=_gathered(teacher, student, step, parameters) if step.devices > 1 else 0.0,
+        activations=_activations(teacher, student, step),
+    )
+
+
+def init_memory(teacher: Any, student: Any, batch: int, seq: int) -> StageMemory | None:
+    """Of a calibrated init; None where no target looks at text. Whatever the strategy each device has all weights, the
+    statistics of all layers, and three times the attention's probabilities for one key head."""
+    looking = [
+        layer.self_attn
+        for layer in student.model.layers
+        if isinstance(layer.self_attn, Target) and layer.self_attn.needs_statistics
+    ]
+    if not looking:
+        return None
+    spec = looking[0].spec
+    one = LayerStatistics(spec, on_meta(teacher.config, torch.float32).model.rotary_emb, seq)
+    statistics = len(looking) * size(value for value in vars(one).values() if isinstance(value, torch.Tensor))
+    probabilities = 3 * 4 * batch * spec.num_heads // spec.num_kv_heads * seq**2
+    new = sum(size(a.parameters()) for layer in student.model.layers if isinstance(a := layer.self_attn, Target))
+    return StageMemory(size(teacher.parameters()) + new, 0.0, 0.0, 0.0, float(statistics + probabilities))
+
+
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _gathered(teacher: Any, student: Any, step: Step, trained: list[nn.Parameter]) -> float:
+    if not step.sharded:
+        return size(trained)
+
+    def gathered(parameters: Iterable[torch.Tensor]) -> int:  # in the dtype of the arithmetic, where it is smaller
+        return sum(p.numel() * min(p.element_size(), step.itemsize) for p in parameters)
+
+    pairs = zip(teacher.model.layers, student.model.layers, strict=True)
+    layers = [
+        gathered(old.parameters()) + gathered((new if step.trained == "all" else new.self_attn).parameters())
+        for old, new in pairs
+        if isinstance(new.self_attn, Target)
+    ]
+    if step.stage == "stage1":  # the new attention stays whole, and so do its gradients until the backward pass
+        return 2 * max(layers) + 2 * gathered(trained)
+    heads = gathered(teacher.lm_head.parameters()) * (2 if step.trained == "all" else 1)
+    return 2 * max(layers) + heads
+
+
+def _activations(teacher: Any, student: Any, step: Step) -> float:
+    config, vocabulary = teacher.config, teacher.config.vocab_size
+    kept = [kept_values(layer, config, step.trained == "all") for layer in student.model.layers]
+    largest = LAYERS_AT_WORK * max(kept)
+    if step.stage == "stage1":
+        return step.tokens * step.itemsize * largest
+    edited = [index for index, layer in enumerate(student.model.layers) if isinstance(layer.self_attn, Target)]
+    behind = kept if step.trained == "all" else kept[edited[0] :]  # nothing below trains
+    values = len(behind) * config.hidden_size if step.activation_checkpointing else sum(behind) - max(kept)
+    total = step.tokens * step.itemsize * (values + largest)
+    if step.feature_weight:  # hidden states of both in float32
+        total += step.tokens * 8 * config.hidden_size * len(behind)
+    chunk = min(step.tokens, tokens_of_a_chunk(vocabulary, torch.device(step.device_type)))
+    total += CHUNKS_OF_LOGITS * 4 * vocabulary * chunk
+    return total + (4 * vocabulary * config.hidden_size if step.trained == "all" else 0)  # the head's gradient
+
+
+def kept_values(layer: Any, config: Any, trained: bool) -> int:
+    """Values per token that a layer's forward pass leaves for its backward pass; see the module's text."""
+    heads, query, value = head_widths(layer.self_attn, config)
+    attention = 4 * config.hidden_size + heads * 2 * (query + value)
+    each = 3 if trained else 2
+    if is_mixture(layer.mlp):
+        inner = each * config.moe_intermediate_size + config.hidden_size
+        return attention + layer.mlp.gate.top_k * inner
+    return attention + each * layer.mlp.down_proj.in_features

@@ -1,0 +1,59 @@
+"""`pl-attnedit generate-data`: text for training, sampled from the teacher itself."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from pl_attnedit.errors import invalid
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = ArgumentParser(
+        prog="pl-attnedit generate-data",
+        description="Text sampled from the teacher itself, as a parquet file for `source:` in a recipe. A run that was "
+        "interrupted goes on by the same command. Several GPUs: one run each, with a --seed and a file of its own.",
+    )
+    parser.add_argument("--teacher", required=True, help="hub name, folder, GGUF file or package:NAME")
+    parser.add_argument("--tokens", type=int, required=True, help="to generate, duplicates not counted")
+    parser.add_argument("-o", "--output", default="data.parquet", help="columns text, source (default data.parquet)")
+    parser.add_argument(
+        "--prompts",
+        default="auto",
+        help="chat = the model asks and answers (default where it has a chat template), none = it writes from the first "
+        "token on (default elsewhere), or a text file with a prompt on each line",
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="1 = the teacher's own distribution (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 = all tokens (default)")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="of a text, question or answer (default 1024)")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences at a time (default 32)")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--device", help="torch device; default a GPU where there is one")
+    parser.add_argument("--dtype", default="auto", help="of the weights; default the teacher's own")
+    options = parser.parse_args(list(arguments))
+    if options.tokens < 1:
+        raise invalid("--tokens", options.tokens, "must be at least 1")
+
+    import torch
+
+    from pl_attnedit.data.generated import Sampling, TeacherWriter, generate_data
+    from pl_attnedit.teachers.source import load_teacher
+
+    names = ("prompts", "temperature", "top_p", "max_tokens", "batch_size", "seed")
+    sampling = Sampling(**{name: getattr(options, name) for name in names})
+    teacher, tokenizer = load_teacher(options.teacher, dtype=options.dtype)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    writer = TeacherWriter(teacher.to(device), tokenizer, sampling)
+    began = time.monotonic()
+
+    def report(documents: int, tokens: int) -> None:
+        seconds = time.monotonic() - began
+        done = f"{documents:,} documents, {tokens:,}/{options.tokens:,} tokens, {seconds:.0f} s"
+        print(f"generate-data  {done}", file=sys.stderr)
+
+    documents, tokens = generate_data(writer, options.teacher, Path(options.output), options.tokens, report)
+    print(f"{options.output}: {documents:,} documents, {tokens:,} tokens")
+    return 0

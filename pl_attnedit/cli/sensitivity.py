@@ -1,0 +1,138 @@
+"""`pl-attnedit sensitivity`: what editing each layer costs, and an edit plan for a KV budget."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from pl_attnedit.errors import invalid
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = ArgumentParser(
+        prog="pl-attnedit sensitivity",
+        description="Edit one layer at a time, without training, and measure how far the model moves. With --budget also "
+        "print a pattern that keeps full the layers whose editing costs most per cached byte; it goes into a recipe. "
+        "ProgressiveUnfreezing takes the file as its order.",
+    )
+    parser.add_argument("--teacher", required=True, help="hub name, folder, GGUF file or package:NAME")
+    parser.add_argument(
+        "--target",
+        required=True,
+        type=yaml.safe_load,
+        help="as in a recipe: '{type: gate_swa, window: 64, sinks: 4}', or several by letter: '{S: ..., M: ...}'",
+    )
+    parser.add_argument("--source", default="builtin:", help="text, as in a recipe; its training split is read")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a sequence (default 512)")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences of a batch (default 4)")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="to measure on, and as many others to calibrate on (default 16384)"
+    )
+    parser.add_argument("--budget", type=float, help="KV budget of the plan: cached bytes, student / teacher")
+    parser.add_argument("--context", type=int, help="of the budget, in tokens; default 32k, or the teacher's limit")
+    parser.add_argument("--device", help="torch device; default a GPU where there is one")
+    parser.add_argument("--dtype", default="auto", help="of all weights; default the teacher's own")
+    parser.add_argument("-o", "--output", default="sensitivity.json", help="default sensitivity.json")
+    options = parser.parse_args(list(arguments))
+    for name in ("seq_len", "batch_size", "tokens", "context"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise invalid("--" + name.replace("_", "-"), getattr(options, name), "must be at least 1")
+    result = _measure(options)
+
+    from pl_attnedit.eval.files import write_atomically
+
+    path = write_atomically(options.output, json.dumps(result, indent=2) + "\n")
+    print(f"{_table(result)}\n{path}")
+    return 0
+
+
+def _measure(options: Any) -> dict[str, Any]:
+    import torch
+
+    from pl_attnedit.distillation.settings import parse_targets, plain_targets
+    from pl_attnedit.eval.sensitivity import UntrainedPlans, cached_by_letter, single_edits
+    from pl_attnedit.modeling.kv import kv_context
+    from pl_attnedit.modeling.sensitivity import Sensitivity
+    from pl_attnedit.teachers.source import load_teacher
+
+    parsed = parse_targets(options.target)
+    targets = parsed if isinstance(parsed, dict) else {"S": parsed}
+    teacher, tokenizer = load_teacher(options.teacher, dtype=options.dtype)
+    teacher.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    layers, limit = teacher.config.num_hidden_layers, teacher.config.max_position_embeddings
+    context = kv_context(teacher) if options.context is None else options.context
+    if context > limit:
+        raise invalid("--context", context, f"must be at most {limit}, the teacher's limit")
+    cached = None if options.budget is None else cached_by_letter(teacher, targets, context)
+    if cached is not None:  # a budget that cannot be kept is an error before the work
+        Sensitivity({letter: [1.0] * layers for letter in targets}).plan(cached, options.budget)
+    calibration, batches = _text(options, tokenizer, targets)
+    plans = UntrainedPlans(teacher, targets, calibration)
+
+    def report(done: int) -> None:
+        print(f"sensitivity  batch {done}/{len(batches)}", file=sys.stderr)
+
+    rows = plans.measure([plan for letter in targets for plan in single_edits(layers, letter)], batches, report)
+    columns = {letter: rows[i * layers : (i + 1) * layers] for i, letter in enumerate(targets)}
+    text = {"source": options.source, "seq_len": options.seq_len, "tokens": sum(batch.numel() for batch in batches)}
+    found = {"teacher": options.teacher, "targets": plain_targets(targets), "text": text, "layers": columns}
+    if cached is not None:
+        found |= {"context": context, **_plans(plans, columns, cached, options.budget, batches)}
+    return found
+
+
+def _text(options: Any, tokenizer: Any, targets: dict[str, Any]) -> tuple[Any, Any]:
+    """Batches to calibrate on, where a target needs it, and others to measure on; both from the training split."""
+    import torch
+
+    from pl_attnedit.attention import TARGETS
+    from pl_attnedit.data import TextDataModule
+
+    data = TextDataModule(tokenizer, options.source, seq_len=options.seq_len, batch_size=options.batch_size)
+    if not any(TARGETS[target.type].needs_statistics for target in targets.values()):
+        return None, data.calibration_batches(options.tokens)
+    both = torch.cat(data.calibration_batches(2 * options.tokens))
+    return both[0::2].split(options.batch_size), both[1::2].split(options.batch_size)
+
+
+def _plans(plans: Any, columns: dict[str, Any], cached: dict[str, Any], budget: float, batches: Any) -> dict[str, Any]:
+    """The plan for a budget, measured as a whole, beside as many full layers evenly spread."""
+    from pl_attnedit.modeling.sensitivity import Sensitivity, spread_evenly
+
+    scores = Sensitivity({letter: [row["kl"] for row in column] for letter, column in columns.items()})
+    chosen = {"plan": scores.plan(cached, budget)}
+    if len(columns) == 1 and "F" in chosen["plan"]:
+        chosen["evenly_spread"] = spread_evenly(chosen["plan"], next(iter(columns)))
+    measured = plans.measure(list(chosen.values()), batches)
+    full = sum(cached["F"])
+    shares = [sum(cached[letter][i] for i, letter in enumerate(letters)) / full for letters in chosen.values()]
+    return {
+        name: {"pattern": letters, "kv_budget": share, **row}
+        for (name, letters), share, row in zip(chosen.items(), shares, measured)
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    columns = result["layers"]
+    heads = [f"{letter}: {'KL':>7} {'+-':>8} {'NLL diff':>9}" for letter in columns]
+    lines = ["layer  " + "   ".join(heads)]
+    for index, rows in enumerate(zip(*columns.values())):
+        cells = [f"{row['kl']:10.5f} {_error(row):>8} {row['nll_difference']:9.5f}" for row in rows]
+        lines.append(f"{index:5}  " + "   ".join(cells))
+    for name in ("plan", "evenly_spread"):
+        if name in result:
+            row = result[name]
+            lines.append(
+                f"{name.replace('_', ' ')}: KV budget {row['kv_budget']:.1%} at {result['context']} tokens, untrained KL "
+                f"{row['kl']:.4f} +- {_error(row)}, top-1 agreement {row['top1']:.1%}\npattern: {row['pattern']}"
+            )
+    return "\n".join(lines)
+
+
+def _error(row: dict[str, Any]) -> str:
+    return "" if row["kl_error"] is None else f"{row['kl_error']:.5f}"

@@ -1,0 +1,230 @@
+"""Text written by the teacher itself: what it says unasked is a sample of what it knows, so no corpus is needed.
+
+An instruct model is given its chat template up to where the user begins to speak; what it writes there is a question, which
+it then answers (Magpie, arXiv:2406.08464). Any other model begins after its beginning-of-sequence token. Temperature 1 and
+all tokens are the teacher's own distribution, the one that a student is to learn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pl_attnedit.data.sources import document_hash
+from pl_attnedit.errors import UserError, invalid
+
+SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
+FRUITLESS_BATCHES = 20  # in a row, after which we give up: nothing new will come
+_MARK = "\ue000"  # stands for the user's message; no template contains it
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is sampled.
+
+    Args:
+        prompts: "chat" = questions and answers, "none" = text from the first token on, "auto" = chat where the tokenizer has
+            a chat template; else a text file with a prompt on each line: a user's message where there is a chat template,
+            the beginning of a text otherwise. The lines are gone through as often as it takes.
+        temperature: divides the logits; 1 = the teacher's own distribution.
+        top_p: only the most likely tokens with this probability together; 1 = all.
+        max_tokens: longest text, question or answer.
+        batch_size: sequences at a time.
+        seed: of everything; the same settings give the same text.
+    """
+
+    prompts: str = "auto"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 1024
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise invalid(name, getattr(self, name), "must be at least 1")
+        if self.temperature <= 0:
+            raise invalid("temperature", self.temperature, "must be positive")
+        if not 0 < self.top_p <= 1:
+            raise invalid("top_p", self.top_p, "must be above 0 and at most 1")
+
+
+class TeacherWriter:
+    """Writes batches of documents; each is a function of the settings and its number, whatever was written before."""
+
+    def __init__(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
+        self.teacher, self.tokenizer, self.sampling = teacher, tokenizer, sampling
+        stop = getattr(teacher.generation_config, "eos_token_id", None)
+        stops = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
+        if not stops:
+            raise invalid("tokenizer", tokenizer.name_or_path, "must have an end-of-sequence token")
+        self.stops = sorted(stops)
+        self.mode = sampling.prompts
+        if self.mode == "auto":
+            self.mode = "none" if tokenizer.chat_template is None else "chat"
+        if self.mode == "chat" and tokenizer.chat_template is None:
+            raise invalid("prompts", "chat", "needs a tokenizer with a chat template; give none")
+        self.lines = [] if self.mode in ("chat", "none") else _lines(self.mode)
+
+    def write(self, number: int) -> list[str]:
+        """The documents of a batch; fewer than its size where a question came to no end."""
+        size = self.sampling.batch_size
+        torch.manual_seed(document_hash(f"{self.sampling.seed} {number}"))  # a CPU looks at the lower 32 bits only
+        if self.mode == "none":
+            return [self._text(ids) for ids in self._continue([[self._first_token()]] * size)]
+        if self.mode != "chat":
+            asked = [self.lines[(number * size + i) % len(self.lines)] for i in range(size)]
+            return self._answer(asked) if self.tokenizer.chat_template else self._complete(asked)
+        before, _ = self._template()
+        questions = self._continue([self._ids(before)] * size)
+        complete = [self._text(ids).strip() for ids in questions if len(ids) < self.sampling.max_tokens]
+        return self._answer([question for question in complete if question])
+
+    def _answer(self, questions: list[str]) -> list[str]:
+        before, after = self._template()
+        prompts = [before + question + after for question in questions]
+        answers = self._continue([self._ids(prompt) for prompt in prompts]) if prompts else []
+        texts = [prompt + self._text(ids) for prompt, ids in zip(prompts, answers)]
+        begin = self.tokenizer.bos_token if self.tokenizer("x")["input_ids"][0] == self.tokenizer.bos_token_id else None
+        return [text.removeprefix(begin) for text in texts] if begin else texts  # training adds it again
+
+    def _complete(self, beginnings: list[str]) -> list[str]:
+        prompts = [self.tokenizer(text)["input_ids"] for text in beginnings]
+        return [text + self._text(ids) for text, ids in zip(beginnings, self._continue(prompts))]
+
+    def _template(self) -> tuple[str, str]:
+        """What the chat template puts before and after the user's message."""
+        chat = [{"role": "user", "content": _MARK}]
+        rendered = str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        before, _, after = rendered.partition(_MARK)
+        return before, after
+
+    def _first_token(self) -> int:
+        """BOS; models without one have seen documents begin after the last one's end."""
+        known = (self.tokenizer.bos_token_id, self.teacher.config.bos_token_id, self.stops[0])
+        return next(token for token in known if token is not None)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    @torch.inference_mode()
+    def _continue(self, prompts: list[list[int]]) -> list[list[int]]:
+        """What the teacher writes after each prompt, up to the token that ends it."""
+        longest = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stops[0]
+        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+        real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        settings = GenerationConfig(  # all that a model's own config might bring along
+            do_sample=True,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            top_k=0,
+            repetition_penalty=1.0,
+            max_new_tokens=self.sampling.max_tokens,
+            eos_token_id=self.stops,
+            pad_token_id=pad,
+        )
+        device, model = self.teacher.device, self.teacher
+        output: Tensor = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device), attention_mask=real.to(device), generation_config=settings
+        )
+        return [self._until_stop(row) for row in output[:, longest:].tolist()]
+
+    def _until_stop(self, row: list[int]) -> list[int]:
+        return row[: next((place for place, token in enumerate(row) if token in self.stops), len(row))]
+
+
+def generate_data(
+    writer: TeacherWriter,
+    name: str,
+    path: Path,
+    tokens: int,
+    report: Callable[[int, int], None] = lambda documents, tokens: None,
+) -> tuple[int, int]:
+    """Writes at least `tokens` tokens of distinct documents to a parquet file with columns text and source.
+
+    Every batch is a file in `PATH.parts` until the end, so a run that was interrupted goes on with the next batch.
+
+    Args:
+        name: of the teacher, for the column `source`.
+        report: called after each batch with the numbers of documents and tokens so far.
+
+    Returns:
+        Numbers of documents and tokens.
+    """
+    if path.suffix != ".parquet":
+        raise invalid("output", str(path), "must end in .parquet")
+    if path.exists():
+        raise invalid("output", str(path), "is there already; remove it or give another name")
+    parts = path.with_name(path.name + ".parts")
+    _claim(parts, {"teacher": name, **asdict(writer.sampling)})
+    source = f"{name} {writer.mode}"
+    seen: set[int] = set()
+    found = number = fruitless = 0
+    while found < tokens:
+        part = parts / f"{number:06}.parquet"
+        if part.exists():
+            texts = pq.read_table(part)["text"].to_pylist()
+        else:
+            hashes = {document_hash(text): text for text in writer.write(number) if text.strip()}
+            texts = [text for key, text in hashes.items() if key not in seen]
+            _write(part, lambda file: file.write_table(_table(texts, source)))  # noqa: B023
+        seen.update(map(document_hash, texts))
+        fruitless = 0 if texts else fruitless + 1
+        if fruitless == FRUITLESS_BATCHES:
+            raise UserError(f"{fruitless} batches brought no new text: raise temperature, top_p or max_tokens")
+        found += sum(len(writer._ids(text)) for text in texts)
+        number += 1
+        report(len(seen), found)
+    _write(path, lambda file: [file.write_table(pq.read_table(part)) for part in sorted(parts.glob("*.parquet"))])
+    shutil.rmtree(parts)
+    return len(seen), found
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+    except OSError as error:
+        raise invalid("prompts", path, f"must be auto, chat, none or a text file ({error.strerror})") from error
+    if not any(lines):
+        raise invalid("prompts", path, "has no line with text")
+    return [line for line in lines if line]
+
+
+def _claim(parts: Path, settings: dict[str, Any]) -> None:
+    """The parts belong to one setting."""
+    known = parts / "settings.json"
+    parts.mkdir(parents=True, exist_ok=True)
+    if not known.exists():
+        known.write_text(json.dumps(settings, indent=2) + "\n")
+    elif (before := json.loads(known.read_text())) != settings:
+        changed = ", ".join(key for key in settings if before.get(key) != settings[key])
+        raise invalid(
+            "output", str(parts), f"was begun with other settings ({changed} differ); remove it, or repeat them"
+        )
+
+
+def _table(texts: list[str], source: str) -> pa.Table:
+    return pa.table({"text": texts, "source": [source] * len(texts)}, schema=SCHEMA)
+
+
+def _write(path: Path, write: Callable[[pq.ParquetWriter], Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with pq.ParquetWriter(temporary, SCHEMA) as file:
+        write(file)
+    os.replace(temporary, path)

@@ -1,0 +1,160 @@
+"""What a recipe would train, cache, hold and take, from the teacher's config alone: no weights, no text, nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pl_attnedit.conversion import check_plan
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.distillation.settings import parse_targets
+from pl_attnedit.errors import invalid
+from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
+from pl_attnedit.eval.bench.memory import StageMemory, Step, init_memory, stage_memory, trained_parameters
+from pl_attnedit.eval.formatting import count, duration, percent
+from pl_attnedit.modeling.hf import edited_config
+from pl_attnedit.modeling.kv import fill_cache, on_meta
+from pl_attnedit.recipe import Recipe, StageRecipe
+
+CONTEXTS = (1024, 8192, 32768)  # tokens; the model's limit is added
+# Share of a matrix product's rate that training reaches on a GPU. Measured on one and two H200, both stages
+# (results/bench_one_gpu.json, bench_two_gpus.json): Qwen3-8B 0.63 to 0.73, SmolLM2-135M 0.26 to 0.39.
+EFFICIENCY = 0.65
+SMALL_EFFICIENCY, SMALL = 0.35, 1e9  # teachers of fewer parameters
+MIXTURE_EFFICIENCY = 0.3  # not measured: experts are small matrix products
+
+
+def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
+    """The estimate as plain data; `UserError` for a recipe that does not fit its teacher. `data` is not opened."""
+    config, plan = check_plan(recipe, parse_targets(recipe.targets))
+    limit = config.max_position_embeddings
+    if data.seq_len > limit:
+        raise invalid("seq_len", data.seq_len, f"must be at most {limit}, the context of the model")
+    dtype, served = weight_dtype(recipe, None), weight_dtype(recipe, recipe.stage1.options.get("teacher_dtype"))
+    teacher, student = on_meta(config, served), on_meta(edited_config(config, plan), dtype)
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert here is not None
+    parameters = sum(p.numel() for p in teacher.parameters())
+    mixture = any(is_mixture(layer.mlp) for layer in teacher.model.layers)
+    result: dict[str, Any] = {
+        "recipe": recipe.name,
+        "teacher": recipe.teacher,
+        "teacher_parameters": parameters,
+        "pattern": plan.pattern,
+        "layers": len(plan.letters),
+        "edited_layers": len(plan.edited_layers),
+        "kv": _kv(teacher, on_meta(student.config, served), limit),
+        "device_here": _name(here),
+        "matmul_flops": matmul_rate(here, torch.bfloat16 if _low(recipe) else dtype),
+        "efficiency": MIXTURE_EFFICIENCY if mixture else SMALL_EFFICIENCY if parameters < SMALL else EFFICIENCY,
+        "devices": device_count(recipe.trainer) * int(recipe.trainer.get("num_nodes", 1)),
+        "stages": {},
+        "memory": {},
+    }
+    if recipe.init == "calibrated":
+        result["memory"]["init"] = init_memory(teacher, student, data.batch_size, data.seq_len)
+    for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
+        frozen = on_meta(config, weight_dtype(recipe, stage.options.get("teacher_dtype")))
+        step = _step(name, stage, recipe, data, result["devices"])
+        result["memory"][name] = stage_memory(frozen, student, step)
+        tokens = stage.steps * stage.accumulate * result["devices"] * step.tokens
+        flops = tokens * step_flops(frozen, student, stage=name, trained=step.trained, seq_len=data.seq_len)
+        result["stages"][name] = {
+            "trained_parameters": sum(p.numel() for p in trained_parameters(student, step)),
+            "steps": stage.steps,
+            "tokens": tokens,
+            "flops": flops,
+            "seconds": flops / (result["matmul_flops"] * result["efficiency"] * result["devices"]),
+        }
+    return result
+
+
+def _kv(teacher: Any, student: Any, limit: int) -> list[dict[str, Any]]:
+    """Cached bytes of one sequence, by context."""
+    rows = []
+    for context in sorted({*(c for c in CONTEXTS if c < limit), limit}):
+        found = {"teacher": sum(next(fill_cache(teacher, context))), "student": sum(next(fill_cache(student, context)))}
+        rows.append({"context": context, **found, "budget": found["student"] / found["teacher"]})
+    return rows
+
+
+def _name(device: torch.device) -> str:
+    module = torch.get_device_module(device)
+    return module.get_device_name() if hasattr(module, "get_device_name") else device.type
+
+
+def _step(name: str, stage: StageRecipe, recipe: Recipe, data: TextDataModule, devices: int) -> Step:
+    options = stage.options
+    layers = options.get("train_layers")
+    return Step(
+        stage=name,
+        tokens=data.batch_size * data.seq_len,
+        trained=options.get("train", "attention"),
+        train_layers=None if layers is None else tuple(layers),
+        feature_weight=float(options.get("feature_weight", 0.0)),
+        activation_checkpointing=bool(options.get("activation_checkpointing", False)),
+        devices=devices,
+        sharded="fsdp" in str(recipe.trainer.get("strategy", "")),
+        itemsize=2 if _low(recipe) else weight_dtype(recipe, None).itemsize,
+        device_type="cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda",
+    )
+
+
+def _low(recipe: Recipe) -> bool:
+    """Whether arithmetic is in bfloat16."""
+    return str(recipe.trainer.get("precision", "")).startswith("bf16")
+
+
+def weight_dtype(recipe: Recipe, teacher_dtype: str | None) -> torch.dtype:
+    """Of the weights that train, or of the frozen ones where the stage gives them a dtype of their own."""
+    if teacher_dtype is not None:
+        return getattr(torch, teacher_dtype)
+    return torch.bfloat16 if recipe.trainer.get("precision") == "bf16-true" else getattr(torch, recipe.dtype)
+
+
+def device_count(trainer: Mapping[str, Any]) -> int:
+    """Devices of one node. "auto" and -1 mean those of this machine."""
+    devices = trainer.get("devices", "auto")
+    if isinstance(devices, list):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        return 1 if trainer.get("accelerator") == "cpu" else max(torch.accelerator.device_count(), 1)
+    return int(devices)
+
+
+def dry_run_table(result: dict[str, Any]) -> str:
+    """The estimate as text."""
+    stages = result["stages"]
+    lines = [
+        f"{result['recipe']}: {result['teacher']}, {count(result['teacher_parameters'])} parameters; pattern "
+        f"{result['pattern']}, {result['edited_layers']} of {result['layers']} layers edited",
+        "",
+        "KV cache of one sequence   teacher GB   student GB   KV budget",
+    ]
+    for row in result["kv"]:
+        sizes = f"{row['teacher'] / 1e9:10.3f}   {row['student'] / 1e9:10.3f}"
+        lines.append(f"{row['context']:16,} tokens   {sizes}   {percent(row['budget']):>9}")
+    lines += ["", "         trained parameters   steps     tokens      PFLOP   time here"]
+    for name, stage in stages.items():
+        trained, tokens = count(stage["trained_parameters"]), count(stage["tokens"])
+        work = f"{stage['flops'] / 1e15:10,.3g}"
+        lines.append(f"{name}   {trained:>18}   {stage['steps']:5}   {tokens:>8} {work}   {duration(stage['seconds'])}")
+    rate = f"{result['efficiency']:.0%} of the {result['matmul_flops'] / 1e12:.3g} TFLOP/s"
+    lines += [
+        f"time on {result['devices']} x {result['device_here']}, if each reaches {rate} that a matrix product "
+        "reaches on this machine now; init, validation and evaluation come on top",
+        "",
+        "GB per device   weights   gradients   optimizer   gathered   activations     total",
+    ]
+    memories: dict[str, StageMemory] = {name: found for name, found in result["memory"].items() if found is not None}
+    widths = {"weights": 10, "gradients": 12, "optimizer": 12, "gathered": 11, "activations": 14, "total": 10}
+    for name, memory in memories.items():
+        cells = "".join(f"{getattr(memory, field) / 1e9:{width}.2f}" for field, width in widths.items())
+        lines.append(f"{name:13}{cells}")
+    lines += [
+        "gathered and activations are estimates, their formula is in pl_attnedit/eval/bench/memory.py; a calibrated init is "
+        "not sharded, its statistics stand under activations",
+    ]
+    return "\n".join(lines)

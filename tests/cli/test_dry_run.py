@@ -1,0 +1,118 @@
+"""`pl-attnedit convert --dry-run`: figures of a recipe from a config.json alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pl_attnedit import dry_run as module
+from pl_attnedit.cli import main
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.dry_run import device_count, dry_run
+from pl_attnedit.eval.bench.shapes import config_of
+from pl_attnedit.recipe import Recipe, StageRecipe
+
+LATENT = {"type": "mla", "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+WINDOW = {"type": "gate_swa", "window": 512, "sinks": 4}
+
+
+@pytest.fixture(autouse=True)
+def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "matmul_rate", lambda device, dtype: 1e15)
+
+
+@pytest.fixture
+def config_folder(tmp_path: Path) -> Callable[[str], str]:
+    """`config_folder(shape)`: a folder with the config.json of a known shape and nothing else."""
+
+    def make(shape: str) -> str:
+        folder = tmp_path / shape
+        config_of(shape).save_pretrained(folder)
+        assert [file.name for file in folder.iterdir()] == ["config.json"]
+        return str(folder)
+
+    return make
+
+
+def a_recipe(teacher: str, target: dict[str, Any], **fields: Any) -> Recipe:
+    defaults = {"accelerator": "gpu", "devices": 8, "strategy": "fsdp2", "precision": "bf16-true"}
+    stages = {name: StageRecipe(steps=100, learning_rate=1e-4, accumulate=2) for name in ("stage1", "stage2")}
+    return Recipe("dry", teacher, {"S": target}, **{**stages, "trainer": defaults, "dtype": "bfloat16", **fields})
+
+
+def test_qwen3_8b_from_its_config(config_folder: Callable[[str], str]) -> None:
+    folder = config_folder("qwen3-8b")
+    found = dry_run(a_recipe(folder, LATENT), TextDataModule(folder, seq_len=4096, batch_size=4))
+    assert [row["context"] for row in found["kv"]] == [1024, 8192, 32768, 40960]
+    assert all(row["budget"] == pytest.approx(0.28125) for row in found["kv"])
+    assert found["kv"][1]["teacher"] == 36 * 8192 * 2048 * 2
+    assert found["teacher_parameters"] == pytest.approx(8.19e9, rel=1e-3)
+    stage = found["stages"]["stage1"]
+    assert stage["tokens"] == 100 * 2 * 8 * 4 * 4096
+    # q_proj, kv_a_proj_with_mqa and its norm, kv_b_proj, o_proj
+    attention = 4096 * 32 * 192 + 4096 * 576 + 512 + 512 * 32 * 256 + 4096 * 4096
+    assert stage["trained_parameters"] == 36 * attention
+    assert stage["seconds"] == pytest.approx(stage["flops"] / (8 * 0.65e15))
+    memory = found["memory"]["stage1"]
+    init = found["memory"]["init"]  # whole on each device
+    assert init.weights == pytest.approx(8 * memory.weights)
+    assert memory.weights == pytest.approx(2 * (found["teacher_parameters"] + 36 * attention) / 8)
+
+
+def test_printed_and_nothing_written(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = recipe(stage2={"steps": 3, "learning_rate": 1e-3, "options": {"train": "all", "teacher_dtype": "bfloat16"}})
+    before = sorted(tmp_path.iterdir())
+    assert main(["convert", "--dry-run", "-c", str(path)]) == 0
+    printed = capsys.readouterr().out
+    for word in ("KV budget", "stage1", "stage2", "trained parameters", "activations", "time on 1 x"):
+        assert word in printed
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"teacher": "Qwen/Qwen3-8B"},
+            "teacher = 'Qwen/Qwen3-8B': not found; tried the local path and the Hugging Face",
+        ),
+        ({"data": {"seq_len": 1024}}, "seq_len = 1024: must be at most 512, the context of the model"),
+        ({"targets": {"S": LATENT}}, "kv_lora_rank = 512: must be at most the hidden size 32"),
+        ({"pattern": "F"}, "pattern = 'F': edits no layer"),
+    ],
+)
+def test_mistakes(
+    fields: dict[str, Any], message: str, recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "--dry-run", "-c", str(recipe(**fields))]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ({"devices": 8}, 8),
+        ({"devices": [0, 3]}, 2),
+        ({"devices": "4"}, 4),
+        ({"devices": -1, "accelerator": "cpu"}, 1),
+        ({}, max(torch.accelerator.device_count(), 1)),
+    ],
+)
+def test_device_count(trainer: dict[str, Any], expected: int) -> None:
+    assert device_count(trainer) == expected
+
+
+def test_a_tied_weight_is_counted_once(config_folder: Callable[[str], str]) -> None:
+    config = json.loads(Path(config_folder("smollm2-135m"), "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    folder = config_folder("smollm2-135m")
+    found = dry_run(a_recipe(folder, WINDOW), TextDataModule(folder, seq_len=512, batch_size=4))
+    assert found["teacher_parameters"] == pytest.approx(134.5e6, rel=1e-3)
