@@ -22,7 +22,7 @@ from pl_attnedit.errors import invalid
 from pl_attnedit.eval.charts import Chart
 from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.formatting import FILTERS
-from pl_attnedit.eval.records import find_conversions
+from pl_attnedit.eval.records import find_conversions, find_fits
 from pl_attnedit.eval.report_data import ConversionData, Evaluation, load_all, run_address
 from pl_attnedit.eval.report_figures import efficiency_figures, overview_figures, position_figures, training_figures
 from pl_attnedit.eval.report_markdown import markdown_report
@@ -54,6 +54,8 @@ def write_report(
 ) -> Path:
     """Write the report about conversions (run ids, a search filter, or None for all) to `out_path`.
 
+    Among all are trainings outside of a conversion that have been evaluated.
+
     The suffix says what is written: ``.html`` the page, ``.md`` Markdown for a pull request. The file is replaced in
     one step.
 
@@ -65,6 +67,8 @@ def write_report(
     if suffix not in formats:
         raise invalid("out_path", str(out_path), f"must end in {' or '.join(formats)}")
     conversions = find_conversions(runs, tracking_uri, experiment)
+    if runs is None:
+        conversions += [fit for fit in find_fits(tracking_uri, experiment) if fit.evaluations]
     data = load_all(connect(tracking_uri), conversions)
     address = partial(run_address, resolve_tracking_uri(tracking_uri))
     text = formats[suffix](data, datetime.now(timezone.utc), address)

@@ -57,6 +57,8 @@ def test_a_checkpoint_is_found_evaluated_and_reported_once(
     assert [run.info.status for run in find_runs("evaluation", gone, tracking_uri=uri)] == ["FAILED"]
     report = (tmp_path / "report.html").read_text()
     assert "gone" in report
+    assert fit in report
+    assert "fit/last-00000002" in report
     assert report.rstrip().endswith("</html>")
 
 
