@@ -220,7 +220,10 @@ class Conversion:
     def evaluate(self) -> dict[str, Any]:
         """Teacher and student answer the same tasks; the result goes to MLflow and into the run folder."""
         teacher, tokenizer = self.load_teacher()
-        student = load(self.folder.path / "student")
+        student: Any = load(self.folder.path / "student")
+        device = self.trainer("evaluation", None).strategy.root_device
+        for model in (teacher, student):
+            model.to(device)  # type: ignore[arg-type]
         out = self.folder.path / "eval"
         result = evaluate_pair(
             teacher,
