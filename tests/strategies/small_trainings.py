@@ -143,7 +143,7 @@ def own_rows(all_rows: list[Any]) -> DistributedSampler[Any]:
 
 def train(case: str, folder: Path, out: Path, strategy: str = "auto", **trainer_options: Any) -> dict[str, Any]:
     """Trains, and leaves a checkpoint and the saved student in `out`. Returns gradients and the validation's figures."""
-    processes = 2 if strategy in STRATEGIES else 1  # that share the data
+    processes = 1 if strategy in ("auto", "layers") else 2  # that share the data
     module, gradients = build(case, folder), Gradients()
     batches, accumulate = loader(case, processes)
     trainer = make_trainer(
@@ -173,7 +173,7 @@ def train(case: str, folder: Path, out: Path, strategy: str = "auto", **trainer_
 
 def load_and_save(case: str, folder: Path, checkpoint: Path, out: Path, strategy: str = "auto") -> None:
     """What a run that resumes from `checkpoint` writes at once."""
-    batches, accumulate = loader(case, 2 if strategy in STRATEGIES else 1)
+    batches, accumulate = loader(case, 1 if strategy in ("auto", "layers") else 2)
     trainer = make_trainer(
         ProgressiveUnfreezing("all") if case != "all" else ProgressiveUnfreezing("parts"),
         steps=STEPS,
