@@ -32,6 +32,10 @@ if TYPE_CHECKING:  # comparing and reporting do not wait for lm-eval's import
 # Files of a few kB come and go here: no progress bar for each.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+# tags of an evaluation's run
+SUITE_TAG, VERSION_TAG, ERROR_TAG = "suite", "suite_version", "error"
+CHECKPOINT_TAG = "checkpoint"  # what was evaluated, where that is no saved student
+
 RESULTS_FILE = "results.json"
 TABLES = ("tasks", "by_position", "retrieval", "efficiency")  # parts of results.json that are also kept as tables
 CONTINUATIONS_FILE = "continuations.json"
@@ -68,7 +72,7 @@ def log_evaluation(
         run.log_metrics({f"eval/by_position/{name}": value for name, value in values.items()}, step=row["end"])
     verdicts = {f"verdict/{key}": row["verdict"] for key, row in tasks.items() if row.get("verdict")}
     suite = content.get("suite")
-    run.set_tags(verdicts | ({"suite": suite["name"], "suite_version": suite["version"]} if suite else {}))
+    run.set_tags(verdicts | ({SUITE_TAG: suite["name"], VERSION_TAG: suite["version"]} if suite else {}))
     _log_tables(run, {name: content[name] for name in TABLES if content.get(name)})
     run.log_text(result.to_json(), RESULTS_FILE)
     for path in result.samples:
@@ -161,7 +165,7 @@ class Conversion:
         latest: dict[str | None, Run] = {}
         for run in self.children.get("evaluation", []):
             if any(key.startswith("eval/") for key in run.data.metrics):
-                suite = run.data.tags.get("suite")
+                suite = run.data.tags.get(SUITE_TAG)
                 latest.pop(suite, None)
                 latest[suite] = run
         return list(latest.values())

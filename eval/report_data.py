@@ -15,11 +15,19 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from pl_attnedit.eval.compare import ComparisonRow, comparison_row
-from pl_attnedit.eval.records import CONTINUATIONS_FILE, RESULTS_FILE, Conversion, load_json
+from pl_attnedit.eval.records import (
+    CHECKPOINT_TAG,
+    CONTINUATIONS_FILE,
+    ERROR_TAG,
+    RESULTS_FILE,
+    SUITE_TAG,
+    VERSION_TAG,
+    Conversion,
+    load_json,
+)
 
 LAYER_METRIC = re.compile(r"val/nmse/layer_(\d+)")
 CURVES = {"stage1": ("train/loss", "val/nmse"), "stage2": ("train/loss", "val/kl")}
-SUITE_TAG, VERSION_TAG, CHECKPOINT_TAG, ERROR_TAG = "suite", "suite_version", "checkpoint", "error"
 THREADS = 8  # a server answers one small request after another: most of the time is waiting
 RUNS_OF_A_QUERY = 500  # databases allow about a thousand parameters
 

@@ -30,7 +30,15 @@ from sqlalchemy.engine import make_url
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.formatting import duration
 from pl_attnedit.eval.locks import claim, process_name
-from pl_attnedit.eval.records import Conversion, find_conversions, find_evaluations, find_fits
+from pl_attnedit.eval.records import (
+    CHECKPOINT_TAG,
+    ERROR_TAG,
+    SUITE_TAG,
+    Conversion,
+    find_conversions,
+    find_evaluations,
+    find_fits,
+)
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.interruption import Interrupted
 from pl_attnedit.teachers.source import teacher_fingerprint
@@ -47,8 +55,6 @@ from pl_attnedit.tracking.client import (
 
 SCHEDULED_TAG = "pl_attnedit.scheduled_by"  # host and process; evaluations without it are not ours to end
 FOLDER_TAG = "pl_attnedit.folder"  # of the evaluation: results, lock, log
-CHECKPOINT_TAG = "checkpoint"  # of an evaluation: what was evaluated, where that is no saved student
-ERROR_TAG = "error"
 LOCK_FILE, LOG_FILE, SPOOL_FOLDER = ".lock", "log.txt", ".mlflow"
 LONGEST_WAIT = 7 * 86400.0  # seconds between two attempts
 REPORT_SECONDS = 600.0  # between two reports of a long round
@@ -94,7 +100,7 @@ class Subject:
             return None
         failed = [run.info for run in self.evaluations if run.info.status == "FAILED"]
         ends = [(info.end_time or info.start_time) / 1000 for info in failed]
-        return max(ends) + min(first * 2 ** (len(ends) - 1), LONGEST_WAIT) - time.time() if ends else 0.0
+        return max(ends) + back_off(first, len(ends)) - time.time() if ends else 0.0
 
 
 @dataclass(frozen=True)
@@ -331,8 +337,8 @@ class Schedule:
         run_id = run_id or self._open(client, subject, folder)
         client.set_tag(run_id, ERROR_TAG, error)
         client.set_terminated(run_id, "FAILED")
-        failures = sum(run.info.status == "FAILED" for run in subject.evaluations)
-        wait = duration(min(self.retry * 2**failures, LONGEST_WAIT))
+        failures = sum(run.info.status == "FAILED" for run in subject.evaluations) + 1
+        wait = duration(back_off(self.retry, failures))
         say(f"{subject.name}: failed: {error}; tried again after {wait}")
         return False
 
@@ -342,7 +348,7 @@ class Schedule:
         current = {subject.unfinished.info.run_id for subject in subjects if subject.unfinished}
         for run in (run for training in trainings for run in training.children.get("evaluation", [])):
             folder = Path(run.data.tags.get(FOLDER_TAG, ""))
-            scheduled = SCHEDULED_TAG in run.data.tags and self.version["suite"] == run.data.tags.get("suite")
+            scheduled = SCHEDULED_TAG in run.data.tags and self.version[SUITE_TAG] == run.data.tags.get(SUITE_TAG)
             if not scheduled or run.info.status != "RUNNING" or run.info.run_id in current or not folder.is_dir():
                 continue
             with suppress(OSError, UserError), claim(folder / LOCK_FILE) or nullcontext() as lock:
@@ -350,6 +356,11 @@ class Schedule:
                     deliver_pending(folder / SPOOL_FOLDER, tracking_uri=self.tracking_uri)
                     if client.get_run(run.info.run_id).info.status == "RUNNING":
                         client.set_terminated(run.info.run_id, "KILLED")
+
+
+def back_off(first: float, failures: int) -> float:
+    """Seconds from the last of so many failures to the next attempt."""
+    return min(first * 2 ** (failures - 1), LONGEST_WAIT)
 
 
 def newest_checkpoint(training: Conversion) -> tuple[Path, str] | None:

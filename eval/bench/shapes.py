@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from pl_attnedit.modeling.weights import default_dtype
+
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "model_type": "llama",
@@ -58,8 +60,6 @@ def config_of(shape: str) -> PreTrainedConfig:
 
 def random_model(shape: str, *, layers: int | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A model of one of `SHAPES` with weights as after its own initialisation, made on the device itself."""
-    from pl_attnedit.distillation.base import default_dtype  # Lightning, which the names of the shapes do not need
-
     config = config_of(shape)
     if layers is not None:
         config.num_hidden_layers = layers

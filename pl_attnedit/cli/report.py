@@ -55,6 +55,7 @@ def _report(options: Namespace) -> int:
 def _rounds(options: Namespace) -> int:
     every = seconds("--every", options.every or "6h")
     retry, timeout = seconds("--retry", options.retry or "1h"), seconds("--timeout", options.timeout or "1d")
+    from pl_attnedit.eval.records import SUITE_TAG, VERSION_TAG
     from pl_attnedit.eval.schedule import Schedule, absolute_uri
     from pl_attnedit.eval.suites import load_suite
 
@@ -64,7 +65,7 @@ def _rounds(options: Namespace) -> int:
     for_eval += ["--bigbench", *map(absolute, options.bigbench)] if options.bigbench else []
     schedule = Schedule(
         absolute(options.suite or "quick"),
-        {"suite": suite.name, "suite_version": suite.version},
+        {SUITE_TAG: suite.name, VERSION_TAG: suite.version},
         Path(options.out),
         runs=options.runs or options.filter,
         tracking_uri=absolute_uri(options.tracking_uri),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from pl_attnedit.distillation.pairs import Batch, Pairs
 from pl_attnedit.distillation.settings import check_hyperparameters, check_precision, parse_targets, plain_targets
 from pl_attnedit.distillation.sharding import data_parallel_mesh, local, shard, take_from
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.modeling import EditPlan, edited_attention, load, unshare_trunk
+from pl_attnedit.modeling import EditPlan, edited_attention, unshare_trunk
 from pl_attnedit.modeling.edit import Init, assemble, check_teacher, initialise
+from pl_attnedit.modeling.weights import copy_weights, default_dtype
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 
 TeacherHidden = dict[tuple[str, int], torch.Tensor]  # by data fingerprint and validation batch, in host memory
@@ -397,32 +397,3 @@ class DistillationModule(LightningModule):
         for name, wanted in self._identity().items():
             if found.get(name) != wanted:
                 raise UserError(f"checkpoint: was written for the {name} {found.get(name)!r}, this run has {wanted!r}")
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """torch's default dtype inside the block."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@torch.no_grad()
-def copy_weights(student: Any, folder: Path) -> None:
-    """Weights of a saved converted model into an assembled student; its trunk is taken over only where it differs."""
-    saved: Any = load(folder, dtype=next(student.parameters()).dtype)
-    if saved.edit_plan != student.edit_plan:
-        raise invalid("init_from", str(folder), f"has another edit plan: {saved.edit_plan.to_dict()}")
-    device = next(student.parameters()).device
-    for index, module in edited_attention(student).items():
-        module.load_state_dict(edited_attention(saved)[index].state_dict())
-        module.to(device)
-    edited = tuple(f"model.layers.{index}.self_attn." for index in student.edit_plan.edited_layers)
-    ours = {name: value for name, value in student.state_dict().items() if not name.startswith(edited)}
-    theirs = saved.state_dict()
-    if any(not torch.equal(value.cpu(), theirs[name].cpu()) for name, value in ours.items()):
-        unshare_trunk(student)
-        student.load_state_dict(theirs)

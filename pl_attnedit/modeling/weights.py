@@ -1,0 +1,42 @@
+"""Weights of a saved student in one that is being built, and the dtype of what is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pl_attnedit.errors import invalid
+from pl_attnedit.modeling.edit import edited_attention, load, unshare_trunk
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default dtype inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def copy_weights(student: Any, folder: Path) -> None:
+    """Weights of a saved converted model into an assembled student; its trunk is taken over only where it differs."""
+    saved: Any = load(folder, dtype=next(student.parameters()).dtype)
+    if saved.edit_plan != student.edit_plan:
+        raise invalid("init_from", str(folder), f"has another edit plan: {saved.edit_plan.to_dict()}")
+    device = next(student.parameters()).device
+    for index, module in edited_attention(student).items():
+        module.load_state_dict(edited_attention(saved)[index].state_dict())
+        module.to(device)
+    edited = tuple(f"model.layers.{index}.self_attn." for index in student.edit_plan.edited_layers)
+    ours = {name: value for name, value in student.state_dict().items() if not name.startswith(edited)}
+    theirs = saved.state_dict()
+    if any(not torch.equal(value.cpu(), theirs[name].cpu()) for name, value in ours.items()):
+        unshare_trunk(student)
+        student.load_state_dict(theirs)
