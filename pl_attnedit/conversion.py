@@ -7,7 +7,9 @@ phase it was in; within a stage, with the last checkpoint.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,8 @@ from pl_attnedit.tracking import (
 )
 from pl_attnedit.tracking.client import STUDENT_FINGERPRINT_TAG, STUDENT_TAG
 
+RESULTS = {"stage1": "stage1/student", "stage2": "student"}  # folders of what the stages make
+
 
 def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any] | None:
     """Runs what is left of a conversion and returns its summary; None in the further processes of a distributed one.
@@ -88,7 +92,9 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
         "recipe": recipe.name,
         "pattern": recipe.pattern or "",
     }
-    runs = open_conversion(folder.path, recipe.name, tags, tracking_uri=recipe.tracking_uri)
+    runs = open_conversion(
+        folder.path, recipe.name, tags, tracking_uri=recipe.tracking_uri, experiment=recipe.experiment
+    )
     return Conversion(recipe, data, folder, runs, plain).run()
 
 
@@ -186,6 +192,8 @@ class Conversion:
 
     def stage(self, name: str, stage: StageRecipe, start: str) -> dict[str, float]:
         """Trains one stage from its last checkpoint, or from the student in the folder `start`; saves and measures it."""
+        if not stage.steps:
+            return self.leave_out(name, start)
         seed_everything(self.recipe.seed, verbose=False)
         checkpoint = latest_checkpoint(self.folder.path / name)
         module = self.module(name, stage, start)
@@ -196,14 +204,21 @@ class Conversion:
         trainer = self.trainer(name, stage)
         self.data.seed = self.recipe.seed + list(STAGES).index(name)  # type: ignore[attr-defined]  # stage 2 sees new text
         trainer.fit(module, self.data, ckpt_path=str(checkpoint) if checkpoint else None)
-        folder = "student" if name == "stage2" else f"{name}/student"
-        self.folder.save_folder(folder, lambda path: save_student(module, path))
+        self.folder.save_folder(RESULTS[name], lambda path: save_student(module, path))
         found = self.validate(trainer, module)
         if not self.follows:
             self.runs.run(name).finish()
         batch = trainer.num_devices * trainer.num_nodes * stage.accumulate
         data = self.data
         return found | {"tokens": stage.steps * batch * data.batch_size * data.seq_len}  # type: ignore[attr-defined]
+
+    def leave_out(self, name: str, start: str) -> dict[str, float]:
+        """What a stage of no steps hands on: the student it got, and that one's figures."""
+        if not self.follows:
+            copy = partial(shutil.copytree, self.folder.path / start, dirs_exist_ok=True)
+            self.folder.save_folder(RESULTS[name], copy)
+            self.runs.run(name).finish()
+        return {**self.folder.progress["init" if name == "stage1" else "stage1"], "tokens": 0}
 
     def measure(self) -> dict[str, Any]:
         """Cached bytes per token of teacher and student on their real caches."""

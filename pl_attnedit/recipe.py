@@ -15,6 +15,7 @@ from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, ModelDistillation
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling.edit import Init
+from pl_attnedit.tracking.client import EXPERIMENT
 
 
 @dataclass
@@ -22,7 +23,7 @@ class StageRecipe:
     """One stage.
 
     Args:
-        steps: optimiser steps.
+        steps: optimiser steps; 0 leaves the stage out.
         learning_rate: peak learning rate; linear warm-up, then a cosine.
         warmup_steps: optimiser steps of warm-up.
         accumulate: batches per optimiser step.
@@ -41,9 +42,9 @@ class StageRecipe:
     callbacks: list[Callback] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "validate_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise invalid(name, getattr(self, name), "must be at least 1")
+        for name, least in (("steps", 0), ("accumulate", 1), ("validate_every", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise invalid(name, getattr(self, name), f"must be at least {least}")
         if self.learning_rate <= 0:
             raise invalid("learning_rate", self.learning_rate, "must be positive")
 
@@ -87,6 +88,7 @@ class Recipe:
         evaluation: what teacher and student are asked at the end.
         trainer: further arguments of Lightning's Trainer, e.g. accelerator, devices, precision.
         runs: folder of the run folders.
+        experiment: of MLflow, that the runs are kept in.
         tracking_uri: of MLflow; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working folder.
     """
 
@@ -104,6 +106,7 @@ class Recipe:
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     trainer: dict[str, Any] = field(default_factory=dict)
     runs: str = "runs"
+    experiment: str = EXPERIMENT
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
@@ -148,7 +151,7 @@ def _check_names(field: str, given: dict[str, Any], known: set[str]) -> None:
 
 
 # where a recipe runs and is kept does not change what it computes
-PLACE_FIELDS = ("config", "dry_run", "runs", "tracking_uri")
+PLACE_FIELDS = ("config", "dry_run", "runs", "experiment", "tracking_uri")
 
 
 def recipe_parser() -> ArgumentParser:

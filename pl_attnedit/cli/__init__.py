@@ -11,6 +11,7 @@ from pl_attnedit.cli.messages import farewell, message_of
 
 COMMANDS: dict[str, str] = {
     "convert": "run a whole conversion from a recipe: init, stage 1, stage 2, evaluation, report",
+    "study": "one recipe with variations, each a conversion, compared with intervals",
     "sensitivity": "what editing each layer costs, and an edit plan for a KV budget",
     "generate-data": "text for training, sampled from the teacher itself",
     "prepare": "tokenise and pack text ahead of time",

@@ -15,6 +15,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="pl-attnedit compare", description="Conversions in MLflow side by side.")
     parser.add_argument("runs", nargs="*", help="run ids of conversions (default: all)")
     parser.add_argument("--filter", help="an MLflow search filter instead, e.g. \"tags.target = 'mla'\"")
+    parser.add_argument("--experiment", default="pl_attnedit", help="MLflow experiment (default pl_attnedit)")
     parser.add_argument("--format", choices=["text", "markdown", "csv", "json"], help="default: by the ending of FILE")
     parser.add_argument(
         "-o", "--out", metavar="FILE", help="write the table there (.md, .csv, .json) instead of printing"
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     if options.runs and options.filter:
         raise invalid("--filter", options.filter, "goes without run ids")
-    rows = compare_runs(options.runs or options.filter, options.tracking_uri)
+    rows = compare_runs(options.runs or options.filter, options.tracking_uri, options.experiment)
     endings = {".md": "markdown", ".csv": "csv", ".json": "json"}
     style = options.format or endings.get(Path(options.out or "").suffix, "text")
     if options.out:

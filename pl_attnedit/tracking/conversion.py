@@ -188,7 +188,12 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        return str(client.create_experiment(name))
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:  # another process was quicker
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
     if experiment.lifecycle_stage == "deleted":
         raise invalid("experiment", name, "was deleted in MLflow: restore it, or choose another name")
     return str(experiment.experiment_id)

@@ -61,7 +61,7 @@ def fails(
         (["--data.seq_len", "0"], ["seq_len = 0", "at least 1"]),
         (["--data.batch_size", "many"], ["data.batch_size", "many", "int"]),
         (["--data.val_sequences", "100000"], ["val_sequences = 100000", "allowed are at most"]),
-        (["--stage1.steps", "0"], ["steps = 0", "at least 1"]),
+        (["--stage1.steps", "-1"], ["steps = -1", "at least 0"]),
         (["--stage1.learning_rate", "-1"], ["learning_rate = -1", "positive"]),
         (["--stage1.validate_every", "0"], ["validate_every = 0", "at least 1"]),
         (["--stage2.options", "{trian: all}"], ["stage2.options = 'trian'", "train"]),

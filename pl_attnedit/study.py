@@ -1,0 +1,269 @@
+"""A study: one recipe, varied. What does a choice do to the result, and is the difference more than chance?
+
+Every variant runs with every seed, each as a conversion of its own (a process, a run folder, MLflow runs in the study's
+experiment). Variants with several seeds tell how far results of one and the same recipe lie apart; that spread, pooled,
+gives the interval of every ratio to the first variant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy import stats
+
+from pl_attnedit.errors import invalid
+from pl_attnedit.eval.files import write_atomically
+from pl_attnedit.tracking import connect
+from pl_attnedit.tracking.conversion import experiment_id
+
+FIGURES = ("kl_before", "kl_after_stage1", "kl_after_stage2", "top1_after", "wall_seconds")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its YAML has it.
+
+    Args:
+        name: of its folder under `runs` and of its MLflow experiment.
+        base: recipe that all variants start from; a relative path begins beside the study's file.
+        variants: by name, the fields of the recipe that differ, nested as in the recipe; the first is what the others are
+            compared with.
+        change: fields that differ from the base in all variants, e.g. a smaller budget.
+        seeds: of all variants; a variant's own field `seeds` replaces them.
+    """
+
+    name: str
+    base: str
+    variants: dict[str, dict[str, Any]]
+    change: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+    def recipes(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """Variant, seed and recipe of each conversion; first all variants with their first seed, then with their second."""
+        base = yaml.safe_load(Path(self.base).read_text("utf-8"))
+        seeds = {name: fields.get("seeds", self.seeds) for name, fields in self.variants.items()}
+        for turn in range(max(map(len, seeds.values()))):
+            for name, fields_of_it in self.variants.items():
+                if turn >= len(seeds[name]):
+                    continue
+                seed = seeds[name][turn]
+                own = {key: value for key, value in fields_of_it.items() if key != "seeds"}
+                recipe = merged(merged(base, self.change), own)
+                label = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+                yield name, seed, {**recipe, "name": f"{label}-{seed}", "seed": seed, "experiment": self.name}
+
+
+def read_study(path: str | Path) -> Study:
+    """A study from its YAML file.
+
+    Raises:
+        UserError: no such file, not YAML, or a field that is unknown, missing or of the wrong kind.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise invalid("study", str(path), f"cannot be read: {str(error).splitlines()[0]}") from error
+    known = {each.name: each for each in fields(Study)}
+    if not isinstance(content, dict) or not {"name", "base", "variants"} <= content.keys():
+        raise invalid("study", str(path), "must have name, base and variants")
+    for name in content.keys() - known.keys():
+        raise invalid("study", name, f"is no field; known are {', '.join(known)}")
+    if not isinstance(content["name"], str) or Path(content["name"]).name != content["name"]:
+        raise invalid("name", content["name"], "must be a name that a folder can have")
+    variants = content["variants"] if isinstance(content["variants"], dict) else {}
+    content["variants"] = {str(name): own or {} for name, own in variants.items()}
+    if not content["variants"] or not all(isinstance(own, dict) for own in content["variants"].values()):
+        raise invalid("variants", variants, "must map names to fields of the recipe")
+    content["base"] = str(path.parent / content["base"])
+    if not Path(content["base"]).is_file():
+        raise invalid("base", content["base"], "must be the file of a recipe")
+    study = Study(**content)
+    for seeds in [study.seeds, *(own["seeds"] for own in study.variants.values() if "seeds" in own)]:
+        if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds):
+            raise invalid("seeds", seeds, "must be a list of different numbers")
+    return study
+
+
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the fields of `change`; mappings are merged field by field."""
+    result = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+class StudyRun:
+    """Runs the conversions of a study that are not done yet, several at a time.
+
+    Args:
+        study: what to run.
+        runs: folder of the run folders; the study's is in there.
+        options: further options of every `pl-attnedit convert`.
+        workers: conversions at a time; with several GPUs they take turns on them.
+        only: run (and report) the variants whose name contains one of these.
+    """
+
+    def __init__(
+        self, study: Study, runs: Path, options: Sequence[str] = (), workers: int = 1, only: Sequence[str] | None = None
+    ) -> None:
+        self.folder, self.options, self.workers = runs / study.name, list(options), workers
+        self.study = study
+        self.chosen = [
+            (variant, seed, recipe)
+            for variant, seed, recipe in study.recipes()
+            if only is None or any(part in variant for part in only)
+        ]
+        if not self.chosen:
+            raise invalid("only", only, f"must be part of one of: {'; '.join(study.variants)}")
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._stopped = threading.Lock(), False
+
+    def run(self) -> list[str]:
+        """Returns what failed, as variant and seed. A signal ends the conversions that run; the same call goes on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        client = connect(self.chosen[0][2].get("tracking_uri"))  # a new database is set up by one process
+        experiment_id(client, self.study.name)
+        devices: SimpleQueue[str | None] = SimpleQueue()
+        for worker in range(self.workers):
+            devices.put(_device(worker))
+        failed: list[str] = []
+
+        def convert(variant: str, seed: int, recipe: dict[str, Any]) -> None:
+            device = devices.get()
+            try:
+                if not self._stopped and not self._convert(recipe, device):
+                    failed.append(f"{variant}, seed {seed}")
+            finally:
+                devices.put(device)
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                for each in [pool.submit(convert, *each) for each in self.chosen]:
+                    each.result()
+            except BaseException:
+                self._stop()
+                raise
+        return failed
+
+    def _convert(self, recipe: dict[str, Any], device: str | None) -> bool:
+        name = recipe["name"]
+        file, text = self.folder / f"{name}.yaml", yaml.safe_dump(recipe, sort_keys=False)
+        done = file.exists() and file.read_text("utf-8") == text and (self.folder / name / "summary.json").exists()
+        if done and "report" in json.loads((self.folder / name / "progress.json").read_text()):
+            return self._say(f"{name}: done before")
+        write_atomically(file, text)
+        command = [sys.executable, "-m", "pl_attnedit.cli", "convert", "-c", str(file), "--runs", str(self.folder)]
+        environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
+        log = self.folder / f"{name}.log"
+        with log.open("ab") as out:
+            with self._lock:
+                if self._stopped:
+                    return True
+                # of a session of its own: Ctrl-C reaches it through `_stop` alone
+                process = subprocess.Popen(
+                    [*command, *self.options], env=environment, stdout=out, stderr=out, start_new_session=True
+                )
+                self._processes.add(process)
+            self._say(f"{name}: runs" + ("" if device is None else f" on GPU {device}"))
+            status = process.wait()
+            self._processes.discard(process)
+        if status == 0 or self._stopped:
+            return self._say(f"{name}: {'done' if status == 0 else 'stopped'}")
+        lines = log.read_text("utf-8", "replace").strip().splitlines()
+        self._say(f"{name}: failed, {lines[-1] if lines else f'status {status}'} ({log})")
+        return False
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.send_signal(signal.SIGTERM)
+
+    @staticmethod
+    def _say(text: str) -> bool:
+        print(f"== {text}", file=sys.stderr, flush=True)
+        return True
+
+    def results(self) -> dict[str, Any]:
+        """What the finished conversions found: the study, and one row for each variant; see `rows`."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for variant, seed, recipe in self.chosen:
+            summary = self.folder / recipe["name"] / "summary.json"
+            if summary.exists():
+                found.setdefault(variant, []).append({"seed": seed, **json.loads(summary.read_text())})
+        return {"study": asdict(self.study) | {"base": Path(self.study.base).name}, "rows": rows(found)}
+
+
+def _device(worker: int) -> str | None:
+    """The GPU of a worker, None where there is at most one."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        visible = [each for each in given.split(",") if each]
+    else:
+        import torch
+
+        visible = [str(index) for index in range(torch.cuda.device_count())]
+    return visible[worker % len(visible)] if len(visible) > 1 else None
+
+
+def rows(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """One row for each variant, from the summaries of its conversions.
+
+    Keys: variant, seeds, tokens of each stage, KV budget, the mean of `FIGURES`, `kl` of each seed, and `ratio`: the KL over
+    the first variant's, geometric means over seeds, with its 95% interval `ratio_low` to `ratio_high`. The interval is
+    Student's on the logarithm, its deviation pooled over the variants that have several seeds; None without any.
+    """
+    logs = {name: np.log([each["kl_after_stage2"] for each in of_it]) for name, of_it in found.items()}
+    freedom = sum(len(values) - 1 for values in logs.values())
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in logs.values())
+    table = []
+    for name, of_it in found.items():
+        first = logs[next(iter(logs))]
+        distance = float(logs[name].mean() - first.mean())
+        row: dict[str, Any] = {"variant": name, "seeds": [each["seed"] for each in of_it]}
+        row |= {stage: of_it[0][stage] for stage in ("tokens_stage1", "tokens_stage2")}
+        row["kv_budget"] = of_it[0]["kv_bytes_per_token_student"] / of_it[0]["kv_bytes_per_token_teacher"]
+        row |= {key: float(np.mean([each[key] for each in of_it])) for key in FIGURES}
+        row |= {"kl": [each["kl_after_stage2"] for each in of_it], "ratio": float(np.exp(distance))}
+        row |= {"ratio_low": None, "ratio_high": None}
+        if freedom and logs[name] is not first:
+            error = (squares / freedom * (1 / len(of_it) + 1 / len(first))) ** 0.5
+            reach = float(stats.t.ppf(0.975, freedom)) * error
+            row |= {"ratio_low": float(np.exp(distance - reach)), "ratio_high": float(np.exp(distance + reach))}
+        table.append(row)
+    return table
+
+
+def study_table(results: Mapping[str, Any]) -> str:
+    """The rows as aligned text."""
+    head = ("variant", "seeds", "tokens", "KL before", "stage 1", "stage 2", "top-1", "KL / first [95%]")
+    table: list[tuple[str, ...]] = [head]
+    for row in results["rows"]:
+        tokens = f"{row['tokens_stage1'] / 1e6:.1f}M+{row['tokens_stage2'] / 1e6:.1f}M"
+        figures = tuple(f"{row[key]:.4f}" for key in FIGURES[:3])
+        table.append(
+            (row["variant"], str(len(row["seeds"])), tokens, *figures, f"{row['top1_after']:.1%}", ratio_text(row))
+        )
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table)
+
+
+def ratio_text(row: Mapping[str, Any]) -> str:
+    """The ratio to the first variant with its interval, where there is one."""
+    interval = "" if row["ratio_low"] is None else f" [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+    return f"{row['ratio']:.2f}{interval}"

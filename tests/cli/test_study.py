@@ -1,0 +1,125 @@
+"""`pl-attnedit study`: variants as conversions, compared with intervals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+
+from pl_attnedit.cli import main
+from pl_attnedit.errors import UserError
+from pl_attnedit.study import merged, read_study, rows
+
+Make = Callable[..., Any]
+NO_TEXT = {"documents": 2, "cloze": 2, "continuation_tokens": 0}
+
+
+@pytest.fixture
+def study(tmp_path: Path, recipe: Make) -> Callable[..., Path]:
+    def write(**fields: Any) -> Path:
+        path = tmp_path / "study.yaml"
+        small = {"stage1": {"steps": 1, "accumulate": 1}, "stage2": {"steps": 2}, "evaluation": NO_TEXT}
+        content = {"name": "tiny_study", "base": recipe().name, "change": small, "variants": {"as it is": None}}
+        path.write_text(yaml.safe_dump(content | fields, sort_keys=False))
+        return path
+
+    return write
+
+
+def test_variants_run_fail_and_are_compared(study: Make, start: Make, tmp_path: Path) -> None:
+    variants = {
+        "as it is": {"seeds": [0, 1]},
+        "no stage 1": {"stage1": {"steps": 0}},
+        "broken": {"targets": {"S": {"type": "gate_swa", "window": 0}}},
+    }
+    path = study(variants=variants)
+    output, errors = (process := start("study", path, "--workers", "2")).communicate(timeout=300)
+    assert process.returncode == 1, errors
+    assert "failed: broken, seed 0" in output
+    assert "window = 0" in errors
+    results = json.loads((tmp_path / "runs" / "tiny_study" / "study.json").read_text())
+    first, without = results["rows"]
+    assert (first["variant"], first["seeds"], without["variant"]) == ("as it is", [0, 1], "no stage 1")
+    assert (first["tokens_stage1"], without["tokens_stage1"]) == (64, 0)
+    assert without["kl_after_stage1"] == without["kl_before"] != without["kl_after_stage2"]
+    assert without["ratio_low"] < without["ratio"] < without["ratio_high"]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [experiment] = [e for e in client.search_experiments() if e.name == "tiny_study"]
+    kinds = [run.data.tags["pl_attnedit.kind"] for run in client.search_runs([experiment.experiment_id])]
+    assert kinds.count("conversion") == 3
+
+    output, errors = (process := start("study", path, "--only", "it is", "stage 1")).communicate(timeout=60)
+    assert process.returncode == 0
+    assert errors.count("done before") == 3
+
+
+def test_a_stopped_study_goes_on(study: Make, start: Make, tmp_path: Path) -> None:
+    path = study(change={"stage1": {"steps": 100000}, "evaluation": NO_TEXT})
+    process = start("study", path)
+    log = tmp_path / "runs" / "tiny_study" / "as_it_is-0.log"
+    until = time.monotonic() + 60
+    while not (log.exists() and "stage1  step" in log.read_text()) and time.monotonic() < until:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "as_it_is-0: stopped" in errors
+    assert list((log.parent / "as_it_is-0" / "stage1").glob("*.ckpt"))  # its conversion has ended in order
+
+
+def test_ratios_cover_the_truth() -> None:
+    """Variants whose true ratio is 0.8 beside a noise of 5%: the interval has it in 95% of all studies."""
+    rng, inside, draws = np.random.default_rng(0), 0, 4000
+
+    def summaries(level: float, seeds: int) -> list[dict[str, Any]]:
+        kept = dict.fromkeys(("kl_before", "kl_after_stage1", "top1_after", "wall_seconds"), 1.0)
+        kept |= dict.fromkeys(("tokens_stage1", "tokens_stage2"), 1)
+        kept |= {"kv_bytes_per_token_student": 1, "kv_bytes_per_token_teacher": 2}
+        return [{"seed": i, "kl_after_stage2": level * np.exp(0.05 * rng.normal()), **kept} for i in range(seeds)]
+
+    for _ in range(draws):
+        found = rows({"first": summaries(0.1, 2), "other": summaries(0.08, 1), "third": summaries(0.2, 3)})
+        inside += found[1]["ratio_low"] < 0.8 < found[1]["ratio_high"]
+    assert abs(inside / draws - 0.95) < 0.012
+    alone = rows({"first": summaries(0.1, 1), "other": summaries(0.1, 1)})
+    assert alone[1]["ratio_low"] is None
+
+
+def test_fields_are_merged_one_by_one() -> None:
+    base = {"stage1": {"steps": 5, "learning_rate": 1.0}, "init": "random"}
+    changed = merged(base, {"stage1": {"steps": 7}, "init": "copy"})
+    assert changed == {"stage1": {"steps": 7, "learning_rate": 1.0}, "init": "copy"}
+    assert base["stage1"]["steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base": "nowhere.yaml"}, "must be the file of a recipe"),
+        ({"variants": {}}, "must map names"),
+        ({"variants": {"a": 3}}, "must map names"),
+        ({"seeds": [1, 1]}, "different numbers"),
+        ({"sedes": [1]}, "known are name"),
+        ({"name": None}, "must be a name"),
+    ],
+)
+def test_mistakes(study: Make, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_study(study(**fields))
+
+
+def test_mistakes_of_the_command(study: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", str(tmp_path / "none.yaml")]) == 2
+    assert main(["study", str(study()), "--only", "nothing"]) == 2
+    assert main(["study", str(study()), "--workers", "0"]) == 2
+    assert main(["study", str(study()), "--no-run", "--runs", str(tmp_path)]) == 2
+    errors = capsys.readouterr().err
+    assert all(text in errors for text in ("cannot be read", "part of one of: as it is", "--workers", "none of its"))
