@@ -80,7 +80,9 @@ def _flex(
     query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, sink_logit: Tensor | None
 ) -> Tensor:
     options = {
-        "block_mask": _block_mask(query.shape[2], window, sinks, query.device), "scale": scale, "enable_gqa": True
+        "block_mask": _block_mask(query.shape[2], window, sinks, query.device),
+        "scale": scale,
+        "enable_gqa": True,
     }
     if sink_logit is None:
         return _compiled_flex()(query, key, value, **options)
