@@ -115,28 +115,41 @@ def as_bool_mask(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    sink_logit: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Scaled dot-product attention with grouped key and value heads.
 
     query (batch, heads, queries, width), key and value (batch, kv_heads, keys, width), mask boolean and broadcastable
     to (batch, heads, queries, keys) or None = causal: query t sees the keys up to t (one query alone sees all keys), as HF
-    means it for a text's first tokens, where a `StaticCache` has room behind them.
+    means it for a text's first tokens, where a `StaticCache` has room behind them. sink_logit (heads,): a logit that takes
+    part in each query's softmax and has no value, as in gpt-oss; None = none.
     Returns (batch, queries, heads * value width).
     """
-    return attention(query, key, value, mask, scale).transpose(1, 2).flatten(2)
+    return attention(query, key, value, mask, scale, sink_logit).transpose(1, 2).flatten(2)
 
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    sink_logit: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `attend` computes, as (batch, heads, queries, value width), by the kernel that suits the device."""
-    width = value.shape[-1]
-    if query.device.type in ("cpu", "npu") and width != query.shape[-1]:  # their fast kernels want equal widths
-        missing = query.shape[-1] - width
+    queries, width = query.shape[2], value.shape[-1]
+    if sink_logit is not None:
+        query, key, value, mask = with_sink(query, key, value, mask, sink_logit / scale)
+    missing = query.shape[-1] - value.shape[-1]
+    if query.device.type in ("cpu", "npu") and missing:  # their fast kernels want equal widths
         query, key = F.pad(query, (0, max(-missing, 0))), F.pad(key, (0, max(-missing, 0)))
         value = F.pad(value, (0, max(missing, 0)))
-    if takes_fused(query):
+    if sink_logit is None and takes_fused(query):
         return fused_attention(query, key, value, mask, scale)[..., :width]
     groups = query.shape[1] // key.shape[1]
     causal = mask is None and query.shape[2] > 1
@@ -151,4 +164,28 @@ def attention(
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )[..., :width]
-    return output.flatten(1, 2).unsqueeze(2) if single and not grouped else output
+    output = output.flatten(1, 2).unsqueeze(2) if single and not grouped else output
+    return output[:, :, -queries:] if output.shape[2] > queries else output
+
+
+def with_sink(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, product: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """One more key, before the others, that every query sees: its product with a query is the head's `product` (heads,)
+    and its value is zero.
+
+    An additional entry of queries and keys carries the product, so that masks stay boolean and the same for all heads. A
+    causal text gets an additional first query as well, whose output is to be dropped: so it stays causal, without a mask.
+    """
+    width = query.shape[-1]
+    more = 8  # kernels of GPUs want widths in eights
+    entry = F.pad(product.to(query.dtype)[:, None, None], (0, more - 1))
+    query = torch.cat([query, entry.expand(query.shape[0], -1, query.shape[2], -1)], dim=-1)
+    marker = F.pad(key.new_ones(1), (width, more - 1)).expand(*key.shape[:2], 1, -1)
+    key = torch.cat([marker, F.pad(key, (0, more))], dim=2)
+    value = F.pad(value, (0, more, 1, 0))
+    if mask is not None:
+        mask = F.pad(mask, (1, 0), value=True)
+    elif query.shape[2] > 1:
+        query = F.pad(query, (0, 0, 1, 0))
+    return query, key, value, mask

@@ -15,23 +15,34 @@ from pl_attnedit.attention.npu_attention import fused_attention, takes_fused
 _SMALLEST_BLOCK = 32
 
 
-def attend_window(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float) -> Tensor:
+def attend_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+    sink_logit: Tensor | None = None,
+) -> Tensor:
     """Query t sees the keys from t - window + 1 to t, and the first `sinks` ones up to t.
 
-    query (batch, heads, time, width), key and value (batch, kv_heads, time, width). Returns (batch, time, heads * width).
-    On a GPU flex_attention skips what is invisible, on an NPU the fused operator does so where there are no sinks, elsewhere
-    blocks of queries meet their own and the last block of keys.
+    query (batch, heads, time, width), key and value (batch, kv_heads, time, width). sink_logit (heads,) or None: as in
+    `attend`. Returns (batch, time, heads * width).
+    On a GPU flex_attention skips what is invisible, on an NPU the fused operator does so where there are no sinks of either
+    kind, elsewhere blocks of queries meet their own and the last block of keys.
     """
     if query.device.type == "cuda":
-        output = _flex(query, key, value, window, sinks, scale)
-    elif takes_fused(query) and not sinks:
+        output = _flex(query, key, value, window, sinks, scale, sink_logit)
+    elif takes_fused(query) and not sinks and sink_logit is None:
         output = fused_attention(query, key, value, None, scale, window)
     else:
-        output = blockwise(query, key, value, window, sinks, scale)
+        output = blockwise(query, key, value, window, sinks, scale, sink_logit)
     return output.transpose(1, 2).flatten(2)
 
 
-def blockwise(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float) -> Tensor:
+def blockwise(
+    query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, sink_logit: Tensor | None
+) -> Tensor:
     """Plain PyTorch: (batch, heads, time, width), work and memory linear in time."""
     batch, _, time, _ = query.shape
     block = max(window, _SMALLEST_BLOCK)
@@ -50,9 +61,8 @@ def blockwise(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int
 
     mask = _visible_in_blocks(blocks, block, window, min(sinks, time), query.device)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
-    output = attention(
-        split(query).flatten(0, 1), with_last_block_and_sinks(key), with_last_block_and_sinks(value), mask, scale
-    )
+    keys, values = with_last_block_and_sinks(key), with_last_block_and_sinks(value)
+    output = attention(split(query).flatten(0, 1), keys, values, mask, scale, sink_logit)
     return output.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :time]
 
 
@@ -66,9 +76,21 @@ def _visible_in_blocks(blocks: int, block: int, window: int, sinks: int, device:
     return torch.cat([first.expand(blocks, block, sinks), near], dim=-1)[None]
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float) -> Tensor:
-    mask = _block_mask(query.shape[2], window, sinks, query.device)
-    return _compiled_flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, sink_logit: Tensor | None
+) -> Tensor:
+    options = {
+        "block_mask": _block_mask(query.shape[2], window, sinks, query.device),
+        "scale": scale,
+        "enable_gqa": True,
+    }
+    if sink_logit is None:
+        return _compiled_flex()(query, key, value, **options)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    output, found = _compiled_flex()(query, key, value, **options, return_aux=AuxRequest(lse=True))
+    share = torch.sigmoid(found.lse - sink_logit[:, None])  # of the softmax, that the keys keep beside the sink
+    return (output * share[..., None]).to(output.dtype)
 
 
 @lru_cache(maxsize=1)

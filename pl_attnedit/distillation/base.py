@@ -394,6 +394,7 @@ class DistillationModule(LightningModule):
         found = checkpoint.get("pl_attnedit")
         if not isinstance(found, dict):
             raise UserError("checkpoint: is not one of pl_attnedit; give one that `fit` or `convert` wrote")
+        found = {**found, "plan": EditPlan.from_dict(found["plan"]).to_dict()}  # fields added since: their defaults
         for name, wanted in self._identity().items():
             if found.get(name) != wanted:
                 raise UserError(f"checkpoint: was written for the {name} {found.get(name)!r}, this run has {wanted!r}")

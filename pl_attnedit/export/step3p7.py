@@ -92,6 +92,7 @@ def check(student: PreTrainedModel) -> dict[str, GateSWAConfig]:
     plain_rope_theta(student, FORMAT)
     for target in targets.values():
         refuse_unless(target.sinks == 0, FORMAT, "sinks", target.sinks, "convert with sinks: 0")
+        refuse_unless(not target.learned_sink, FORMAT, "learned_sink", True, "convert with learned_sink: false")
         refuse_unless(target.gate != "element", FORMAT, "gate", target.gate, "convert with gate: head or none")
     windows = sorted({target.window for target in targets.values() if target.window is not None})
     refuse_unless(len(windows) < 2, FORMAT, "windows", windows, "all window layers must have the same window")

@@ -100,6 +100,13 @@ def test_a_window_with_sinks_is_made_of_blocks(calls: Calls, time: int, window: 
     assert call["shapes"][1][2] <= min(sinks, time) + 2 * block, "keys of a block, not of the text"
 
 
+def test_a_learned_sink_is_not_the_operators(calls: Calls) -> None:
+    *states, sink = *inputs(4, 2, 40, 16), torch.randn(4)
+    attend(*states, None, 0.25, sink)
+    attend_window(*states, 8, 0, 0.25, sink)
+    assert not calls
+
+
 def test_documents_are_hidden_from_each_other(calls: Calls) -> None:
     leaves = inputs(4, 2, 40, 16)
     document = torch.stack([torch.arange(40) // 13, torch.arange(40) // 29])

@@ -29,7 +29,9 @@ def make_stage(request: pytest.FixtureRequest) -> Make:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("target", [WINDOW, LATENT], ids=["gate_swa", "mla"])
+@pytest.mark.parametrize(
+    "target", [WINDOW, WINDOW | {"learned_sink": True}, LATENT], ids=["gate_swa", "learned_sink", "mla"]
+)
 def test_the_loss_falls_and_only_the_new_attention_changes(
     make_stage: Make, make_data: Make, family: str, target: dict[str, Any]
 ) -> None:
@@ -85,6 +87,19 @@ def unbroken_share(step: int) -> float:
     import math
 
     return (step + 1) / 2 if step < 2 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 2) / 4))
+
+
+def test_a_checkpoint_from_before_a_field_of_the_target_existed(make_stage1: Make) -> None:
+    module = make_stage1(init="random")
+    module.configure_model()
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    target = checkpoint["pl_attnedit"]["plan"]["targets"]["S"]
+    assert target.pop("learned_sink") is False
+    module.on_load_checkpoint(checkpoint)
+    target["learned_sink"] = True
+    with pytest.raises(UserError, match="checkpoint: was written for the plan"):
+        module.on_load_checkpoint(checkpoint)
 
 
 def test_stage_2_starts_from_saved_weights(

@@ -129,6 +129,7 @@ REFUSED = {
     "uneven spread": ("qwen3", {}, MLAConfig(8, 6, rope_frequencies="spread"), "S", "deepseek_v3", "use 'high'"),
     "family": ("llama", {}, GateSWAConfig(window=4), "S", "step3p7", "dense Qwen3"),
     "sinks": ("qwen3", {}, GateSWAConfig(window=4, sinks=1), "S", "step3p7", "sinks: 0"),
+    "learned sink": ("qwen3", {}, GateSWAConfig(4, learned_sink=True), "S", "step3p7", "learned_sink: false"),
     "element gate": ("qwen3", {}, GateSWAConfig(window=4, gate="element"), "S", "step3p7", "gate: head"),
     "mla": ("qwen3", {}, MLAConfig(8, 4), "S", "step3p7", "must be gate_swa or full"),
 }

@@ -20,6 +20,13 @@ Ids = Callable[..., torch.Tensor]
 PLANS: dict[str, dict[str, Any]] = {
     "window_sinks": {"targets": GateSWAConfig(window=5, sinks=3), "pattern": "SSSF"},
     "window": {"targets": GateSWAConfig(window=4, gate="element"), "pattern": "FS"},
+    "learned_sink": {
+        "targets": {
+            "S": GateSWAConfig(window=5, sinks=2, learned_sink=True),
+            "G": GateSWAConfig(window=None, gate="none", learned_sink=True),
+        },
+        "pattern": "SG",
+    },
     "mla": {"targets": MLAConfig(12, 4), "pattern": "S"},
     "mla_free": {
         "targets": MLAConfig(8, 2, qk_nope_head_dim=6, v_head_dim=4, q_lora_rank=10, latent_norm=False),
@@ -35,14 +42,15 @@ TOLERANCE = {"atol": 1e-5, "rtol": 2e-5}  # room for fp32 rounding
 
 @pytest.fixture(params=PLANS)
 def student(request: pytest.FixtureRequest, teacher: PreTrainedModel) -> PreTrainedModel:
-    """A student of each plan and family whose gates are open to different degrees."""
+    """A student of each plan and family whose gates are open to different degrees and whose sinks take different shares."""
     plan = PLANS[request.param]
     torch.manual_seed(1)
     model = edit_model(teacher, plan["targets"], pattern=plan["pattern"], init="random")
     with torch.no_grad():
         for attention in edited_attention(model).values():
-            if hasattr(attention, "gate_proj"):
-                attention.gate_proj.weight.normal_(std=0.5)
+            for name, parameter in attention.named_parameters():
+                if name in ("gate_proj.weight", "sink"):
+                    parameter.normal_(std=0.5)
     return model.eval()
 
 

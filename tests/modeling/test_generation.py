@@ -15,7 +15,11 @@ from pl_attnedit.modeling import edited_attention
 Teachers = Callable[..., PreTrainedModel]
 Ids = Callable[..., torch.Tensor]
 
-GROWING = {"mla": MLAConfig(12, 4), "gate": GateSWAConfig(window=None)}
+GROWING = {
+    "mla": MLAConfig(12, 4),
+    "gate": GateSWAConfig(window=None),
+    "learned_sink": GateSWAConfig(window=None, learned_sink=True),
+}
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
 
 
@@ -84,7 +88,11 @@ def test_assisted_generation(make_teacher: Teachers, make_ids: Ids) -> None:
 
 def test_packed_documents_do_not_see_each_other(teacher: PreTrainedModel, make_ids: Ids) -> None:
     """Positions that start again mark documents: each is what it is alone, its sinks are its own first tokens."""
-    targets = {"S": GateSWAConfig(window=3, sinks=2), "M": MLAConfig(8, 4), "E": GateSWAConfig(3, gate="element")}
+    targets = {
+        "S": GateSWAConfig(window=3, sinks=2),
+        "M": MLAConfig(8, 4),
+        "E": GateSWAConfig(3, gate="element", learned_sink=True),
+    }
     torch.manual_seed(0)
     student = edit_model(teacher, targets, pattern="SMEF", init="random").eval()
     lengths, ids = [[11, 1, 12], [3, 19, 2]], make_ids(2, 24)
@@ -103,7 +111,7 @@ def test_gradients_reach_every_new_weight(teacher: PreTrainedModel, make_ids: Id
     """Gates have their gradient from the first step on, although their weight starts at zero."""
     targets = {
         "S": GateSWAConfig(window=3),
-        "E": GateSWAConfig(4, "element", sinks=1),
+        "E": GateSWAConfig(4, "element", sinks=1, learned_sink=True),
         "M": MLAConfig(8, 4, q_lora_rank=6),
     }
     student = edit_model(teacher, targets, pattern="SEM", init="random").train()

@@ -18,7 +18,7 @@ from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model, load
 Teachers = Callable[..., PreTrainedModel]
 Ids = Callable[..., torch.Tensor]
 PLAN: dict[str, Any] = {
-    "targets": {"S": GateSWAConfig(window=4, sinks=2), "M": MLAConfig(8, 4, q_lora_rank=6)},
+    "targets": {"S": GateSWAConfig(window=4, sinks=2, learned_sink=True), "M": MLAConfig(8, 4, q_lora_rank=6)},
     "pattern": "SMF",
 }
 
