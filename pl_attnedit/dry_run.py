@@ -61,7 +61,11 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
         step = _step(name, stage, recipe, data, result["devices"])
         result["memory"][name] = stage_memory(frozen, student, step)
         tokens = stage.steps * stage.accumulate * result["devices"] * step.tokens
-        flops = tokens * step_flops(frozen, student, stage=name, trained=step.trained, seq_len=data.seq_len)
+        block_loss = stage.options.get("supervise") == "block"
+        each = step_flops(
+            frozen, student, stage=name, trained=step.trained, seq_len=data.seq_len, block_loss=block_loss
+        )
+        flops = tokens * each
         result["stages"][name] = {
             "trained_parameters": sum(p.numel() for p in trained_parameters(student, step)),
             "steps": stage.steps,

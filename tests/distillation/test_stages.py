@@ -52,6 +52,22 @@ def test_the_loss_falls_and_only_the_new_attention_changes(
     assert shared == {id(p) for p in trunk}  # one copy in memory
 
 
+def test_supervised_blocks_train_the_attention_alone(make_stage1: Make, make_data: Make) -> None:
+    module, losses = make_stage1("qwen3", LATENT, init="random", learning_rate=1e-2, supervise="block"), Losses()
+    before = weights(make_configured(lambda: make_stage1("qwen3", LATENT, init="random")).student)
+    trainer = make_trainer(losses, steps=30, limit_train_batches=10, max_epochs=3, limit_val_batches=1.0)
+    trainer.fit(module, make_data())
+    assert sum(losses.values[-10:]) < 0.9 * sum(losses.values[:10])
+    edited = tuple(f"model.layers.{i}.self_attn." for i in (0, 1, 3))
+    for name, value in weights(module.student).items():
+        assert torch.equal(value, before[name]) != name.startswith(edited), name
+    found = trainer.callback_metrics["val/nmse"].clone()
+    attention = make_trainer(limit_val_batches=1.0)
+    module.hparams["supervise"] = "attention"  # which validation does not look at
+    [again] = attention.validate(module, make_data(), verbose=False)
+    assert again["val/nmse"] == pytest.approx(found.item())
+
+
 def test_a_checkpoint_holds_what_was_trained_and_nothing_else(
     make_stage: Make, make_data: Make, tmp_path: Path
 ) -> None:
@@ -256,6 +272,11 @@ def test_float16_is_refused(make_stage: Make, make_data: Make) -> None:
 def test_impossible_settings_are_named(make_stage: Make, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_stage(**options)
+
+
+def test_settings_of_stage_1_alone(make_stage1: Make) -> None:
+    with pytest.raises(UserError, match="supervise = 'mlp': must be 'attention' or 'block'"):
+        make_stage1(supervise="mlp")
 
 
 def test_settings_of_stage_2_alone(make_stage2: Make) -> None:
