@@ -42,6 +42,7 @@ from pl_attnedit.eval.records import log_evaluation
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
 from pl_attnedit.modeling import EditPlan, load
+from pl_attnedit.modeling.edit import check_init
 from pl_attnedit.modeling.kv import kv_context, measure_cache
 from pl_attnedit.recipe import Recipe, StageRecipe
 from pl_attnedit.run_folder import RunFolder
@@ -375,6 +376,7 @@ def check_plan(recipe: Recipe, targets: TargetConfig | dict[str, TargetConfig]) 
     plan.require_edits()
     for target in plan.targets.values():
         target.check(family.attention_spec(config))
+    check_init(recipe.init, plan.targets.values())
     return config, plan
 
 

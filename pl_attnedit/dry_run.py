@@ -14,6 +14,7 @@ from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
 from pl_attnedit.eval.bench.memory import StageMemory, Step, init_memory, stage_memory, trained_parameters
 from pl_attnedit.eval.formatting import count, duration, percent
+from pl_attnedit.modeling.edit import FROM_TEXT
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.modeling.kv import fill_cache, on_meta
 from pl_attnedit.recipe import Recipe, StageRecipe
@@ -53,14 +54,18 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
         "stages": {},
         "memory": {},
     }
-    if recipe.init == "calibrated":
+    if recipe.init in FROM_TEXT:
         result["memory"]["init"] = init_memory(teacher, student, data.batch_size, data.seq_len)
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         frozen = on_meta(config, weight_dtype(recipe, stage.options.get("teacher_dtype")))
         step = _step(name, stage, recipe, data, result["devices"])
         result["memory"][name] = stage_memory(frozen, student, step)
         tokens = stage.steps * stage.accumulate * result["devices"] * step.tokens
-        flops = tokens * step_flops(frozen, student, stage=name, trained=step.trained, seq_len=data.seq_len)
+        block_loss = stage.options.get("supervise") == "block"
+        each = step_flops(
+            frozen, student, stage=name, trained=step.trained, seq_len=data.seq_len, block_loss=block_loss
+        )
+        flops = tokens * each
         result["stages"][name] = {
             "trained_parameters": sum(p.numel() for p in trained_parameters(student, step)),
             "steps": stage.steps,
@@ -154,7 +159,7 @@ def dry_run_table(result: dict[str, Any]) -> str:
         cells = "".join(f"{getattr(memory, field) / 1e9:{width}.2f}" for field, width in widths.items())
         lines.append(f"{name:13}{cells}")
     lines += [
-        "gathered and activations are estimates, their formula is in pl_attnedit/eval/bench/memory.py; a calibrated init is "
+        "gathered and activations are estimates, their formula is in pl_attnedit/eval/bench/memory.py; an init from text is "
         "not sharded, its statistics stand under activations",
     ]
     return "\n".join(lines)

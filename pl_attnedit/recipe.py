@@ -81,8 +81,8 @@ class Recipe:
         stage2: distillation of next-token distributions.
         pattern: letters repeated over the layers, F = full layer. Default: the target's own.
         layers: explicit indices of the layers to edit, instead of a pattern.
-        init: random | copy | calibrated.
-        calibration_tokens: tokens of training text that a calibrated init looks at.
+        init: random | copy | calibrated | plain_svd (a baseline, for MLA alone).
+        calibration_tokens: tokens of training text that a calibrated (or plain_svd) init looks at.
         dtype: dtype of all weights.
         seed: of everything random.
         evaluation: what teacher and student are asked at the end.

@@ -46,10 +46,13 @@ def score_flops(attention: Any, config: Any, seq_len: int) -> float:
     return 2 * visible * heads * (query + value)
 
 
-def step_flops(teacher: Any, student: Any, *, stage: str, trained: str, seq_len: int) -> float:
+def step_flops(
+    teacher: Any, student: Any, *, stage: str, trained: str, seq_len: int, block_loss: bool = False
+) -> float:
     """FLOPs per token of one step.
 
-    stage1: the teacher's layers forward; each new attention forward and backward, without the gradient of its input.
+    stage1: the teacher's layers forward; each new attention forward and backward, without the gradient of its input;
+    with `block_loss` the MLP behind it too, without weight gradients.
     stage2: teacher forward; student forward and backward, with weight gradients of what is `trained` ("attention", "all");
     lm_head of both.
     """
@@ -62,6 +65,7 @@ def step_flops(teacher: Any, student: Any, *, stage: str, trained: str, seq_len:
         if stage == "stage1":
             if edited:
                 total += 3 * attention - _reading_the_input(new.self_attn, config.hidden_size) + 3 * scores
+                total += 2 * linear_flops(new.mlp) if block_loss else 0
             continue
         weights = attention if edited or trained == "all" else 0
         total += 2 * attention + weights + 3 * scores + (3 if trained == "all" else 2) * linear_flops(new.mlp)

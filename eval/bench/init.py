@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pl_attnedit.attention import MLA, GateSWAConfig, LayerStatistics, MLAConfig, Target, TargetConfig
+from pl_attnedit.attention import GateSWAConfig, LayerStatistics, MLAConfig, TargetConfig
 from pl_attnedit.data.sources import open_source
 from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.eval.bench.plain_svd import plain_svd
-from pl_attnedit.modeling import EditPlan, edited_attention
+from pl_attnedit.modeling import EditPlan
 from pl_attnedit.modeling.calibrate import collect_statistics
-from pl_attnedit.modeling.edit import assemble
+from pl_attnedit.modeling.edit import FROM_TEXT, Init, assemble, initialise_from
 from pl_attnedit.modeling.kv import promised_bytes
 
 BATCH = 4  # sequences per forward pass
@@ -29,15 +28,15 @@ BUDGET_CONTEXT = 32768  # tokens, where the KV budget is stated
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `init` is calibrated, plain svd or random."""
+    """One line of the table."""
 
     name: str
     target: TargetConfig
-    init: str = "calibrated"
+    init: Init = "calibrated"
 
 
-def _mla(rank: int, rope: int, norm: bool = False, init: str = "calibrated") -> Row:
-    name = f"mla {rank}+{rope}{', latent norm' if norm else ''}, {init}"
+def _mla(rank: int, rope: int, norm: bool = False, init: Init = "calibrated") -> Row:
+    name = f"mla {rank}+{rope}{', latent norm' if norm else ''}, {init.replace('_', ' ')}"
     return Row(name, MLAConfig(kv_lora_rank=rank, qk_rope_head_dim=rope, latent_norm=norm), init)
 
 
@@ -47,13 +46,13 @@ ROWS = (
     _mla(96, 32),
     _mla(92, 36, norm=True),
     _mla(96, 32, norm=True),
-    _mla(96, 32, init="plain svd"),
+    _mla(96, 32, init="plain_svd"),
     _mla(96, 32, init="random"),
     _mla(144, 48),
     _mla(160, 32),
     _mla(144, 48, norm=True),
     _mla(160, 32, norm=True),
-    _mla(160, 32, init="plain svd"),
+    _mla(160, 32, init="plain_svd"),
     _mla(160, 32, init="random"),
     Row("gate_swa 64, 4 sinks, SSSF", GateSWAConfig(window=64, sinks=4)),
     Row("gate_swa 64, SSSF", GateSWAConfig(window=64)),
@@ -91,7 +90,7 @@ def bench_init(
     asked = sequences("heldout", heldout, tokenizer, heldout_sequences, seq_len).to(teacher.device)
     start = time.perf_counter()
     layers = list(range(teacher.config.num_hidden_layers))
-    needed = any(isinstance(row.target, MLAConfig) and row.init != "random" for row in chosen)
+    needed = any(isinstance(row.target, MLAConfig) and row.init in FROM_TEXT for row in chosen)
     statistics = collect_statistics(teacher, layers, text.split(BATCH)) if needed else {}
     seconds = time.perf_counter() - start
     reference = last_hidden(teacher, asked)
@@ -157,8 +156,7 @@ def measure(
         student = assemble(teacher, EditPlan.build(teacher.config.num_hidden_layers, row.target, pattern)).eval()
     except UserError as error:
         return {"name": row.name, "does_not_fit": str(error)}
-    for index, module in edited_attention(student).items():
-        _initialiser(row.init)(module, teacher.model.layers[index].self_attn, statistics.get(index))
+    initialise_from(student, teacher, row.init, statistics)
     seconds = time.perf_counter() - start
     hidden = last_hidden(student, input_ids)
     fidelity = Fidelity().to(hidden.device)
@@ -175,19 +173,6 @@ def measure(
         **values,
         "init_seconds": round(seconds, 1),
     }
-
-
-def _initialiser(init: str) -> Callable[[Target, Any, LayerStatistics | None], None]:
-    def svd(module: Target, source: Any, statistics: LayerStatistics | None) -> None:
-        assert isinstance(module, MLA)
-        assert statistics is not None
-        plain_svd(module, source, statistics)
-
-    return {
-        "calibrated": lambda module, source, statistics: module.init_from(source, statistics),
-        "plain svd": svd,
-        "random": lambda module, source, _: module.init_random(source),
-    }[init]
 
 
 def init_table(result: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ def stage_memory(teacher: Any, student: Any, step: Step) -> StageMemory:
 
 
 def init_memory(teacher: Any, student: Any, batch: int, seq: int) -> StageMemory | None:
-    """Of a calibrated init; None where no target looks at text. Whatever the strategy each device has all weights, the
+    """Of an init from text; None where no target looks at text. Whatever the strategy each device has all weights, the
     statistics of all layers, and three times the attention's probabilities for one key head."""
     looking = [
         layer.self_attn

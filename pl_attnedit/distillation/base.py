@@ -24,7 +24,7 @@ from pl_attnedit.distillation.settings import check_hyperparameters, check_preci
 from pl_attnedit.distillation.sharding import data_parallel_mesh, local, shard, take_from
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, unshare_trunk
-from pl_attnedit.modeling.edit import Init, assemble, check_teacher, initialise
+from pl_attnedit.modeling.edit import FROM_TEXT, Init, assemble, check_teacher, initialise
 from pl_attnedit.modeling.weights import copy_weights, default_dtype
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 
@@ -42,8 +42,8 @@ class DistillationModule(LightningModule):
         targets: the target for each pattern letter, e.g. `{S: {type: gate_swa, window: 512}}`; or one target alone.
         pattern: letters repeated over the layers, F = full layer. Default: the target's own.
         layers: explicit indices of the layers to edit, instead of a pattern.
-        init: random | copy | calibrated, see `edit_model`.
-        calibration_tokens: tokens of the training text that a calibrated init looks at.
+        init: random | copy | calibrated | plain_svd, see `edit_model`.
+        calibration_tokens: tokens of the training text that a calibrated (or plain_svd) init looks at.
         init_from: folder of a converted model whose weights to start from, instead of `init`. Other than resuming with
             `--ckpt_path`, which also restores optimiser, step and place in the data.
         dtype: dtype of all weights; the Trainer's `precision: bf16-true` sets it to bfloat16.
@@ -206,17 +206,17 @@ class DistillationModule(LightningModule):
         return *load_teacher(source, dtype=dtype), teacher_fingerprint(resolve_teacher(source))
 
     def _initialise(self, student: Any, teacher: Any) -> None:
-        calibration = None
+        calibration, init = None, self.hparams["init"]
         needs = any(attention.needs_statistics for attention in edited_attention(student).values())
-        if self.hparams["init"] == "calibrated" and needs:
+        if init in FROM_TEXT and needs:
             data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
             if not hasattr(data, "calibration_batches"):
-                raise UserError("init = 'calibrated': this target needs a TextDataModule to calibrate on")
+                raise UserError(f"init = {init!r}: this target needs a TextDataModule to calibrate on")
             batches = data.calibration_batches(self.hparams["calibration_tokens"])  # type: ignore[union-attr]
             calibration = self._reported(batches)
             teacher.to(self.trainer.strategy.root_device)
             student.to(self.trainer.strategy.root_device)
-        initialise(student, teacher, self.hparams["init"], calibration)
+        initialise(student, teacher, init, calibration)
 
     def _reported(self, batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The batches, with a line of progress after each."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from pl_attnedit.distillation.base import DistillationModule
 from pl_attnedit.distillation.block import Block
-from pl_attnedit.distillation.pairs import Batch
+from pl_attnedit.distillation.pairs import Batch, Pairs
 from pl_attnedit.errors import invalid
+
+Supervised = Literal["attention", "block"]
 
 
 class LayerwiseDistillation(DistillationModule):
-    """Every edited layer learns the teacher's attention output (after `o_proj`, before the residual) from the teacher's
-    own hidden state, independently of all other layers. Loss: sum over layers of the normalised squared error.
+    """Every edited layer learns the teacher's activation at the supervised point from the teacher's own hidden state,
+    independently of all other layers. Loss: sum over layers of the normalised squared error.
 
     A batch's squared error is normalised by that batch's own energy; over the batches of an optimiser step, accumulated or
     of several processes, the loss is the plain mean.
@@ -30,15 +32,31 @@ class LayerwiseDistillation(DistillationModule):
     Args:
         train_layers: edited layers to train, the others stay as they are; None = all. Where not even the optimiser states of
             all layers fit, run the stage once for each group of layers, each run with the last one's student as `init_from`.
+        supervise: the supervised point. "attention" = the attention's output, after `o_proj` and before the residual, its
+            error over its energy. "block" = the block's output, behind residual, post-attention norm and MLP, which stay
+            frozen: an error counts by what they make of it. It is measured over the energy of the teacher's block update,
+            output minus input, because the residual stream itself is dominated by a few huge activations that no attention
+            made. `train/nmse` is the error at this point, `val/nmse` always the attention's.
         All others: see `DistillationModule`.
     """
 
     stage = "stage1"
     teacher_share = 1.0
 
-    def __init__(self, *args: Any, train_layers: list[int] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, train_layers: list[int] | None = None, supervise: Supervised = "attention", **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.save_hyperparameters("train_layers")
+        if supervise not in ("attention", "block"):
+            raise invalid("supervise", supervise, "must be 'attention' or 'block'")
+        self.save_hyperparameters("train_layers", "supervise")
+
+    @property
+    def _supervises_blocks(self) -> bool:
+        return self.hparams["supervise"] == "block"
+
+    def _pair_up(self) -> Pairs:
+        return Pairs(self.teacher, self.student, compiled=self.compiled, block_loss=self._supervises_blocks)
 
     def prepare_training(self) -> None:
         edited = list(self.layer_modules())
@@ -70,7 +88,7 @@ class LayerwiseDistillation(DistillationModule):
             self.log_dict(named, sync_dist=together)
 
     def layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
-        """Normalised squared error of each edited layer against the teacher's activation."""
+        """Normalised squared error of each trained layer against the teacher's activation at the supervised point."""
         return self.pairs(self._layer_losses, batch)
 
     def _layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
@@ -78,16 +96,15 @@ class LayerwiseDistillation(DistillationModule):
         share = None if self.teacher_share == 1 else self.teacher_share
         last = max(self.trained_layers)
         losses: dict[int, torch.Tensor] = {}
-        on_own_path: list[torch.Tensor] = []
+        taken: list[torch.Tensor] = []
         hidden, own = self.block.take(embedded, None if share is None else embedded_too)
         for index, (pair, call) in self.block.own(list(self.pairs.with_calls(calls[: last + 1]))):
-            at_end = index == last
-            if share is None:
-                states = pair(hidden, call=call, last=at_end)
-            else:
-                states = pair(hidden, own, call=call, last=at_end, teacher_share=share, take_loss=on_own_path.append)
+            trains, at_end = index in self.trained_layers, index == last and not self._supervises_blocks
+            inside = share is not None or (trains and self._supervises_blocks)
+            take_loss = taken.append if inside else None
+            states = pair(hidden, own, call=call, last=at_end, teacher_share=share, take_loss=take_loss)
             hidden, own = states.teacher, states.student
-            if index in self.trained_layers:
-                losses[index] = pair.distil(states.normed, states.target, call)[0] if share is None else on_own_path[-1]
+            if trains:
+                losses[index] = taken[-1] if inside else pair.distil(states.normed, states.target, call)[0]
         self.block.pass_on(hidden, own)
         return losses

@@ -34,6 +34,22 @@ class LayerStates(NamedTuple):
     target: Tensor | None  # what it gave: after `o_proj`, before the residual
 
 
+class BlockTarget(NamedTuple):
+    """Stands in for the teacher's activation where a block's output is supervised; hidden states (batch, time, hidden)."""
+
+    entered: Tensor  # what enters the teacher's block, and
+    left: Tensor  # what leaves it
+    hidden: Tensor  # what enters the student's block
+    norm: nn.Module  # what there is behind the new attention: read, never trained
+    mlp: nn.Module
+
+    @property
+    def functional(self) -> bool:
+        """Whether torch.func.grad can go through norm and MLP: not through kernels of Hugging Face's experts, nor through
+        those of Liger, which sets `forward` on the instance."""
+        return not (hasattr(self.mlp, "experts") or "forward" in vars(self.mlp) or "forward" in vars(self.norm))
+
+
 class Operations:
     """The parts of a layer as functions of their modules; compiled once for all layers where `compiled` is set."""
 
@@ -49,9 +65,12 @@ class Operations:
         self._eager = partial(eager_gradients, self.local_loss)
         self._traced = wrap(partial(traced_gradients, local_loss)) if compiled else self._eager
 
-    def local_gradients(self, attention: Target, *inputs: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Loss and output of a new attention, and the gradients of its parameters."""
-        return (self._traced if attention.functional_gradients else self._eager)(attention, *inputs)
+    def local_gradients(
+        self, attention: Target, normed: Tensor, target: Tensor | BlockTarget, call: Call
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """What `local_loss` gives, and the gradients of the new attention's parameters."""
+        functional = attention.functional_gradients and (not isinstance(target, BlockTarget) or target.functional)
+        return (self._traced if functional else self._eager)(attention, normed, target, call)
 
 
 def teacher_layer(layer: Any, hidden: Tensor, call: Call, last: bool) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -76,8 +95,15 @@ def feed_forward(norm: nn.Module, mlp: nn.Module, hidden: Tensor, attention: Ten
     return hidden + mlp(norm(hidden))
 
 
-def local_loss(attention: Callable[..., Any], normed: Tensor, target: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def local_loss(
+    attention: Callable[..., Any], normed: Tensor, target: Tensor | BlockTarget, call: Call
+) -> tuple[Tensor, Tensor]:
+    """The loss at the supervised point, and what is there: the attention's output or the block's."""
     output = attend(attention, normed, call)
+    if isinstance(target, BlockTarget):
+        output = feed_forward(target.norm, target.mlp, target.hidden, output)
+        entered = target.entered.float()
+        return nmse(output.float() - entered, target.left.float() - entered), output
     return nmse(output, target), output
 
 
@@ -88,8 +114,8 @@ class EditedAttention(nn.Module):
         super().__init__()
         self.attention, self.operations = attention, operations
 
-    def forward(self, normed: Tensor, call: Call, target: Tensor | None = None) -> Any:
-        """The attention's output (batch, time, hidden); with a target (loss, output), their graph freed already.
+    def forward(self, normed: Tensor, call: Call, target: Tensor | BlockTarget | None = None) -> Any:
+        """The attention's output (batch, time, hidden); with a target what `local_loss` gives, its graph freed already.
 
         With a target `normed` must require a gradient (see `Anchor`), though it gets none.
         """
@@ -110,12 +136,15 @@ class LayerPair(nn.Module):
         teacher: decoder layer of Hugging Face's model.
         student: the same with a new attention, or the very same module.
         recompute: keep only the layer's input for the student's backward pass, and run the layer again there.
+        block_loss: the loss that `take_loss` gets is the one at the block's output.
     """
 
-    def __init__(self, teacher: Any, student: Any, operations: Operations, *, recompute: bool = False) -> None:
+    def __init__(
+        self, teacher: Any, student: Any, operations: Operations, *, recompute: bool = False, block_loss: bool = False
+    ) -> None:
         super().__init__()
         self.teacher = teacher
-        self.operations, self.recompute = operations, recompute
+        self.operations, self.recompute, self.block_loss = operations, recompute, block_loss
         attention = student.self_attn
         self.attention = EditedAttention(attention, operations) if isinstance(attention, Target) else None
         self.trunk: nn.ModuleDict | None = None  # the student's own, once it has one
@@ -137,19 +166,26 @@ class LayerPair(nn.Module):
 
         last: the teacher's path ends with its attention. teacher_share: the student's path is the own path of stage 1, its
         input mixed with this share of the teacher's, its gradients local to the new attention; `take_loss` gets its
-        loss. It is not returned: FSDP2 would take it for an output whose backward pass needs the whole layer.
+        loss. It is not returned: FSDP2 would take it for an output whose backward pass needs the whole layer. `take_loss`
+        without a share: the loss on the teacher's own input, taken in here since what a block's loss reads is whole here.
         """
         entered, normed, target = teacher, None, None
         if teacher is not None:
             with torch.no_grad():
                 teacher, normed, target = self.operations.teacher_layer(self.teacher, teacher, call, last)
-        if teacher_share is not None:
+        if take_loss is not None:
             assert entered is not None
-            assert student is not None
             assert target is not None
-            assert take_loss is not None
-            mixed = teacher_share * entered + (1 - teacher_share) * student.detach()
-            student = self._own_path(mixed, call, target, take_loss)
+            mixed = entered
+            if teacher_share is not None:
+                assert student is not None
+                mixed = teacher_share * entered + (1 - teacher_share) * student.detach()
+            point: Tensor | BlockTarget = target
+            if self.block_loss:
+                assert teacher is not None
+                point = BlockTarget(entered, teacher, mixed, self._part("post_attention_layernorm"), self._part("mlp"))
+            own = self._own_path(mixed, call, point, take_loss)
+            student = None if teacher_share is None else own
         elif student is not None:
             if self.recompute and torch.is_grad_enabled():
                 student = checkpoint(self._student, student, call, use_reentrant=False)
@@ -157,14 +193,16 @@ class LayerPair(nn.Module):
                 student = self._student(student, call)
         return LayerStates(teacher, student, normed, target)
 
-    def distil(self, normed: Tensor, target: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """The new attention's loss against the teacher's activation, and its output without a gradient."""
+    def distil(self, normed: Tensor, target: Tensor | BlockTarget, call: Call) -> tuple[Tensor, Tensor]:
+        """The new attention's loss at the supervised point, and what is there, without a gradient."""
         assert self.attention is not None
         anchor = torch.empty((), device=normed.device, requires_grad=True)
         return self.attention(Anchor.apply(anchor, normed), call, target)
 
     @torch.no_grad()
-    def _own_path(self, hidden: Tensor, call: Call, target: Tensor, take_loss: Callable[[Tensor], None]) -> Tensor:
+    def _own_path(
+        self, hidden: Tensor, call: Call, target: Tensor | BlockTarget, take_loss: Callable[[Tensor], None]
+    ) -> Tensor:
         normed = self.operations.normalise(self._part("input_layernorm"), hidden)
         if self.attention is None:
             output = self.operations.attend(self._part("self_attn"), normed, call)
@@ -172,6 +210,8 @@ class LayerPair(nn.Module):
             with torch.enable_grad():
                 loss, output = self.distil(normed, target, call)
             take_loss(loss)
+            if isinstance(target, BlockTarget):
+                return output
         return self._feed_forward(hidden, output)
 
     def _student(self, hidden: Tensor, call: Call) -> Tensor:
@@ -222,12 +262,13 @@ class Pairs(nn.Module):
     """All pairs of a model with what is before and behind them."""
 
     def __init__(
-        self, teacher: PreTrainedModel, student: PreTrainedModel, *, compiled: bool = False, recompute: bool = False
+        self, teacher: PreTrainedModel, student: PreTrainedModel, *, compiled: bool = False, **options: bool
     ) -> None:
+        """options: those of `LayerPair`."""
         super().__init__()
         operations = Operations(compiled)
         layers = zip(teacher.model.layers, student.model.layers, strict=True)
-        self.layers = nn.ModuleList(LayerPair(t, s, operations, recompute=recompute) for t, s in layers)
+        self.layers = nn.ModuleList(LayerPair(t, s, operations, **options) for t, s in layers)
         self.embeddings, self.heads = Embeddings(teacher, student), Heads(teacher, student)
         self._model = (teacher.model,)  # only for its way of making masks and positions; not a child
 

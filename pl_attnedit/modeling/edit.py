@@ -12,15 +12,17 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pl_attnedit.attention import Target, TargetConfig
+from pl_attnedit.attention import MLA, LayerStatistics, MLAConfig, Target, TargetConfig
+from pl_attnedit.attention.plain_svd import plain_svd
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling.calibrate import collect_statistics
 from pl_attnedit.modeling.hf import EDITED, EditedModelMixin, edited_config
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import family_of
 
-Init = Literal["random", "copy", "calibrated"]
-INITS: tuple[str, ...] = ("random", "copy", "calibrated")
+Init = Literal["random", "copy", "calibrated", "plain_svd"]
+INITS: tuple[str, ...] = ("random", "copy", "calibrated", "plain_svd")
+FROM_TEXT: tuple[str, ...] = ("calibrated", "plain_svd")  # those for which a target may need statistics of text
 
 
 def edit_model(
@@ -43,8 +45,9 @@ def edit_model(
         pattern: letters repeated over the layers, F = full layer. Default "S" for MLA, "SSSF" for GateSWA.
         layers: explicit indices of the layers to edit instead of a pattern.
         init: "random" as in the paper (`o_proj` inherited), "copy" of the teacher's weights where shapes allow,
-            "calibrated": what fits the calibration text best (for GateSWA this is the copy).
-        calibration: input ids, an iterable of (batch, time) int64 tensors; needed for a calibrated MLA.
+            "calibrated": what fits the calibration text best (for GateSWA this is the copy). "plain_svd", for MLA
+            alone: the plain conversion of the literature, a baseline to compare with.
+        calibration: input ids, an iterable of (batch, time) int64 tensors; MLA needs it for the last two.
 
     Raises:
         UserError: for anything above that does not fit the teacher.
@@ -93,23 +96,41 @@ def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
     return student.train(teacher.training)
 
 
+def check_init(init: str, targets: Iterable[TargetConfig]) -> None:
+    """Raises `UserError` for an init that one of the targets does not have whatever the teacher."""
+    for target in targets:
+        if init == "plain_svd" and not isinstance(target, MLAConfig):
+            raise invalid("init", init, f"is a baseline for mla, not for {target.type}; use 'calibrated' or 'copy'")
+
+
 def initialise(
     student: PreTrainedModel, teacher: PreTrainedModel, init: Init, calibration: Iterable[torch.Tensor] | None
 ) -> None:
     """Fills the new attention modules of an assembled student."""
-    statistics: dict[int, Any] = {}
-    if init == "calibrated":
+    check_init(init, (target.target for target in edited_attention(student).values()))
+    statistics: dict[int, LayerStatistics] = {}
+    if init in FROM_TEXT:
         needed = [index for index, target in edited_attention(student).items() if target.needs_statistics]
         if needed:
             if calibration is None:
-                raise UserError("calibration: init 'calibrated' needs an iterable of input-id batches for this target")
+                raise UserError(f"calibration: init {init!r} needs an iterable of input-id batches for this target")
             statistics = collect_statistics(teacher, needed, calibration)
+    initialise_from(student, teacher, init, statistics)
+
+
+def initialise_from(
+    student: PreTrainedModel, teacher: PreTrainedModel, init: Init, statistics: Mapping[int, LayerStatistics]
+) -> None:
+    """The same where statistics are there already, by layer index."""
     for index, target in edited_attention(student).items():
         source = teacher.model.layers[index].self_attn
         if init == "random":
             target.init_random(source)
         elif init == "copy":
             target.init_copy(source)
+        elif init == "plain_svd":
+            assert isinstance(target, MLA)
+            plain_svd(target, source, statistics[index])
         else:
             target.init_from(source, statistics.get(index))
 

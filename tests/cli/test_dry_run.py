@@ -14,6 +14,7 @@ from pl_attnedit import dry_run as module
 from pl_attnedit.cli import main
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.dry_run import device_count, dry_run
+from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.shapes import config_of
 from pl_attnedit.recipe import Recipe, StageRecipe
 
@@ -62,6 +63,15 @@ def test_qwen3_8b_from_its_config(config_folder: Callable[[str], str]) -> None:
     init = found["memory"]["init"]  # whole on each device
     assert init.weights == pytest.approx(8 * memory.weights)
     assert memory.weights == pytest.approx(2 * (found["teacher_parameters"] + 36 * attention) / 8)
+
+
+def test_plain_svd_looks_at_text_too_and_is_for_mla_alone(config_folder: Callable[[str], str]) -> None:
+    folder = config_folder("smollm2-135m")
+    target, data = {"type": "mla", "kv_lora_rank": 96, "qk_rope_head_dim": 32}, TextDataModule(folder, seq_len=64)
+    plain, calibrated = (dry_run(a_recipe(folder, target, init=i), data) for i in ("plain_svd", "calibrated"))
+    assert plain["memory"]["init"] == calibrated["memory"]["init"]
+    with pytest.raises(UserError, match=r"init = 'plain_svd': .* not for gate_swa"):
+        dry_run(a_recipe(folder, WINDOW, init="plain_svd"), data)
 
 
 def test_printed_and_nothing_written(

@@ -42,6 +42,28 @@ def configured(make: Make, *args: Any, **options: Any) -> Any:
     return module
 
 
+def plain_block_losses(teacher: Any, attention: dict[int, Any], batch: Named, share: float = 1.0) -> dict[int, Tensor]:
+    """By Hugging Face's own layers, with another attention: each block's error over the energy of the teacher's update."""
+    calls: list[tuple[Tensor, dict[str, Any], Tensor]] = []
+    keep = [
+        layer.register_forward_hook(lambda _, args, kwargs, out: calls.append((args[0], kwargs, out)), with_kwargs=True)
+        for layer in teacher.model.layers
+    ]
+    with torch.no_grad():
+        last_hidden(teacher, batch)
+    for hook in keep:
+        hook.remove()
+    own, losses = calls[0][0], {}
+    for index, (layer, (entered, kwargs, left)) in enumerate(zip(teacher.model.layers, calls, strict=True)):
+        block = copy.copy(layer)
+        block._modules = {**layer._modules, "self_attn": attention.get(index, layer.self_attn)}
+        output = block(share * entered + (1 - share) * own, **kwargs)
+        if index in attention:
+            losses[index] = (output - left).square().sum() / (left - entered).square().sum()
+        own = output.detach()
+    return losses
+
+
 def engine_gradients(module: Any, *batches: Named) -> Named:
     module.zero_grad()
     for number, batch in enumerate(batches):
@@ -57,7 +79,11 @@ def plain_gradients(module: Any, *batches: Named, models: tuple[Any, Any] | None
     for batch in batches:
         if module.stage == "stage1":
             attention = {i: student.model.layers[i].self_attn for i in module.trained_layers}
-            loss = torch.stack(list(plain_layer_losses(teacher, attention, batch).values())).sum()
+            if module.hparams.supervise == "block":
+                losses = plain_block_losses(teacher, attention, batch, module.teacher_share)
+            else:
+                losses = plain_layer_losses(teacher, attention, batch)
+            loss = torch.stack(list(losses.values())).sum()
         else:
             loss = plain_kl(teacher, student, batch)
             if weight := module.hparams.feature_weight:
@@ -118,6 +144,20 @@ def test_stage_1_on_the_students_own_path(make_stage1: Make) -> None:
     assert_equal_gradients(engine_gradients(module, batch), expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+@targets
+@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize("layers", [None, [0, 1]], ids=["all", "not-the-last"])
+def test_stage_1_of_blocks(
+    make_stage1: Make, family: str, target: dict[str, Any], share: float, layers: list[int] | None
+) -> None:
+    module = configured(make_stage1, family, target, supervise="block", train_layers=layers)
+    module.teacher_share = share
+    batches = [make_batch(0), make_batch(1, packed=True)]
+    assert_equal_gradients(engine_gradients(module, *batches), plain_gradients(module, *batches))
+    assert not any(p.grad is not None for p in module.teacher.parameters())
+
+
 @families  # llama ties its embeddings and its head, qwen3 does not
 @pytest.mark.parametrize("train", ["attention", "all"])
 def test_stage_2_with_feature_matching_and_checkpointing(make_stage2: Make, family: str, train: str) -> None:
@@ -166,6 +206,15 @@ def test_compiled(stage: str, request: pytest.FixtureRequest) -> None:
     assert_equal_gradients(engine_gradients(module, batch), plain_gradients(module, batch))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_compiled_stage_1_of_blocks(family: str, make_stage1: Make) -> None:
+    module = configured(make_stage1, family, LATENT, compiled=True, pattern="SF", supervise="block")
+    batch = make_batch()
+    assert_equal_gradients(engine_gradients(module, batch), plain_gradients(module, batch))
+
+
 class SavedBytes:
     """Counts, inside `hooks`, the bytes which autograd keeps for backward passes: `now` and at most (`peak`)."""
 
@@ -190,10 +239,11 @@ class _Held:
         self.value = value
 
 
-def test_activations_of_stage_1_do_not_grow_with_depth(make_stage1: Make, make_teacher: Make) -> None:
+@pytest.mark.parametrize("supervise", ["attention", "block"])
+def test_activations_of_stage_1_do_not_grow_with_depth(make_stage1: Make, make_teacher: Make, supervise: str) -> None:
     peaks: dict[int, tuple[int, int]] = {}
     for layers in (4, 16):
-        module = make_stage1(targets=LATENT, init="random", pattern="S")
+        module = make_stage1(targets=LATENT, init="random", pattern="S", supervise=supervise)
         teacher = make_teacher("llama", vocab_size=300, num_hidden_layers=layers)
         module.find_teacher = lambda dtype, teacher=teacher: (teacher, None, "")
         module = configured(lambda module=module, **_: module)

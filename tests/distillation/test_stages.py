@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from fixtures_stages import LATENT, WINDOW, Losses, make_trainer, same, weights
 from torch.utils.data import DataLoader
 
+from pl_attnedit.attention import target_from_dict
 from pl_attnedit.callbacks import NaNGuard
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden
-from pl_attnedit.modeling import load
+from pl_attnedit.modeling import edit_model, load
 
 STAGES = ("make_stage1", "make_stage2")
 Make = Callable[..., Any]
@@ -51,6 +52,22 @@ def test_the_loss_falls_and_only_the_new_attention_changes(
     shared = {id(p) for p in module.teacher.parameters()} & {id(p) for p in module.student.parameters()}
     trunk = [p for name, p in module.student.named_parameters() if not name.startswith(edited)]
     assert shared == {id(p) for p in trunk}  # one copy in memory
+
+
+def test_supervised_blocks_train_the_attention_alone(make_stage1: Make, make_data: Make) -> None:
+    module, losses = make_stage1("qwen3", LATENT, init="random", learning_rate=1e-2, supervise="block"), Losses()
+    before = weights(make_configured(lambda: make_stage1("qwen3", LATENT, init="random")).student)
+    trainer = make_trainer(losses, steps=30, limit_train_batches=10, max_epochs=3, limit_val_batches=1.0)
+    trainer.fit(module, make_data())
+    assert sum(losses.values[-10:]) < 0.9 * sum(losses.values[:10])
+    edited = tuple(f"model.layers.{i}.self_attn." for i in (0, 1, 3))
+    for name, value in weights(module.student).items():
+        assert torch.equal(value, before[name]) != name.startswith(edited), name
+    found = trainer.callback_metrics["val/nmse"].clone()
+    attention = make_trainer(limit_val_batches=1.0)
+    module.hparams["supervise"] = "attention"  # which validation does not look at
+    [again] = attention.validate(module, make_data(), verbose=False)
+    assert again["val/nmse"] == pytest.approx(found.item())
 
 
 def test_a_checkpoint_holds_what_was_trained_and_nothing_else(
@@ -272,6 +289,11 @@ def test_impossible_settings_are_named(make_stage: Make, options: dict[str, Any]
         make_stage(**options)
 
 
+def test_settings_of_stage_1_alone(make_stage1: Make) -> None:
+    with pytest.raises(UserError, match="supervise = 'mlp': must be 'attention' or 'block'"):
+        make_stage1(supervise="mlp")
+
+
 def test_settings_of_stage_2_alone(make_stage2: Make) -> None:
     with pytest.raises(UserError, match="train = 'norms'"):
         make_stage2(train="norms")
@@ -284,10 +306,21 @@ def test_an_endless_training_has_no_schedule(make_stage: Make, make_data: Make) 
         make_trainer(steps=-1, max_epochs=-1).fit(make_stage(), make_data())
 
 
-def test_a_calibrated_init_says_what_it_needs(make_stage1: Make) -> None:
+@pytest.mark.parametrize("init", ["calibrated", "plain_svd"])
+def test_a_stage_starts_from_what_edit_model_makes(make_stage1: Make, make_data: Make, init: Any) -> None:
+    module, data = make_stage1("qwen3", LATENT, init=init, learning_rate=1e-30), make_data()  # which moves nothing
+    make_trainer(steps=1).fit(module, data)
+    target, text = target_from_dict(LATENT), data.calibration_batches(128)
+    expected = edit_model(module.teacher, target, pattern="SSFS", init=init, calibration=text)
+    for name, value in weights(expected).items():
+        torch.testing.assert_close(module.student.state_dict()[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("init", ["calibrated", "plain_svd"])
+def test_an_init_from_text_says_what_it_needs(make_stage1: Make, init: str) -> None:
     rows = [{"input_ids": torch.ones(16, dtype=torch.long), "loss_mask": torch.ones(16, dtype=torch.bool)}]
-    with pytest.raises(UserError, match="TextDataModule"):
-        make_trainer(steps=1).fit(make_stage1(targets=LATENT), DataLoader(rows))
+    with pytest.raises(UserError, match=f"init = '{init}': this target needs a TextDataModule"):
+        make_trainer(steps=1).fit(make_stage1(targets=LATENT, init=init), DataLoader(rows))
 
 
 def test_a_foreign_checkpoint_is_refused(make_stage1: Make, make_stage2: Make, make_data: Make, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pl_attnedit import MLAConfig, UserError, edit_model
-from pl_attnedit.eval.bench.init import ROWS, bench_init, init_table, sequences
-from pl_attnedit.eval.bench.plain_svd import plain_svd
-from pl_attnedit.modeling import edited_attention
+from pl_attnedit.distillation.losses import kl_divergence
+from pl_attnedit.eval.bench.init import ROWS, Row, bench_init, init_table, last_hidden, measure, sequences
 from pl_attnedit.modeling.calibrate import collect_statistics
+from pl_attnedit.modeling.edit import Init
 
 
 @pytest.fixture
@@ -50,23 +50,21 @@ def test_rows_that_fit_are_measured_and_the_others_named(
         bench_init(teacher, tokenizer, rows=["nothing like it"], **options)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("init", ["calibrated", "plain_svd"])
+def test_a_row_measures_what_edit_model_makes(make_teacher: Callable[..., PreTrainedModel], init: Init) -> None:
+    teacher, (text, asked) = make_teacher("llama"), torch.randint(1, 64, (2, 4, 32))
+    target = MLAConfig(kv_lora_rank=8, qk_rope_head_dim=4, latent_norm=False)
+    statistics = collect_statistics(teacher, list(range(4)), [text])
+    found = measure(Row("small", target, init), teacher, statistics, asked, last_hidden(teacher, asked))
+    student = edit_model(teacher, target, init=init, calibration=[text]).eval()
+    expected = kl_divergence(student(asked).logits, teacher(asked).logits).mean().item()
+    assert found["kl"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_table_has_every_row_of_the_comparison() -> None:
     cached = {
         row.target.kv_lora_rank + row.target.qk_rope_head_dim for row in ROWS if isinstance(row.target, MLAConfig)
     }
     assert cached == {128, 192}
-    assert {row.init for row in ROWS} == {"calibrated", "plain svd", "random"}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_plain_svd_is_exact_where_nothing_is_lost(make_teacher: Callable[..., PreTrainedModel], family: str) -> None:
-    """One key head, all of whose pairs rotate, and a latent as wide as the values."""
-    teacher = make_teacher(family, num_key_value_heads=1)
-    target = MLAConfig(kv_lora_rank=8, qk_rope_head_dim=8, latent_norm=False)
-    student = edit_model(teacher, target, init="random").eval()
-    text = torch.randint(1, 64, (4, 32))
-    statistics = collect_statistics(teacher, list(range(4)), [text])
-    for index, module in edited_attention(student).items():
-        plain_svd(module, teacher.model.layers[index].self_attn, statistics[index])
-    assert (student(text).logits - teacher(text).logits).abs().max() < 1e-4
+    assert {row.init for row in ROWS} == {"calibrated", "plain_svd", "random"}

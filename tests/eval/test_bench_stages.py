@@ -40,8 +40,8 @@ def test_ours_bound_and_naive_are_measured_in_one_run(
     assert "tokens/s" in step_table(result)
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_flops_are_those_of_the_matrix_products(make_teacher: Callable[..., Any], stage: str) -> None:
+@pytest.mark.parametrize(("stage", "block_loss"), [("stage1", False), ("stage1", True), ("stage2", False)])
+def test_flops_are_those_of_the_matrix_products(make_teacher: Callable[..., Any], stage: str, block_loss: bool) -> None:
     """Against what torch counts, where attention to a single token leaves nothing but the linear layers."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,7 +56,8 @@ def test_flops_are_those_of_the_matrix_products(make_teacher: Callable[..., Any]
                 linear = getattr(layer.self_attn, name)
                 linear(torch.randn(16, linear.in_features))
     forward = counter.get_total_flops() / 16
-    ours = step_flops(teacher, student, stage=stage, trained="attention", seq_len=ids.shape[1])
+    options: dict[str, Any] = {"stage": stage, "trained": "attention", "block_loss": block_loss}
+    ours = step_flops(teacher, student, seq_len=ids.shape[1], **options)
     new = sum(2 * p.numel() for layer in student.model.layers for p in layer.self_attn.parameters() if p.dim() == 2)
     mlp = sum(2 * p.numel() for layer in student.model.layers for p in layer.mlp.parameters())
     head = 2 * teacher.lm_head.weight.numel()
@@ -71,6 +72,7 @@ def test_flops_are_those_of_the_matrix_products(make_teacher: Callable[..., Any]
     )
     expected = forward + teacher_scores + 3 * new + 3 * student_scores
     expected += -no_input if stage == "stage1" else 2 * mlp + 3 * head
+    expected += 2 * mlp if block_loss else 0
     assert ours == pytest.approx(expected)
 
 

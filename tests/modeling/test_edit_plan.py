@@ -59,9 +59,24 @@ def test_letters(targets: Any, pattern: str | None, layers: list[int] | None, le
         ({"SW": WINDOW}, {}, "targets = 'SW': each key is one letter"),
         ({"S": {"window": 4}}, {}, "must be a target config or a mapping of pattern letters"),
         ("gate_swa", {}, "targets = 'gate_swa': must be a target config"),
-        (WINDOW, {"init": "zero"}, "init = 'zero': must be one of random, copy, calibrated"),
+        (WINDOW, {"init": "zero"}, "init = 'zero': must be one of random, copy, calibrated, plain_svd"),
         (LATENT, {"init": "copy"}, "init = 'copy': the teacher's projections do not fit MLA"),
         (LATENT, {}, "calibration: init 'calibrated' needs an iterable"),
+        (LATENT, {"init": "plain_svd"}, "calibration: init 'plain_svd' needs an iterable"),
+        (WINDOW, {"init": "plain_svd"}, "init = 'plain_svd': is a baseline for mla, not for gate_swa"),
+        (
+            {"M": LATENT, "S": WINDOW},
+            {"pattern": "MS", "init": "plain_svd"},
+            "init = 'plain_svd': is a baseline for mla, not for gate_swa",
+        ),
+        *(
+            (target, {"init": "plain_svd", "calibration": [torch.ones(1, 4).long()]}, message)
+            for target, message in (
+                (MLAConfig(8, 4, qk_nope_head_dim=8), "qk_nope_head_dim = 8: plain_svd needs the teacher's 16"),
+                (MLAConfig(8, 4, v_head_dim=8), "v_head_dim = 8: plain_svd needs the teacher's 16"),
+                (MLAConfig(8, 4, q_lora_rank=8), "q_lora_rank = 8: plain_svd has a full-rank query only"),
+            )
+        ),
         (LATENT, {"calibration": []}, "calibration: yielded no batch"),
         (LATENT, {"calibration": ["text"]}, "calibration = 'str': must yield input ids of shape (batch, time)"),
         (

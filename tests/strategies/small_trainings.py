@@ -50,6 +50,13 @@ CASES: dict[str, dict[str, Any]] = {
         "callbacks": lambda: [TeacherForcing(0.5, 0.25, 0, 2)],
         "accumulate": 1,
     },
+    "blocks": {
+        "stage": "stage1",
+        "family": "qwen3",
+        "options": {"targets": LATENT, "init": "random", "supervise": "block", "train_layers": [0, 1]},
+        "callbacks": lambda: [ProgressiveUnfreezing("bottom_up", steps_per_group=1), TeacherForcing(1.0, 0.5, 0, 2)],
+        "accumulate": 1,
+    },
     "attention": {
         "stage": "stage2",
         "family": "qwen3",

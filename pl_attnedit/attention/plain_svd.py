@@ -2,7 +2,7 @@
 
 RoPE key: the mean over the key heads, at the pairs whose frequencies it has. All other pairs: no rotation. Those keys and
 the values share the latent by an activation-aware SVD of the stacked projections. QK-norm, the attention a token gets, and
-the norm of the latent are ignored.
+the norm of the latent are ignored: there to measure other inits against, not to start a conversion that one means to keep.
 """
 
 from __future__ import annotations
@@ -10,15 +10,26 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pl_attnedit.attention import MLA, LayerStatistics
 from pl_attnedit.attention.base import copy_linear
-from pl_attnedit.attention.mla_init import set_linear
+from pl_attnedit.attention.calibration import LayerStatistics
+from pl_attnedit.attention.mla import MLA
+from pl_attnedit.attention.mla_init import low_rank, set_linear
+from pl_attnedit.errors import invalid
 
 
 @torch.no_grad()
 def plain_svd(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
-    """Sets all weights of `mla`, which has the teacher's head dims and a full-rank query, from the attention `source`."""
+    """Sets all weights of `mla` from the teacher's attention `source` and its statistics.
+
+    Raises:
+        UserError: for a low-rank query, or head dims other than the teacher's.
+    """
     spec = mla.spec
+    for field, found in (("qk_nope_head_dim", mla.nope_dim), ("v_head_dim", mla.v_dim)):
+        if found != spec.head_dim:
+            raise invalid(field, found, f"plain_svd needs the teacher's {spec.head_dim}")
+    if mla.target.q_lora_rank is not None:
+        raise invalid("q_lora_rank", mla.target.q_lora_rank, "plain_svd has a full-rank query only: leave it out")
     groups = spec.num_heads // spec.num_kv_heads
     query, key, value = (
         with_bias(getattr(source, name)).unflatten(0, (-1, spec.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
@@ -32,8 +43,7 @@ def plain_svd(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
     keep[rotated] = 0
     stacked = torch.cat([key * keep, value]).flatten(0, 1)
     moment = statistics.plain_xx[:width, :width]
-    up = torch.linalg.eigh(stacked @ moment @ stacked.T)[1][:, -mla.rank :]  # the SVD in the metric of the inputs
-    down = up.T @ stacked
+    down, up = low_rank(stacked, moment, mla.rank)  # the SVD in the metric of the inputs
     up = up.unflatten(0, (2 * spec.num_kv_heads, -1))
     nope_up, value_up = up.unflatten(0, (2, -1)).repeat_interleave(groups, dim=1)
     set_linear(
@@ -41,6 +51,8 @@ def plain_svd(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
     )
     set_linear(mla.kv_a_proj_with_mqa, torch.cat([down, key[:, rotated].mean(0)]))
     mla.kv_b_proj.weight.copy_(torch.cat([nope_up, value_up], dim=1).flatten(0, 1))
+    if mla.target.latent_norm:
+        mla.get_parameter("kv_a_layernorm.weight").fill_(1.0)
     copy_linear(mla.o_proj, source.o_proj)  # type: ignore[arg-type]
 
 
