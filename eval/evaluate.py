@@ -15,7 +15,7 @@ from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.sources import BUILTIN, document_hash, open_source
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.answers import TaskRequest, answers_folder, evaluation_mode, kept
-from pl_attnedit.eval.by_position import by_position, packed_sequences
+from pl_attnedit.eval.by_position import by_position, compare_positions, fidelity, packed_sequences
 from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.harness import AnsweredPair, EvaluationResult, answer_both, compare_samples, model_context
 from pl_attnedit.eval.retrieval import build_retrieval_tasks
@@ -39,6 +39,7 @@ def evaluate_suite(
     text: str = "builtin:",
     bigbench: Files | None = None,
     device: str = "cpu",
+    dtype: str | None = None,
     batch_size: int | str = "auto",
 ) -> EvaluationResult:
     """Evaluate a saved student against its teacher. An evaluation that was interrupted goes on in the same `out_dir`.
@@ -50,6 +51,7 @@ def evaluate_suite(
         text: see `held_out_texts`.
         bigbench: files, or their folder, for a suite with `bigbench`.
         device: torch device.
+        dtype: of both models' weights, such as float32; None = the one in which the student is saved.
         batch_size: see `answer_both`.
 
     Raises:
@@ -58,15 +60,15 @@ def evaluate_suite(
     if suite.bigbench and bigbench is None:
         raise invalid("--bigbench", None, f"suite {suite.name} needs BIG-bench's questions: a folder or .jsonl files")
     out = Path(out_dir)
-    pair = _Pair(suite, student, teacher, device)
+    pair = _Pair(suite, student, teacher, device, dtype)
     texts = held_out_texts(teacher, text)
     # what can be missing is noticed before the models have answered for hours
     requests = build_tasks(suite, texts, pair.tokenizer, out / "tasks", pair.max_length, bigbench)
     tokens = pair.sequences(texts)
     found = pair.answer(requests, out, batch_size)
-    further: dict[str, Rows] = {}
+    further: dict[str, Any] = {}
     if tokens is not None:
-        further["by_position"] = pair.by_position(tokens, out / ".answers")
+        further |= pair.by_position(tokens, out / ".answers")
     if suite.retrieval:
         further["retrieval"] = retrieval_rows(found, suite.retrieval.tasks)
     if suite.efficiency:
@@ -85,9 +87,9 @@ def evaluate_suite(
 class _Pair:
     """Teacher and student of an evaluation, loaded, with what identifies them."""
 
-    def __init__(self, suite: Suite, student: str | Path, teacher: str, device: str) -> None:
+    def __init__(self, suite: Suite, student: str | Path, teacher: str, device: str, dtype: str | None) -> None:
         self.suite = suite
-        of_student: Any = load_student(student)
+        of_student: Any = load_student(student, dtype)
         of_teacher, self.tokenizer = load_teacher(teacher, dtype=of_student.dtype)
         self.models: tuple[Any, Any] = of_teacher.to(device), of_student.to(device)
         self.teacher_print = teacher_fingerprint(resolve_teacher(teacher))
@@ -120,17 +122,20 @@ class _Pair:
         context = min(options.context or self.max_length, self.max_length)
         return packed_sequences(texts, self.tokenizer, options.sequences, context)
 
-    def by_position(self, tokens_NT: torch.Tensor, folder: Path) -> Rows:
+    def by_position(self, tokens_NT: torch.Tensor, folder: Path) -> dict[str, Any]:
+        """`by_position` and `fidelity` of results.json."""
         dtype = str(self.models[1].dtype).removeprefix("torch.")
         teacher = f"hidden-{self.teacher_print[:32]}-{dtype}"
         text = hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest()
-        key = {"by_position": list(tokens_NT.shape), "text": text, "teacher": teacher, "student": self.student_print}
+        key = {"positions": list(tokens_NT.shape), "text": text, "teacher": teacher, "student": self.student_print}
 
         def measure() -> dict[str, Any]:
             with evaluation_mode(*self.models):
-                return {"rows": by_position(*self.models, tokens_NT, teacher_kept_in=answers_folder() / teacher)}
+                values = compare_positions(*self.models, tokens_NT, teacher_kept_in=answers_folder() / teacher)
+            return {"by_position": by_position(values), "fidelity": fidelity(values)}
 
-        return kept(folder, key, measure)[0]["rows"]
+        found, _ = kept(folder, {**key, "dtype": dtype}, measure)
+        return {name: found[name] for name in ("by_position", "fidelity")}
 
     def efficiency(self, options: Efficiency) -> dict[str, Rows]:
         """Never kept: speed is of the machine as it is now."""

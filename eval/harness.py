@@ -67,14 +67,14 @@ class EvaluationResult:
     """What an evaluation found: one row per task and metric, the per-sample files, and how it was done.
 
     `suite` is the name and version of the suite, where one was used; `further` holds what it measures besides tasks
-    (`by_position`, `retrieval`, `efficiency`, `largest_batch`), each a list of rows.
+    (`by_position`, `retrieval`, `efficiency`, `largest_batch`), each a list of rows, and `fidelity`, a dict.
     """
 
     tasks: list[TaskDifference]
     samples: list[Path] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     suite: dict[str, str] | None = None
-    further: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    further: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The content of results.json."""
@@ -177,7 +177,8 @@ def answer_both(
             lm = SharedPrefixLM(model, tokenizer, name=name, max_length=max_length, batch_size=1)
             found = _answers(lm, tasks, folders[name], identity, batch_size)
         answers[name] = {task: content["samples"] for task, (content, _) in found.items()}
-        settings["batch_size"][name] = min(content["batch_size"] for content, _ in found.values())
+        sizes = [content["batch_size"] for content, _ in found.values()]
+        settings["batch_size"][name] = min(sizes, default=None)  # a suite may do without tasks
         settings["seconds"][name] = round(sum(content["seconds"] for content, _ in found.values()), 2)
         settings["from_cache"][name] = [task for task, (_, before) in found.items() if before]
     samples = (

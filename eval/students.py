@@ -13,12 +13,15 @@ from pl_attnedit.modeling import edited_attention, load
 from pl_attnedit.teachers.source import file_sha256, teacher_fingerprint
 
 
-def load_student(path: str | Path) -> PreTrainedModel:
+def load_student(path: str | Path, dtype: str | None = None) -> PreTrainedModel:
     """The student in a folder, or in a checkpoint that `fit` or `convert` wrote, in eval mode on the CPU.
 
     A checkpoint holds what was trained. The rest of the student comes from the teacher, and from `init_from` where the
     training had one; relative names of both begin in the training's working folder. After mixed precision the new
     attention gets the dtype of the trunk.
+
+    Args:
+        dtype: of the weights, such as float32; None = as saved.
 
     Raises:
         UserError: neither a converted model nor a checkpoint of ours; teacher or `init_from` are not there any more, or
@@ -26,12 +29,12 @@ def load_student(path: str | Path) -> PreTrainedModel:
     """
     path = Path(path)
     if path.suffix != ".ckpt":
-        return load(path)
+        return load(path, dtype=dtype or "auto")
     stage = check_checkpoint(path)["stage"]
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     trained = content["state_dict"]
-    dtype = str(next(iter(trained.values())).dtype).removeprefix("torch.")  # `bf16-true` is not in the settings
-    module = STAGES[stage](**{**content["hyper_parameters"], "dtype": dtype})
+    saved = str(next(iter(trained.values())).dtype).removeprefix("torch.")  # `bf16-true` is not in the settings
+    module = STAGES[stage](**{**content["hyper_parameters"], "dtype": saved})
     module.resuming = True  # no init: the weights follow
     module.configure_model()
     module.on_load_checkpoint(content)
@@ -39,6 +42,8 @@ def load_student(path: str | Path) -> PreTrainedModel:
     student = module.student
     for attention in edited_attention(student).values():
         attention.to(student.dtype)
+    for parameter in student.parameters():  # not `to`, which would round RoPE's frequencies as well
+        parameter.data = parameter.data.to(getattr(torch, dtype) if dtype else parameter.dtype)
     return student.eval()
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from fake_conversions import log_fake_conversion
 from fixtures_stages import cache_of_tests, session_cache, teacher_folder, tiny_corpus, tiny_tokenizer  # noqa: F401
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -23,6 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pl_attnedit import GateSWAConfig, edit_model
 from pl_attnedit.cli import main
 from pl_attnedit.eval.harness import evaluate_pair
+from pl_attnedit.eval.records import find_conversions
+from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.tasks import write_task
 from pl_attnedit.teachers.source import load_teacher
 
@@ -95,6 +99,7 @@ def test_a_suite_from_the_command_line(
     assert tasks["bigbench_questions", "acc"]["n"] == 5
     assert [(row["start"], row["end"], row["n"]) for row in found["by_position"]] == [(0, 64, 128), (64, 128, 128)]
     assert found["by_position"][0]["kl"] > 0.001
+    assert found["fidelity"]["kl"] == pytest.approx(sum(row["kl"] for row in found["by_position"]) / 2)
     places = [(row["task"], row["context"], row["depth"], row["n"]) for row in found["retrieval"]]
     assert places == [("needle_1", 512, 0.5, 2), ("copy", 512, 0.5, 2)]
     assert found["efficiency"] == [{"contexts": [64], "batches": [1, 2], "new_tokens": 4, "repeats": 1}]
@@ -109,6 +114,51 @@ def test_a_suite_from_the_command_line(
     other = evaluate(text={**SUITE["text"], "cloze": 9}, bigbench=None)  # type: ignore[dict-item]
     assert other["settings"]["from_cache"]["student"] == ["heldout_perplexity", "needle_1", "copy"]
     assert other["suite"]["version"] != found["suite"]["version"]
+
+
+@pytest.fixture
+def conversion(tmp_path: Path) -> tuple[str, str]:
+    """The URI of an MLflow store and the run of a conversion in it."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    return uri, log_fake_conversion(uri, tmp_path, "one", complete=False)
+
+
+def test_fidelity_alone(
+    saved: Path, teacher_name: str, tiny_corpus: str, tmp_path: Path, conversion: tuple[str, str],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A suite without any task, from the command line to the report; in another dtype it is measured anew."""
+    uri, run_id = conversion
+    (tmp_path / "suite.yaml").write_text("name: short\nmax_length: 64\nby_position: {sequences: 6, context: 64}\n")
+    command = ["eval", str(saved), "--teacher", teacher_name, "--suite", str(tmp_path / "suite.yaml")]
+    command += ["--text", tiny_corpus, "--out", str(tmp_path / "eval"), "--log-to", run_id, "--tracking-uri", uri]
+
+    def run(*more: str) -> dict[str, Any]:
+        assert main([*command, *more]) == 0
+        return json.loads((tmp_path / "eval" / "results.json").read_text())
+
+    found = run()
+    whole, [row] = found["fidelity"], found["by_position"]
+    assert found["tasks"] == found["samples"] == []
+    assert whole["kl"] == pytest.approx(row["kl"])
+    assert 0 < whole["kl_stderr"] < whole["kl"]
+    assert (whole["sequences"], whole["tokens"]) == (6, 384)
+    printed = capsys.readouterr().out
+    assert re.search(r"KL to the teacher +all tokens +384 +– +[\d.]+ ± [\d.]+ ", printed)
+    assert re.search(r"perplexity +all tokens +384 +\d+\.\d+ +\d+\.\d+ ", printed)
+    [logged] = find_conversions([run_id], uri)[0].evaluations
+    assert logged.data.metrics["eval/fidelity/kl"] == whole["kl"]
+    for name in ("report.html", "report.md"):
+        text = write_report([run_id], tmp_path / name, uri).read_text()
+        assert "All positions: KL" in text
+
+    files = len(list((tmp_path / "eval" / ".answers").iterdir()))
+    assert run()["fidelity"] == whole
+    assert len(list((tmp_path / "eval" / ".answers").iterdir())) == files
+    coarse = run("--dtype", "bfloat16")
+    assert coarse["settings"]["dtype"] == "bfloat16"
+    assert coarse["fidelity"]["kl"] != whole["kl"]
+    assert coarse["fidelity"]["kl"] == pytest.approx(whole["kl"], rel=0.2)
 
 
 def test_what_is_missing_is_said_before_anything_runs(

@@ -12,12 +12,12 @@ from pl_attnedit.eval import suites
 from pl_attnedit.eval.suites import SUITES, load_suite
 
 
-@pytest.mark.parametrize("name", ["quick", "offline", "paper"])
+@pytest.mark.parametrize("name", ["quick", "fidelity", "offline", "paper"])
 def test_our_suites_load(name: str) -> None:
     suite = load_suite(name)
     assert suite.name == name
     assert suite == load_suite(str(SUITES / f"{name}.yaml"))
-    assert suite.margins
+    assert bool(suite.margins) == (name != "fidelity"), "which has no tasks"
     assert bool(suite.library) == (name == "paper"), "only that one needs the hub"
 
 
@@ -48,5 +48,5 @@ def test_mistakes(content: str, message: str, tmp_path: Path) -> None:
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         load_suite(str(path))
-    with pytest.raises(UserError, match="suite = 'quik': must be one of offline, paper, quick"):
+    with pytest.raises(UserError, match="suite = 'quik': must be one of fidelity, offline, paper, quick"):
         load_suite("quik")
