@@ -19,10 +19,10 @@ from pl_attnedit.eval.by_position import by_position, compare_positions, fidelit
 from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.harness import AnsweredPair, EvaluationResult, answer_both, compare_samples, model_context
 from pl_attnedit.eval.retrieval import build_retrieval_tasks
-from pl_attnedit.eval.students import load_student, student_fingerprint
+from pl_attnedit.eval.students import load_pair, student_fingerprint
 from pl_attnedit.eval.suites import Efficiency, Suite
 from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks
-from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
+from pl_attnedit.teachers.source import resolve_teacher, teacher_fingerprint
 
 SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none
 MOST_CHARACTERS = 4_000_000  # about a million tokens of English
@@ -45,7 +45,7 @@ def evaluate_suite(
     """Evaluate a saved student against its teacher. An evaluation that was interrupted goes on in the same `out_dir`.
 
     Args:
-        student: folder of a converted model, or a checkpoint of a training (`load_student`).
+        student: folder of a converted or an exported model, or a checkpoint of a training (`load_student`).
         teacher: hub name, folder, GGUF file or package:NAME.
         out_dir: receives results.json, the tasks, and one jsonl per task and model with every sample.
         text: see `held_out_texts`.
@@ -89,8 +89,7 @@ class _Pair:
 
     def __init__(self, suite: Suite, student: str | Path, teacher: str, device: str, dtype: str | None) -> None:
         self.suite = suite
-        of_student: Any = load_student(student, dtype)
-        of_teacher, self.tokenizer = load_teacher(teacher, dtype=of_student.dtype)
+        of_teacher, of_student, self.tokenizer = load_pair(student, teacher, dtype)
         self.models: tuple[Any, Any] = of_teacher.to(device), of_student.to(device)
         self.teacher_print = teacher_fingerprint(resolve_teacher(teacher))
         self.student_print = student_fingerprint(student)

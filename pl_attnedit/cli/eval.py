@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pl_attnedit.errors import invalid
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:  # it imports lm-eval, which takes seconds
 
 def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="pl-attnedit eval", description="Evaluate a converted model against its teacher.")
-    parser.add_argument("student", help="folder of a converted model, e.g. runs/quickstart/student; or a .ckpt of fit")
+    parser.add_argument(
+        "student",
+        help="folder of a converted model, e.g. runs/quickstart/student, or one that export wrote; or a .ckpt of fit",
+    )
     parser.add_argument("--teacher", required=True, help="hub name, folder, GGUF file or package:NAME")
     parser.add_argument(
         "--suite", help="quick, fidelity, offline, paper, or a YAML file; default: perplexity and cloze of --text"
@@ -88,12 +91,11 @@ def _by_suite(options: Namespace) -> EvaluationResult:
 def _by_tasks(options: Namespace) -> EvaluationResult:
     from pl_attnedit.data import TextDataModule
     from pl_attnedit.eval.harness import evaluate_pair
-    from pl_attnedit.eval.students import load_student, student_fingerprint
+    from pl_attnedit.eval.students import load_pair, student_fingerprint
     from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
-    from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
+    from pl_attnedit.teachers.source import resolve_teacher, teacher_fingerprint
 
-    student: Any = load_student(options.student, options.dtype)
-    teacher, tokenizer = load_teacher(options.teacher, dtype=student.dtype)
+    teacher, student, tokenizer = load_pair(options.student, options.teacher, options.dtype)
     folder: str | Path | None = options.task_folder
     seq_len = 512 if options.seq_len is None else options.seq_len
     if options.tasks is None:
