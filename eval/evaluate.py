@@ -21,7 +21,7 @@ from pl_attnedit.eval.harness import AnsweredPair, EvaluationResult, answer_both
 from pl_attnedit.eval.retrieval import build_retrieval_tasks
 from pl_attnedit.eval.students import load_pair, student_fingerprint
 from pl_attnedit.eval.suites import Efficiency, Suite
-from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks
+from pl_attnedit.eval.tasks import BIGBENCH, OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks
 from pl_attnedit.teachers.source import resolve_teacher, teacher_fingerprint
 
 SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none
@@ -74,7 +74,7 @@ def evaluate_suite(
     if suite.efficiency:
         further |= pair.efficiency(suite.efficiency)
     result = EvaluationResult(
-        compare_samples(found.pairs, found.higher_is_better, suite.margins),
+        compare_samples(found.pairs, found.higher_is_better, suite.margins, pools_of(requests)),
         found.samples,
         {**found.settings, "text": text},
         {"name": suite.name, "version": suite.version},
@@ -202,6 +202,12 @@ def build_tasks(
         names += suite.retrieval.tasks
     library = [TaskRequest(each.task, None, each.num_fewshot, each.limit) for each in suite.library]
     return [*(TaskRequest(name, folder) for name in names), *library]
+
+
+def pools_of(requests: Sequence[TaskRequest]) -> dict[str, list[str]]:
+    """All BIG-bench tasks from local files, under the name `bigbench`; lm-eval's library has others, without a folder."""
+    names = [each.name for each in requests if each.folder and each.name.startswith(BIGBENCH + "_")]
+    return {BIGBENCH: names} if names else {}
 
 
 def _doublings(longest: int) -> list[int]:

@@ -16,8 +16,8 @@ from pl_attnedit.errors import UserError, invalid
 
 SUITES = Path(__file__).parent.parent / "configs" / "suites"
 # Raised where the tasks that we write ask something else than before, or where results.json says more of the same answers:
-# suites then have a new version, too. 2: `fidelity` beside `by_position`.
-TASKS_VERSION = 2
+# suites then have a new version, too. 2: `fidelity` beside `by_position`; 3: `bigbench`, its tasks pooled.
+TASKS_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class RetrievalTasks:
 
 @dataclass(frozen=True)
 class BigBenchTasks:
-    """BIG-bench's multiple-choice tasks from local JSONL.
+    """BIG-bench's multiple-choice tasks from local JSONL; `bigbench` in the results is all their questions together.
 
     Args:
         limit: questions of a task, at most; null = all.
@@ -149,6 +149,7 @@ class Suite:
     def version(self) -> str:
         """Identifies what the suite measures: its content and the versions of its tasks."""
         content = [asdict(self), TASKS_VERSION, version("lm_eval") if self.library else None]
+        content.append(list(self.margins))  # their order counts, and keys are sorted below
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

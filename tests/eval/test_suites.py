@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,19 @@ def test_the_version_is_of_the_content(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert load_suite(str(copied)).version == quick.version
     assert quick.retrieval
     assert replace(quick, retrieval=replace(quick.retrieval, samples=2)).version != quick.version
+    assert replace(quick, margins=dict(reversed(quick.margins.items()))).version != quick.version, "the first counts"
     before = quick.version
     monkeypatch.setattr(suites, "TASKS_VERSION", 10**6)
     assert quick.version != before
+
+
+def test_the_pooled_row_has_a_margin_of_its_own() -> None:
+    margins = load_suite("offline").margins
+
+    def first(name: str) -> float:
+        return next(margin for pattern, margin in margins.items() if fnmatch(name, pattern))
+
+    assert (first("bigbench/acc"), first("bigbench/acc_norm"), first("bigbench_snarks/acc")) == (0.03, 0.03, 0.01)
 
 
 @pytest.mark.parametrize(
