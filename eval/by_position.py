@@ -1,12 +1,14 @@
 """How far the student's next-token distributions are from the teacher's, by position in the context.
 
 A window layer answers as the teacher does until its window is full: the average over all positions hides where it parts.
+`compare_positions` measures, `by_position` and `fidelity` sum up: by spans of positions, and over all of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,11 +47,11 @@ def packed_sequences(
     return torch.tensor(ids[: there * context]).view(there, context)[chosen]
 
 
-def by_position(
+def compare_positions(
     teacher: PreTrainedModel, student: PreTrainedModel, tokens_NT: torch.Tensor, *, teacher_kept_in: Path | None = None
-) -> list[dict[str, Any]]:
-    """KL(teacher || student) in nats per token, share of equal most likely tokens, and both models' negative
-    log-likelihoods of the text in nats per token, for positions 0-63, 64-127, 128-255 and so on.
+) -> torch.Tensor:
+    """KL(teacher || student) in nats, whether the most likely tokens are equal (1 or 0), and both models' negative
+    log-likelihoods of the next token of the text in nats (0 at the last one, which has none), at every position.
 
     Args:
         tokens_NT: N sequences of T token ids.
@@ -57,27 +59,65 @@ def by_position(
             must stand for the teacher and its dtype.
 
     Returns:
+        (N, 4, T), float64, on the CPU.
+    """
+    hidden = teacher_hidden(teacher, tokens_NT, teacher_kept_in)
+    values = []
+    with tqdm(total=tokens_NT.numel(), desc="by position", unit="tok", leave=False, disable=False) as bar:
+        for row_T, teacher_TH in zip(tokens_NT, hidden):
+            values.append(_compare(teacher, student, teacher_TH, row_T))
+            bar.update(len(row_T))
+    return torch.stack(values)
+
+
+def by_position(values_N4T: torch.Tensor) -> list[dict[str, Any]]:
+    """The means of `compare_positions` per token, for positions 0-63, 64-127, 128-255 and so on.
+
+    Returns:
         One dict per bin: `start`, `end` (tokens, the end is not part of it), `n` tokens, `kl`, `top1`, `nll_teacher`,
         `nll_student`.
     """
-    hidden = teacher_hidden(teacher, tokens_NT, teacher_kept_in)
-    sums_4T = torch.zeros(4, tokens_NT.shape[1], dtype=torch.float64)
-    bar = tqdm(total=tokens_NT.numel(), desc="by position", unit="tok", leave=False, disable=False)
-    for row_T, teacher_TH in zip(tokens_NT, hidden):
-        sums_4T += _compare(teacher, student, teacher_TH, row_T)
-        bar.update(len(row_T))
-    bar.close()
+    sequences, _, length = values_N4T.shape
+    sums_4T = values_N4T.sum(0)
     edges = [0, FIRST_EDGE]
-    while edges[-1] < tokens_NT.shape[1]:
+    while edges[-1] < length:
         edges.append(2 * edges[-1])
     rows = []
-    for start, end in zip(edges, [*edges[1:-1], tokens_NT.shape[1]]):
-        n = len(tokens_NT) * (end - start)
-        labels = n - len(tokens_NT) * (end == tokens_NT.shape[1])  # the last token has no next one
+    for start, end in zip(edges, [*edges[1:-1], length]):
+        n = sequences * (end - start)
+        labels = n - sequences * (end == length)  # the last token has no next one
         kl, top1, nll_teacher, nll_student = sums_4T[:, start:end].sum(1).tolist()
         row = {"start": start, "end": end, "n": n, "kl": kl / n, "top1": top1 / n}
         rows.append({**row, "nll_teacher": nll_teacher / max(labels, 1), "nll_student": nll_student / max(labels, 1)})
     return rows
+
+
+def fidelity(values_N4T: torch.Tensor) -> dict[str, Any]:
+    """The means of `compare_positions` over all positions. Tokens of a sequence depend on each other, sequences do not (or
+    hardly): the standard errors are those of the mean of N sequences, which all are equally long.
+
+    Returns:
+        `kl` in nats per token and `top1` as a share, each with `_stderr` (None for a single sequence); `ppl_teacher` and
+        `ppl_student` per token; `sequences`, `tokens`.
+    """
+    sequences, _, length = values_N4T.shape
+    kl_N, top1_N = values_N4T[:, :2].mean(2).unbind(1)
+    labels = max(sequences * (length - 1), 1)  # the last token has no next one
+    ppl_teacher, ppl_student = (values_N4T[:, 2:].sum((0, 2)) / labels).exp().tolist()
+
+    def stderr(means_N: torch.Tensor) -> float | None:
+        return means_N.std().item() / math.sqrt(sequences) if sequences > 1 else None
+
+    return {
+        "kl": kl_N.mean().item(),
+        "kl_stderr": stderr(kl_N),
+        "top1": top1_N.mean().item(),
+        "top1_stderr": stderr(top1_N),
+        "ppl_teacher": ppl_teacher,
+        "ppl_student": ppl_student,
+        "sequences": sequences,
+        "tokens": sequences * length,
+    }
 
 
 def teacher_hidden(teacher: PreTrainedModel, tokens_NT: torch.Tensor, folder: Path | None) -> torch.Tensor:

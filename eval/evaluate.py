@@ -15,14 +15,14 @@ from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.sources import BUILTIN, document_hash, open_source
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.answers import TaskRequest, answers_folder, evaluation_mode, kept
-from pl_attnedit.eval.by_position import by_position, packed_sequences
+from pl_attnedit.eval.by_position import by_position, compare_positions, fidelity, packed_sequences
 from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.harness import AnsweredPair, EvaluationResult, answer_both, compare_samples, model_context
 from pl_attnedit.eval.retrieval import build_retrieval_tasks
-from pl_attnedit.eval.students import load_student, student_fingerprint
+from pl_attnedit.eval.students import load_pair, student_fingerprint
 from pl_attnedit.eval.suites import Efficiency, Suite
-from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks
-from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
+from pl_attnedit.eval.tasks import BIGBENCH, OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks
+from pl_attnedit.teachers.source import resolve_teacher, teacher_fingerprint
 
 SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none
 MOST_CHARACTERS = 4_000_000  # about a million tokens of English
@@ -39,17 +39,19 @@ def evaluate_suite(
     text: str = "builtin:",
     bigbench: Files | None = None,
     device: str = "cpu",
+    dtype: str | None = None,
     batch_size: int | str = "auto",
 ) -> EvaluationResult:
     """Evaluate a saved student against its teacher. An evaluation that was interrupted goes on in the same `out_dir`.
 
     Args:
-        student: folder of a converted model, or a checkpoint of a training (`load_student`).
+        student: folder of a converted or an exported model, or a checkpoint of a training (`load_student`).
         teacher: hub name, folder, GGUF file or package:NAME.
         out_dir: receives results.json, the tasks, and one jsonl per task and model with every sample.
         text: see `held_out_texts`.
         bigbench: files, or their folder, for a suite with `bigbench`.
         device: torch device.
+        dtype: of both models' weights, such as float32; None = the one in which the student is saved.
         batch_size: see `answer_both`.
 
     Raises:
@@ -58,21 +60,21 @@ def evaluate_suite(
     if suite.bigbench and bigbench is None:
         raise invalid("--bigbench", None, f"suite {suite.name} needs BIG-bench's questions: a folder or .jsonl files")
     out = Path(out_dir)
-    pair = _Pair(suite, student, teacher, device)
+    pair = _Pair(suite, student, teacher, device, dtype)
     texts = held_out_texts(teacher, text)
     # what can be missing is noticed before the models have answered for hours
     requests = build_tasks(suite, texts, pair.tokenizer, out / "tasks", pair.max_length, bigbench)
     tokens = pair.sequences(texts)
     found = pair.answer(requests, out, batch_size)
-    further: dict[str, Rows] = {}
+    further: dict[str, Any] = {}
     if tokens is not None:
-        further["by_position"] = pair.by_position(tokens, out / ".answers")
+        further |= pair.by_position(tokens, out / ".answers")
     if suite.retrieval:
         further["retrieval"] = retrieval_rows(found, suite.retrieval.tasks)
     if suite.efficiency:
         further |= pair.efficiency(suite.efficiency)
     result = EvaluationResult(
-        compare_samples(found.pairs, found.higher_is_better, suite.margins),
+        compare_samples(found.pairs, found.higher_is_better, suite.margins, pools_of(requests)),
         found.samples,
         {**found.settings, "text": text},
         {"name": suite.name, "version": suite.version},
@@ -85,10 +87,9 @@ def evaluate_suite(
 class _Pair:
     """Teacher and student of an evaluation, loaded, with what identifies them."""
 
-    def __init__(self, suite: Suite, student: str | Path, teacher: str, device: str) -> None:
+    def __init__(self, suite: Suite, student: str | Path, teacher: str, device: str, dtype: str | None) -> None:
         self.suite = suite
-        of_student: Any = load_student(student)
-        of_teacher, self.tokenizer = load_teacher(teacher, dtype=of_student.dtype)
+        of_teacher, of_student, self.tokenizer = load_pair(student, teacher, dtype)
         self.models: tuple[Any, Any] = of_teacher.to(device), of_student.to(device)
         self.teacher_print = teacher_fingerprint(resolve_teacher(teacher))
         self.student_print = student_fingerprint(student)
@@ -120,17 +121,20 @@ class _Pair:
         context = min(options.context or self.max_length, self.max_length)
         return packed_sequences(texts, self.tokenizer, options.sequences, context)
 
-    def by_position(self, tokens_NT: torch.Tensor, folder: Path) -> Rows:
+    def by_position(self, tokens_NT: torch.Tensor, folder: Path) -> dict[str, Any]:
+        """`by_position` and `fidelity` of results.json."""
         dtype = str(self.models[1].dtype).removeprefix("torch.")
         teacher = f"hidden-{self.teacher_print[:32]}-{dtype}"
         text = hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest()
-        key = {"by_position": list(tokens_NT.shape), "text": text, "teacher": teacher, "student": self.student_print}
+        key = {"positions": list(tokens_NT.shape), "text": text, "teacher": teacher, "student": self.student_print}
 
         def measure() -> dict[str, Any]:
             with evaluation_mode(*self.models):
-                return {"rows": by_position(*self.models, tokens_NT, teacher_kept_in=answers_folder() / teacher)}
+                values = compare_positions(*self.models, tokens_NT, teacher_kept_in=answers_folder() / teacher)
+            return {"by_position": by_position(values), "fidelity": fidelity(values)}
 
-        return kept(folder, key, measure)[0]["rows"]
+        found, _ = kept(folder, {**key, "dtype": dtype}, measure)
+        return {name: found[name] for name in ("by_position", "fidelity")}
 
     def efficiency(self, options: Efficiency) -> dict[str, Rows]:
         """Never kept: speed is of the machine as it is now."""
@@ -198,6 +202,12 @@ def build_tasks(
         names += suite.retrieval.tasks
     library = [TaskRequest(each.task, None, each.num_fewshot, each.limit) for each in suite.library]
     return [*(TaskRequest(name, folder) for name in names), *library]
+
+
+def pools_of(requests: Sequence[TaskRequest]) -> dict[str, list[str]]:
+    """All BIG-bench tasks from local files, under the name `bigbench`; lm-eval's library has others, without a folder."""
+    names = [each.name for each in requests if each.folder and each.name.startswith(BIGBENCH + "_")]
+    return {BIGBENCH: names} if names else {}
 
 
 def _doublings(longest: int) -> list[int]:

@@ -51,7 +51,8 @@ class TaskDifference(Difference):
     """One metric of one task: `Difference` with its place in the family of tasks.
 
     `p_holm` is Holm's adjusted p-value over the tasks: the row counts for its task, every other task counts with its
-    first metric. `verdict` is `non_inferiority` against the stated `margin`.
+    first metric. A pooled row stands outside the family: its p is its own (`compare_samples`). `verdict` is
+    `non_inferiority` against the stated `margin`.
     """
 
     task: str
@@ -67,14 +68,14 @@ class EvaluationResult:
     """What an evaluation found: one row per task and metric, the per-sample files, and how it was done.
 
     `suite` is the name and version of the suite, where one was used; `further` holds what it measures besides tasks
-    (`by_position`, `retrieval`, `efficiency`, `largest_batch`), each a list of rows.
+    (`by_position`, `retrieval`, `efficiency`, `largest_batch`), each a list of rows, and `fidelity`, a dict.
     """
 
     tasks: list[TaskDifference]
     samples: list[Path] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     suite: dict[str, str] | None = None
-    further: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    further: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The content of results.json."""
@@ -177,7 +178,8 @@ def answer_both(
             lm = SharedPrefixLM(model, tokenizer, name=name, max_length=max_length, batch_size=1)
             found = _answers(lm, tasks, folders[name], identity, batch_size)
         answers[name] = {task: content["samples"] for task, (content, _) in found.items()}
-        settings["batch_size"][name] = min(content["batch_size"] for content, _ in found.values())
+        sizes = [content["batch_size"] for content, _ in found.values()]
+        settings["batch_size"][name] = min(sizes, default=None)  # a suite may do without tasks
         settings["seconds"][name] = round(sum(content["seconds"] for content, _ in found.values()), 2)
         settings["from_cache"][name] = [task for task, (_, before) in found.items() if before]
     samples = (
@@ -241,21 +243,32 @@ def compare_samples(
     pairs: dict[str, list[Pair]],
     higher_is_better: dict[str, dict[str, bool]],
     margins: Mapping[str, float] | None = None,
+    pools: Mapping[str, Sequence[str]] | None = None,
 ) -> list[TaskDifference]:
-    """Differences with intervals for every metric of every task, in the order given.
+    """Differences with intervals for every metric of every task, in the order given; pooled rows follow.
 
     Where a task has several filters (ways to read an answer), each has its rows, the metric named METRIC.FILTER.
+
+    A pool's row takes the questions of its tasks together, each counting alike, so that a task weighs by its number of
+    questions. It is a summary of answers that the family has already: as one more member it would make every task pay
+    for its own answers twice, and be corrected for the tasks that it sums up. So it is a test of its own, named before
+    anything is measured: its `p_holm` is its p-value, and the family is what it is without it. The 5% level holds for
+    the family and for the pooled row, each by itself. Within a pool, questions are taken for independent; that they come
+    in tasks which differ is left aside, which widens the interval, if anything.
 
     Args:
         margins: for ``TASK/METRIC``, wildcards allowed, the loss that would be accepted, in the metric's unit; the first
             that fits counts.
+        pools: by name, tasks of the same metrics whose samples also give rows together.
     """
     found = {task: _differences(of_task, higher_is_better[task]) for task, of_task in pairs.items()}
     firsts = {task: next(iter(rows.values()))[0].p_value for task, rows in found.items() if rows}
+    for name, tasks in (pools or {}).items():
+        found[name] = _differences([pair for task in tasks for pair in pairs[task]], higher_is_better[tasks[0]])
     result = []
     for task, rows in found.items():
         for metric, (difference, higher) in rows.items():
-            family = {**firsts, task: difference.p_value}
+            family = {task: difference.p_value} if task in (pools or {}) else {**firsts, task: difference.p_value}
             fitting = (value for name, value in (margins or {}).items() if fnmatch(f"{task}/{metric}", name))
             margin = next(fitting, None)
             low, high = difference.ci_low, difference.ci_high

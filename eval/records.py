@@ -58,6 +58,7 @@ def log_evaluation(
         ``eval/<task>/<metric>/{teacher,student,difference,ci_low,ci_high}``;
         ``eval/efficiency/<model>/<what>/<context>x<batch>``, medians; ``eval/largest_batch/<model>/<context>``;
         ``eval/by_position/{kl,top1,nll_teacher,nll_student}``, whose steps are positions in the context (ends of the spans);
+        ``eval/fidelity/{kl,kl_stderr,top1,top1_stderr,ppl_teacher,ppl_student,sequences,tokens}``, over all positions;
         ``eval/retrieval/<task>/<context>/{teacher,student}``, accuracies over all depths.
     Tags ``suite``, ``suite_version``, and ``verdict/<task>/<metric>`` where there is one. Artifacts: results.json, its rows
     as MLflow tables under ``tables/``, the samples under ``samples/`` (those that the evaluation wrote), and
@@ -66,7 +67,10 @@ def log_evaluation(
     content = json.loads(result.to_json())
     tasks = {f"{row['task']}/{row['metric']}": row for row in content.get("tasks") or []}
     differences = {f"eval/{key}/{name}": row[name] for key, row in tasks.items() for name in DIFFERENCE_FIELDS}
-    run.log_metrics(differences | _efficiency_metrics(content) | _retrieval_metrics(content))
+    whole = {
+        f"eval/fidelity/{key}": value for key, value in (content.get("fidelity") or {}).items() if value is not None
+    }
+    run.log_metrics(differences | whole | _efficiency_metrics(content) | _retrieval_metrics(content))
     for row in content.get("by_position") or []:
         values = {name: row[name] for name in ("kl", "top1", "nll_teacher", "nll_student") if row.get(name) is not None}
         run.log_metrics({f"eval/by_position/{name}": value for name, value in values.items()}, step=row["end"])

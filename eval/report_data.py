@@ -71,6 +71,11 @@ class Evaluation:
         """A list of results.json, empty where the suite does not measure it."""
         return (self.results or {}).get(name) or []
 
+    @property
+    def fidelity(self) -> dict[str, Any] | None:
+        """KL, top-1 agreement and perplexity over all positions, where the suite measures them."""
+        return (self.results or {}).get("fidelity")
+
 
 @dataclass(frozen=True)
 class ConversionData:

@@ -17,6 +17,7 @@ from pl_attnedit.eval.report_tables import (
     SIGNS_READ,
     decode_gain,
     efficiency_table,
+    fidelity_text,
     largest_batches,
     retrieval_grids,
     settings_text,
@@ -97,6 +98,8 @@ def _evaluation(evaluation: Evaluation, address: Address) -> str:
     if positions := evaluation.part("by_position"):
         rows = [[f"{r['start']} to {r['end']}", f"{r['n']:,}", kl(r["kl"]), percent(r["top1"])] for r in positions]
         parts.append(markdown_table(("position in context", "tokens", "KL, nats per token", "top-1"), rows))
+    if whole := fidelity_text(evaluation.fidelity):
+        parts.append(whole)
     for grid in retrieval_grids(evaluation.part("retrieval")):
         head = [f"{escape(grid.task)}, depth", *(f"context {context}" for context in grid.contexts)]
         shares = zip(grid.depths, grid.shares["teacher"], grid.shares["student"])

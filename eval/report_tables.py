@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from pl_attnedit.eval import charts
 from pl_attnedit.eval.formatting import (
+    NONE,
     byte_size,
     context_length,
     percentage_metric,
@@ -214,6 +215,32 @@ def decode_gain(rows: Sequence[Row]) -> tuple[float, str] | None:
     assert student is not None
     assert teacher is not None
     return student["median"] / teacher["median"], f"{context_length(context)} context, batch {-batch}"
+
+
+def fidelity_cells(found: Row) -> list[tuple[str, str, str]]:
+    """Of results.json's `fidelity`: (what, teacher, student), with the standard error behind what has one."""
+
+    def with_error(key: str, form: Callable[[float], str]) -> str:
+        error = found[f"{key}_stderr"]
+        return form(found[key]) + ("" if error is None else f" ± {form(error)}")
+
+    return [
+        ("KL to the teacher", NONE, with_error("kl", significant)),
+        ("top-1 agreement", NONE, with_error("top1", lambda share: f"{share:.2%}")),
+        ("perplexity", significant(found["ppl_teacher"], 4), significant(found["ppl_student"], 4)),
+    ]
+
+
+def fidelity_text(found: Row | None) -> str:
+    """The same as a sentence; "" where it was not measured."""
+    if not found:
+        return ""
+    (_, _, kl), (_, _, top1), (_, teacher, student) = fidelity_cells(found)
+    error = "" if found["kl_stderr"] is None else "; ± one standard error over the sequences"
+    return (
+        f"All positions: KL {kl} nats per token, top-1 agreement {top1}, perplexity {teacher} → {student} "
+        f"({found['sequences']} × {found['tokens'] // found['sequences']:,} tokens{error})."
+    )
 
 
 def settings_text(settings: Row) -> str:

@@ -1,37 +1,44 @@
-"""Students to evaluate: saved ones, and those in the checkpoints of a training."""
+"""Students to evaluate: saved ones, exported ones, and those in the checkpoints of a training."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.callbacks import check_checkpoint
 from pl_attnedit.distillation import STAGES
+from pl_attnedit.errors import invalid
 from pl_attnedit.modeling import edited_attention, load
-from pl_attnedit.teachers.source import file_sha256, teacher_fingerprint
+from pl_attnedit.teachers.source import file_sha256, load_teacher, teacher_fingerprint
 
 
-def load_student(path: str | Path) -> PreTrainedModel:
+def load_student(path: str | Path, dtype: str | None = None) -> PreTrainedModel:
     """The student in a folder, or in a checkpoint that `fit` or `convert` wrote, in eval mode on the CPU.
+
+    The folder holds a converted model, or one of Hugging Face's own classes, such as `pl_attnedit.export` writes.
 
     A checkpoint holds what was trained. The rest of the student comes from the teacher, and from `init_from` where the
     training had one; relative names of both begin in the training's working folder. After mixed precision the new
     attention gets the dtype of the trunk.
 
+    Args:
+        dtype: of the weights, such as float32; None = as saved.
+
     Raises:
-        UserError: neither a converted model nor a checkpoint of ours; teacher or `init_from` are not there any more, or
-            others than they were.
+        UserError: neither a causal language model nor a checkpoint of ours; teacher or `init_from` are not there any more,
+            or others than they were.
     """
     path = Path(path)
     if path.suffix != ".ckpt":
-        return load(path)
+        return load(path, stock=True, dtype=dtype or "auto")
     stage = check_checkpoint(path)["stage"]
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     trained = content["state_dict"]
-    dtype = str(next(iter(trained.values())).dtype).removeprefix("torch.")  # `bf16-true` is not in the settings
-    module = STAGES[stage](**{**content["hyper_parameters"], "dtype": dtype})
+    saved = str(next(iter(trained.values())).dtype).removeprefix("torch.")  # `bf16-true` is not in the settings
+    module = STAGES[stage](**{**content["hyper_parameters"], "dtype": saved})
     module.resuming = True  # no init: the weights follow
     module.configure_model()
     module.on_load_checkpoint(content)
@@ -39,7 +46,31 @@ def load_student(path: str | Path) -> PreTrainedModel:
     student = module.student
     for attention in edited_attention(student).values():
         attention.to(student.dtype)
+    for parameter in student.parameters():  # not `to`, which would round RoPE's frequencies as well
+        parameter.data = parameter.data.to(getattr(torch, dtype) if dtype else parameter.dtype)
     return student.eval()
+
+
+def load_pair(student: str | Path, teacher: str, dtype: str | None = None) -> tuple[Any, Any, PreTrainedTokenizerBase]:
+    """Teacher, student and the teacher's tokenizer; both models in the student's dtype, or in `dtype`.
+
+    Raises:
+        UserError: as `load_student` and `load_teacher`; the student's vocabulary is not the teacher's.
+    """
+    of_student = load_student(student, dtype)
+    of_teacher, tokenizer = load_teacher(teacher, dtype=of_student.dtype)
+    sizes = [model.config.get_text_config().vocab_size for model in (of_student, of_teacher)]
+    if sizes[0] != sizes[1]:
+        raise invalid(
+            "student", str(student), f"has a vocabulary of {sizes[0]} tokens, must have the teacher's {sizes[1]}"
+        )
+    if (Path(student) / "tokenizer_config.json").is_file():
+        own = AutoTokenizer.from_pretrained(student).get_vocab()
+        if not tokenizer.get_vocab().items() <= own.items():  # it may have got tokens of its own, for chats
+            raise invalid(
+                "student", str(student), "has other tokens than the teacher, must have the teacher's vocabulary"
+            )
+    return of_teacher, of_student, tokenizer
 
 
 def student_fingerprint(path: str | Path) -> str:

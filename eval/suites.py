@@ -1,6 +1,6 @@
 """Suites: what an evaluation measures, as YAML. `pl_attnedit.eval.evaluate` evaluates a student by one.
 
-`quick`, `offline` and `paper` lie in configs/suites; any other YAML file of the same form is a suite too.
+`quick`, `fidelity`, `offline` and `paper` lie in configs/suites; any other YAML file of the same form is a suite too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 from pl_attnedit.errors import UserError, invalid
 
 SUITES = Path(__file__).parent.parent / "configs" / "suites"
-# Raised where the tasks that we write ask something else than before: suites then have a new version, too.
-TASKS_VERSION = 1
+# Raised where the tasks that we write ask something else than before, or where results.json says more of the same answers:
+# suites then have a new version, too. 2: `fidelity` beside `by_position`; 3: `bigbench`, its tasks pooled.
+TASKS_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class RetrievalTasks:
 
 @dataclass(frozen=True)
 class BigBenchTasks:
-    """BIG-bench's multiple-choice tasks from local JSONL.
+    """BIG-bench's multiple-choice tasks from local JSONL; `bigbench` in the results is all their questions together.
 
     Args:
         limit: questions of a task, at most; null = all.
@@ -117,7 +118,7 @@ class Suite:
         name: of the suite.
         max_length: longest prompt or window in tokens; null = the teacher's context.
         text: perplexity and cloze of held-out text.
-        by_position: KL and agreement by position in context.
+        by_position: KL and agreement, by position in context and over all positions.
         retrieval: synthetic long-context tasks.
         bigbench: questions from local files.
         library: tasks of lm-eval's library.
@@ -148,6 +149,7 @@ class Suite:
     def version(self) -> str:
         """Identifies what the suite measures: its content and the versions of its tasks."""
         content = [asdict(self), TASKS_VERSION, version("lm_eval") if self.library else None]
+        content.append(list(self.margins))  # their order counts, and keys are sorted below
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -160,7 +162,7 @@ def _numbers(path: str, value: Any) -> list[tuple[str, float]]:
 
 
 def load_suite(name: str) -> Suite:
-    """A suite by name (quick, offline, paper) or from a YAML file.
+    """A suite by name (quick, fidelity, offline, paper) or from a YAML file.
 
     Raises:
         UserError: no such suite, an unknown field, a value out of range.

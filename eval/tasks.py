@@ -27,6 +27,7 @@ from pl_attnedit.errors import invalid
 
 PERPLEXITY_TASK = "heldout_perplexity"
 CLOZE_TASK = "heldout_cloze"
+BIGBENCH = "bigbench"  # begins the names of its tasks; alone it names all of them together
 OFFLINE_TASKS = (PERPLEXITY_TASK, CLOZE_TASK)
 N_CHOICES = 4
 MIN_SAMPLES = 2  # fewer have no interval
@@ -120,7 +121,7 @@ def build_bigbench_tasks(
         if len(questions) < MIN_SAMPLES:
             raise invalid("bigbench", str(file), f"has fewer than {MIN_SAMPLES} questions")
         count = min(limit or len(questions), len(questions))
-        names.append("bigbench_" + re.sub(r"\W+", "_", file.stem))
+        names.append(f"{BIGBENCH}_" + re.sub(r"\W+", "_", file.stem))
         write_task(
             Path(folder),
             names[-1],

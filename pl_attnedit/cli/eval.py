@@ -15,10 +15,13 @@ if TYPE_CHECKING:  # it imports lm-eval, which takes seconds
 
 def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="pl-attnedit eval", description="Evaluate a converted model against its teacher.")
-    parser.add_argument("student", help="folder of a converted model, e.g. runs/quickstart/student; or a .ckpt of fit")
+    parser.add_argument(
+        "student",
+        help="folder of a converted model, e.g. runs/quickstart/student, or one that export wrote; or a .ckpt of fit",
+    )
     parser.add_argument("--teacher", required=True, help="hub name, folder, GGUF file or package:NAME")
     parser.add_argument(
-        "--suite", help="quick, offline, paper, or a YAML file; default: perplexity and cloze of --text"
+        "--suite", help="quick, fidelity, offline, paper, or a YAML file; default: perplexity and cloze of --text"
     )
     parser.add_argument(
         "--text",
@@ -37,6 +40,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch-size", default="auto", help="a number, or auto (default): as large as memory allows")
     parser.add_argument("--limit", type=int, help="only the first samples of each task")
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of both models (default: the one in which the student is saved)",
+    )
     parser.add_argument(
         "--out", help="for results.json and the samples (default: eval, or eval/SUITE, beside the student)"
     )
@@ -75,19 +83,19 @@ def _by_suite(options: Namespace) -> EvaluationResult:
         text=options.text,
         bigbench=options.bigbench,
         device=options.device,
+        dtype=options.dtype,
         batch_size=options.batch_size,
     )
 
 
 def _by_tasks(options: Namespace) -> EvaluationResult:
-    from pl_attnedit import load
     from pl_attnedit.data import TextDataModule
     from pl_attnedit.eval.harness import evaluate_pair
+    from pl_attnedit.eval.students import load_pair, student_fingerprint
     from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
-    from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
+    from pl_attnedit.teachers.source import resolve_teacher, teacher_fingerprint
 
-    student = load(options.student)
-    teacher, tokenizer = load_teacher(options.teacher, dtype=student.dtype)
+    teacher, student, tokenizer = load_pair(options.student, options.teacher, options.dtype)
     folder: str | Path | None = options.task_folder
     seq_len = 512 if options.seq_len is None else options.seq_len
     if options.tasks is None:
@@ -107,7 +115,7 @@ def _by_tasks(options: Namespace) -> EvaluationResult:
         limit=options.limit,
         out_dir=options.out,
         teacher_fingerprint=teacher_fingerprint(resolve_teacher(options.teacher)),
-        student_fingerprint=teacher_fingerprint(options.student),
+        student_fingerprint=student_fingerprint(options.student),
     )
 
 
@@ -126,6 +134,7 @@ def _log(result: EvaluationResult, run_id: str, tracking_uri: str | None, out: P
 
 def _table(result: EvaluationResult) -> str:
     from pl_attnedit.eval.formatting import NONE, points_or_value, significant, value_of
+    from pl_attnedit.eval.report_tables import fidelity_cells
 
     head = ("task", "metric", "n", "teacher", "student", "student - teacher [95% interval]", "detectable", "p (Holm)")
     rows: list[tuple[str, ...]] = [(*head, "verdict")]
@@ -140,5 +149,8 @@ def _table(result: EvaluationResult) -> str:
     for span in result.further.get("by_position", []):
         where = f"tokens {span['start']}-{span['end'] - 1}"
         rows.append(("KL to the teacher", where, str(span["n"]), NONE, significant(span["kl"]), *[NONE] * 4))
+    if whole := result.further.get("fidelity"):
+        tokens = str(whole["tokens"])
+        rows += [(name, "all tokens", tokens, *cells, *[NONE] * 4) for name, *cells in fidelity_cells(whole)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -151,8 +151,11 @@ def unshare_trunk(student: PreTrainedModel) -> None:
         student.lm_head.weight = student.model.embed_tokens.weight
 
 
-def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedModel:
     """A converted model from its folder, in eval mode. `kwargs` go to `from_pretrained` (dtype, device_map ...).
+
+    Args:
+        stock: take causal language models of Hugging Face's own classes too, such as `pl_attnedit.export` writes.
 
     Raises:
         UserError: where the folder holds no converted model, or its weights are broken or not all there.
@@ -166,14 +169,17 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise invalid("path", str(path), f"its config.json cannot be read ({error})") from error
-    if config.model_type not in {classes[0].model_type for classes in EDITED.values()}:
+    if not stock and config.model_type not in {classes[0].model_type for classes in EDITED.values()}:
         raise invalid("path", str(path), f"holds a model of type {config.model_type!r}, which is not a converted model")
+    options = {"config": config, "output_loading_info": True, "use_safetensors": True, **kwargs}  # no pickle
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
     except UserError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
         raise invalid("path", str(path), f"its weights cannot be read ({error})") from error
+    except ValueError as error:  # a class without a language-model head of text alone
+        raise invalid("path", str(path), f"cannot be loaded as a causal language model ({error})") from error
     model, found = loaded
     wrong = sorted([*found["missing_keys"], *found["unexpected_keys"]])
     if wrong:  # Hugging Face only warns, and fills in random weights

@@ -143,6 +143,10 @@ def fake_evaluation(loss: float = 0.1, decode: float = 1.5) -> Any:
         {"start": at, "end": at + 64, "n": 640, "kl": loss, "top1": 0.9, "nll_teacher": 3.1, "nll_student": 3.1 + loss}
         for at in range(0, 512, 64)
     ]
+    content["fidelity"] = {
+        **{"kl": loss, "kl_stderr": loss / 20, "top1": 0.9, "top1_stderr": None},
+        **{"ppl_teacher": 22.2, "ppl_student": 22.2 * math.exp(loss), "sequences": 10, "tokens": 5120},
+    }
     content["retrieval"] = [
         {"task": "needle_1", "context": 512, "depth": depth, "n": n, "teacher": teacher, "student": student}
         for depth, n, teacher, student in ((0.25, 10, 1.0, 0.9), (0.75, 30, 0.8, 0.5))

@@ -40,6 +40,10 @@ def fake_suite(loss: float = 0.1, seed: int = 0) -> dict[str, Any]:
             }
             for start, end in pairwise(EDGES)
         ],
+        "fidelity": {
+            **{"kl": loss, "kl_stderr": loss / 20, "top1": 0.93 - loss / 2, "top1_stderr": 0.0013},
+            **{"ppl_teacher": 18.2, "ppl_student": 18.2 * math.exp(loss / 2), "sequences": 64, "tokens": 64 * 4096},
+        },
         "retrieval": [
             {
                 "task": task,

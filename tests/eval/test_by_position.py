@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pl_attnedit import GateSWAConfig, edit_model
 from pl_attnedit.distillation.losses import kl_divergence
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.by_position import by_position, packed_sequences
+from pl_attnedit.eval.by_position import by_position, compare_positions, fidelity, packed_sequences
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_too_little_text(
 
 
 def test_bins_add_up_to_the_whole(teacher: PreTrainedModel, student: PreTrainedModel, tokens: torch.Tensor) -> None:
-    rows = by_position(teacher, student, tokens)
+    rows = by_position(compare_positions(teacher, student, tokens))
     assert [(row["start"], row["end"], row["n"]) for row in rows] == [(0, 64, 192), (64, 100, 108)]
     with torch.no_grad():
         logits = [model(tokens).logits for model in (teacher, student)]
@@ -57,7 +57,7 @@ def test_bins_add_up_to_the_whole(teacher: PreTrainedModel, student: PreTrainedM
 
 def test_a_window_parts_where_it_is_full(teacher: PreTrainedModel, tokens: torch.Tensor) -> None:
     student = edit_model(teacher, GateSWAConfig(window=64, gate="none"), init="copy").eval()
-    near, far = by_position(teacher, student, tokens)
+    near, far = by_position(compare_positions(teacher, student, tokens))
     assert near["kl"] < 1e-6 < far["kl"]
     assert near["top1"] == 1
 
@@ -65,15 +65,33 @@ def test_a_window_parts_where_it_is_full(teacher: PreTrainedModel, tokens: torch
 def test_the_teacher_runs_once(
     teacher: PreTrainedModel, student: PreTrainedModel, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    first = by_position(teacher, student, tokens, teacher_kept_in=tmp_path / "hidden")
+    first = compare_positions(teacher, student, tokens, teacher_kept_in=tmp_path / "hidden")
     runs = []
     handle = teacher.base_model.register_forward_pre_hook(lambda *_: runs.append(1))
     try:
-        assert by_position(teacher, student, tokens, teacher_kept_in=tmp_path / "hidden") == first
+        assert torch.equal(compare_positions(teacher, student, tokens, teacher_kept_in=tmp_path / "hidden"), first)
         assert not runs
-        by_position(teacher, student, tokens[:2], teacher_kept_in=tmp_path / "hidden")
+        compare_positions(teacher, student, tokens[:2], teacher_kept_in=tmp_path / "hidden")
         assert len(runs) == 2
     finally:
         handle.remove()
-    same = by_position(teacher, teacher, tokens, teacher_kept_in=tmp_path / "hidden")
-    assert all((row["kl"], row["top1"]) == (0, 1) for row in same)
+    same = compare_positions(teacher, teacher, tokens, teacher_kept_in=tmp_path / "hidden")
+    assert all((row["kl"], row["top1"]) == (0, 1) for row in by_position(same))
+
+
+def test_fidelity_is_over_all_positions_with_errors_over_sequences(
+    teacher: PreTrainedModel, student: PreTrainedModel, tokens: torch.Tensor
+) -> None:
+    values = compare_positions(teacher, student, tokens)
+    found = fidelity(values)
+    rows = by_position(values)
+    for name in ("kl", "top1"):
+        assert found[name] == pytest.approx(sum(row[name] * row["n"] for row in rows) / 300)
+    alone = [fidelity(values[[i]]) for i in range(3)]  # each sequence by itself
+    assert found["kl_stderr"] == pytest.approx(torch.tensor([each["kl"] for each in alone]).std().item() / 3**0.5)
+    assert found["top1_stderr"] == pytest.approx(torch.tensor([each["top1"] for each in alone]).std().item() / 3**0.5)
+    assert (found["sequences"], found["tokens"]) == (3, 300)
+    assert (alone[0]["kl_stderr"], alone[0]["top1_stderr"]) == (None, None)
+    with torch.no_grad():
+        nll = torch.nn.functional.cross_entropy(student(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert found["ppl_student"] == pytest.approx(nll.exp().item(), rel=1e-4)

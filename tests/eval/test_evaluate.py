@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from fake_conversions import log_fake_conversion
 from fixtures_stages import cache_of_tests, session_cache, teacher_folder, tiny_corpus, tiny_tokenizer  # noqa: F401
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -23,6 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pl_attnedit import GateSWAConfig, edit_model
 from pl_attnedit.cli import main
 from pl_attnedit.eval.harness import evaluate_pair
+from pl_attnedit.eval.records import find_conversions
+from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.tasks import write_task
 from pl_attnedit.teachers.source import load_teacher
 
@@ -33,7 +37,7 @@ SUITE = {
     "retrieval": {"tasks": ["needle_1", "copy"], "depths": [0.5], "samples": 2},
     "bigbench": {"limit": 5},
     "efficiency": {"contexts": [64], "batches": [1, 2], "new_tokens": 4, "repeats": 1, "budget_gb": 0.5},
-    "margins": {"heldout_cloze/acc": 0.05},
+    "margins": {"heldout_cloze/acc": 0.05, "bigbench/acc*": 0.3},
 }
 QUESTIONS = [{"question": f"the model reads {i}", "choices": ["a line", "of text"], "answer": i % 2} for i in range(9)]
 
@@ -64,13 +68,14 @@ def evaluate(
         largest_batch=lambda model, context, budget: {"context": context, "budget_bytes": budget, "batch": 7},
     )
     monkeypatch.setitem(sys.modules, "pl_attnedit.eval.efficiency", fake)  # has tests of its own
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    for name, questions in {"questions": QUESTIONS, "more": QUESTIONS[:4]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
 
     def run(out: str = "eval", **changes: Any) -> dict[str, Any]:
         suite = {key: value for key, value in {**SUITE, **changes}.items() if value is not None}
         (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
         options = ["--suite", tmp_path / "suite.yaml", "--text", tiny_corpus, "--out", tmp_path / out]
-        bigbench = ["--bigbench", tmp_path / "questions.jsonl"]
+        bigbench = ["--bigbench", tmp_path / "questions.jsonl", tmp_path / "more.jsonl"]
         assert main([str(a) for a in ("eval", saved, "--teacher", teacher_name, *options, *bigbench)]) == 0
         return json.loads((tmp_path / out / "results.json").read_text())
 
@@ -81,11 +86,12 @@ def test_a_suite_from_the_command_line(
     evaluate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = evaluate()
-    assert "heldout_cloze" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "heldout_cloze" in printed
     assert found["suite"]["name"] == "small"
     tasks = {(row["task"], row["metric"]): row for row in found["tasks"]}
     assert {task for task, _ in tasks} == {
-        *("heldout_perplexity", "heldout_cloze", "needle_1", "copy", "bigbench_questions")
+        *("heldout_perplexity", "heldout_cloze", "needle_1", "copy", "bigbench_questions", "bigbench_more", "bigbench")
     }
     cloze = tasks["heldout_cloze", "acc"]
     assert cloze["margin"] == 0.05
@@ -93,22 +99,76 @@ def test_a_suite_from_the_command_line(
     assert cloze["mde"] > 0
     assert tasks["heldout_cloze", "acc_norm"]["verdict"] is None
     assert tasks["bigbench_questions", "acc"]["n"] == 5
+    for metric in ("acc", "acc_norm"):
+        pooled, parts = tasks["bigbench", metric], [tasks[f"bigbench_{name}", metric] for name in ("questions", "more")]
+        assert pooled["n"] == 9
+        for model in ("teacher", "student"):
+            assert pooled[model] == pytest.approx(sum(part["n"] * part[model] for part in parts) / 9)
+        assert (pooled["margin"], pooled["p_holm"]) == (0.3, pooled["p_value"])
+        assert pooled["verdict"] in ("non-inferior", "inferior", "inconclusive")
+    assert re.search(r"bigbench +acc +9 ", printed)
     assert [(row["start"], row["end"], row["n"]) for row in found["by_position"]] == [(0, 64, 128), (64, 128, 128)]
     assert found["by_position"][0]["kl"] > 0.001
+    assert found["fidelity"]["kl"] == pytest.approx(sum(row["kl"] for row in found["by_position"]) / 2)
     places = [(row["task"], row["context"], row["depth"], row["n"]) for row in found["retrieval"]]
     assert places == [("needle_1", 512, 0.5, 2), ("copy", 512, 0.5, 2)]
     assert found["efficiency"] == [{"contexts": [64], "batches": [1, 2], "new_tokens": 4, "repeats": 1}]
     assert found["largest_batch"][1] == {"model": "student", "context": 64, "budget_bytes": 500_000_000, "batch": 7}
-    assert len(found["samples"]) == 10
+    assert len(found["samples"]) == 12
 
     again = evaluate()
-    everything = [*("heldout_perplexity", "heldout_cloze", "bigbench_questions", "needle_1", "copy")]
+    everything = [*("heldout_perplexity", "heldout_cloze", "bigbench_questions", "bigbench_more", "needle_1", "copy")]
     assert again["settings"]["from_cache"] == {"teacher": everything, "student": everything}
     assert {**again, "settings": None} == {**found, "settings": None}
 
     other = evaluate(text={**SUITE["text"], "cloze": 9}, bigbench=None)  # type: ignore[dict-item]
     assert other["settings"]["from_cache"]["student"] == ["heldout_perplexity", "needle_1", "copy"]
     assert other["suite"]["version"] != found["suite"]["version"]
+
+
+@pytest.fixture
+def conversion(tmp_path: Path) -> tuple[str, str]:
+    """The URI of an MLflow store and the run of a conversion in it."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    return uri, log_fake_conversion(uri, tmp_path, "one", complete=False)
+
+
+def test_fidelity_alone(
+    saved: Path, teacher_name: str, tiny_corpus: str, tmp_path: Path, conversion: tuple[str, str],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A suite without any task, from the command line to the report; in another dtype it is measured anew."""
+    uri, run_id = conversion
+    (tmp_path / "suite.yaml").write_text("name: short\nmax_length: 64\nby_position: {sequences: 6, context: 64}\n")
+    command = ["eval", str(saved), "--teacher", teacher_name, "--suite", str(tmp_path / "suite.yaml")]
+    command += ["--text", tiny_corpus, "--out", str(tmp_path / "eval"), "--log-to", run_id, "--tracking-uri", uri]
+
+    def run(*more: str) -> dict[str, Any]:
+        assert main([*command, *more]) == 0
+        return json.loads((tmp_path / "eval" / "results.json").read_text())
+
+    found = run()
+    whole, [row] = found["fidelity"], found["by_position"]
+    assert found["tasks"] == found["samples"] == []
+    assert whole["kl"] == pytest.approx(row["kl"])
+    assert 0 < whole["kl_stderr"] < whole["kl"]
+    assert (whole["sequences"], whole["tokens"]) == (6, 384)
+    printed = capsys.readouterr().out
+    assert re.search(r"KL to the teacher +all tokens +384 +– +[\d.]+ ± [\d.]+ ", printed)
+    assert re.search(r"perplexity +all tokens +384 +\d+\.\d+ +\d+\.\d+ ", printed)
+    [logged] = find_conversions([run_id], uri)[0].evaluations
+    assert logged.data.metrics["eval/fidelity/kl"] == whole["kl"]
+    for name in ("report.html", "report.md"):
+        text = write_report([run_id], tmp_path / name, uri).read_text()
+        assert "All positions: KL" in text
+
+    files = len(list((tmp_path / "eval" / ".answers").iterdir()))
+    assert run()["fidelity"] == whole
+    assert len(list((tmp_path / "eval" / ".answers").iterdir())) == files
+    coarse = run("--dtype", "bfloat16")
+    assert coarse["settings"]["dtype"] == "bfloat16"
+    assert coarse["fidelity"]["kl"] != whole["kl"]
+    assert coarse["fidelity"]["kl"] == pytest.approx(whole["kl"], rel=0.2)
 
 
 def test_what_is_missing_is_said_before_anything_runs(
@@ -193,7 +253,7 @@ def test_lm_evals_command_line_finds_the_same(
     evaluate: Callable[..., dict[str, Any]], saved: Path, tmp_path: Path
 ) -> None:
     found = evaluate(efficiency=None)
-    tasks = ["heldout_cloze", "bigbench_questions", "needle_1", "copy", "heldout_perplexity"]
+    tasks = ["heldout_cloze", "bigbench_questions", "bigbench_more", "needle_1", "copy", "heldout_perplexity"]
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--include_path", str(tmp_path / "eval" / "tasks")]
     command += ["--model_args", f"pretrained={saved},trust_remote_code=True", "--tasks", ",".join(tasks)]
     command += ["--device", "cpu", "--batch_size", "2", "--output_path", str(tmp_path / "theirs")]
@@ -203,6 +263,8 @@ def test_lm_evals_command_line_finds_the_same(
     [path] = (tmp_path / "theirs").rglob("results_*.json")
     theirs = json.loads(path.read_text())["results"]
     for row in found["tasks"]:
+        if row["task"] == "bigbench":  # theirs has no such row
+            continue
         value = theirs[row["task"]][f"{row['metric']},none"]
         assert row["student"] == (
             value if row["metric"].startswith(("acc", "exact")) else pytest.approx(value, rel=1e-4)

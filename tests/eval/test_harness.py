@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.harness import EvaluationResult, compare_samples, evaluate_pair, pair_samples
+from pl_attnedit.eval.statistics import non_inferiority, paired_proportions
 from pl_attnedit.eval.tasks import CLOZE_TASK, OFFLINE_TASKS, PERPLEXITY_TASK, build_offline_tasks
 
 
@@ -163,6 +165,33 @@ def test_holm_counts_each_task_once() -> None:
     assert p["a", "acc_norm"] == pytest.approx((2 / 2**8, 2 * 2 / 2**8))
     assert p["b", "acc"] == pytest.approx((0.5, 0.5))
     assert p["b", "acc_norm"] == (1, 1)
+
+
+def test_a_pool_takes_questions_together_and_leaves_the_family_alone() -> None:
+    rng = random.Random(0)
+
+    def task(questions: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Samples of each task are numbered from 0: the pool must not join them over tasks."""
+        sides = ([sample(i, acc=rng.randrange(2), acc_norm=rng.randrange(2)) for i in range(questions)] for _ in "ts")
+        return list(zip(*sides))
+
+    pairs = {"cloze": task(50), "bigbench_a": task(30), "bigbench_b": task(90)}
+    higher = {name: {"acc": True, "acc_norm": True} for name in pairs}
+    margins = {"bigbench/acc*": 0.3, "*/acc*": 0.01}
+    rows = compare_samples(pairs, higher, margins, {"bigbench": ["bigbench_a", "bigbench_b"]})
+    assert rows[:6] == compare_samples(pairs, higher, margins), "the tasks' own rows are what they are without the pool"
+    assert [(row.task, row.metric, row.n) for row in rows[6:]] == [
+        ("bigbench", "acc", 120),
+        ("bigbench", "acc_norm", 120),
+    ]
+    for row in rows[6:]:
+        both = [pair for name in ("bigbench_a", "bigbench_b") for pair in pairs[name]]
+        expected = paired_proportions(*([pair[side][row.metric] for pair in both] for side in (0, 1)))
+        assert {**asdict(row), **asdict(expected)} == asdict(row)
+        assert row.p_holm == row.p_value
+        assert row.margin == 0.3
+        assert row.verdict == non_inferiority(row.ci_low, row.ci_high, 0.3, True)
+    assert {row.margin for row in rows[:6]} == {0.01}
 
 
 def test_scores_between_zero_and_one_are_compared_by_their_mean() -> None:

@@ -40,7 +40,10 @@ def test_metrics(logged: Any) -> None:
     assert metrics["eval/retrieval/needle_1/512/student"] == pytest.approx((10 * 0.9 + 30 * 0.5) / 40)
     spans = [(span["end"], span["kl"]) for span in content["by_position"]]
     assert metric_history(run.info.run_id, "eval/by_position/kl", tracking_uri=uri) == spans
-    assert len(metrics) < 50
+    assert metrics["eval/fidelity/kl"] == content["fidelity"]["kl"]
+    assert metrics["eval/fidelity/tokens"] == 5120
+    assert "eval/fidelity/top1_stderr" not in metrics  # null: of a single sequence
+    assert len(metrics) < 60
 
 
 def test_tags(logged: Any) -> None:

@@ -180,6 +180,8 @@ def test_suites(suites: tuple[str, list[str]], tmp_path: Path) -> None:
         "▼ inferior",
         "KL by position in context",
         "Top-1 agreement by position",
+        "All positions: KL 0.0900 ± 0.00450 nats per token, top-1 agreement 88.50% ± 0.13%, perplexity 18.20 → 19.04 "
+        "(64 × 4,096 tokens; ± one standard error over the sequences).",
         "Decoding speed, batch 1",
         "Decoding speed, batch 8",
         "KV cache, measured",
@@ -239,6 +241,7 @@ def test_markdown(suites: tuple[str, list[str]], tmp_path: Path) -> None:
         "**Failed**: RuntimeError: CUDA out of memory",
         "−10.0 [−13.0, −7.0] points | &lt;0.001 | ▼ inferior (margin 2.0 points, detectable 1.3 points)",
         "| 0% | 100.0% → 100.0% |",
+        "All positions: KL 0.300 ± 0.0150 nats per token",
         "| 8k × 8 | student |",
         "- teacher: Tokyo. The answer ⟂ is: 1.",
         f"`{ids[0]}`",

@@ -47,6 +47,12 @@ def test_a_checkpoint_is_the_student_that_was_trained(
         assert torch.equal(value, trained[name].to(value.dtype)), name
     assert {parameter.dtype for parameter in student.parameters()} == {student.dtype}
     assert student(torch.ones(1, 20, dtype=torch.long)).logits.shape == (1, 20, 300)
+    for dtype in ("float32", "bfloat16"):
+        cast = load_student(tmp_path / "last-00000002.ckpt", dtype)
+        assert {parameter.dtype for parameter in cast.parameters()} == {getattr(torch, dtype)}
+        assert cast.model.rotary_emb.inv_freq.dtype == torch.float32
+        for name, value in cast.state_dict().items():
+            assert torch.equal(value, student.state_dict()[name].to(value.dtype)), name
 
 
 def test_what_is_no_student(tmp_path: Path) -> None:

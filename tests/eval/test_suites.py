@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from pl_attnedit.eval import suites
 from pl_attnedit.eval.suites import SUITES, load_suite
 
 
-@pytest.mark.parametrize("name", ["quick", "offline", "paper"])
+@pytest.mark.parametrize("name", ["quick", "fidelity", "offline", "paper"])
 def test_our_suites_load(name: str) -> None:
     suite = load_suite(name)
     assert suite.name == name
     assert suite == load_suite(str(SUITES / f"{name}.yaml"))
-    assert suite.margins
+    assert bool(suite.margins) == (name != "fidelity"), "which has no tasks"
     assert bool(suite.library) == (name == "paper"), "only that one needs the hub"
 
 
@@ -28,9 +29,19 @@ def test_the_version_is_of_the_content(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert load_suite(str(copied)).version == quick.version
     assert quick.retrieval
     assert replace(quick, retrieval=replace(quick.retrieval, samples=2)).version != quick.version
+    assert replace(quick, margins=dict(reversed(quick.margins.items()))).version != quick.version, "the first counts"
     before = quick.version
     monkeypatch.setattr(suites, "TASKS_VERSION", 10**6)
     assert quick.version != before
+
+
+def test_the_pooled_row_has_a_margin_of_its_own() -> None:
+    margins = load_suite("offline").margins
+
+    def first(name: str) -> float:
+        return next(margin for pattern, margin in margins.items() if fnmatch(name, pattern))
+
+    assert (first("bigbench/acc"), first("bigbench/acc_norm"), first("bigbench_snarks/acc")) == (0.03, 0.03, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -48,5 +59,5 @@ def test_mistakes(content: str, message: str, tmp_path: Path) -> None:
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         load_suite(str(path))
-    with pytest.raises(UserError, match="suite = 'quik': must be one of offline, paper, quick"):
+    with pytest.raises(UserError, match="suite = 'quik': must be one of fidelity, offline, paper, quick"):
         load_suite("quik")
