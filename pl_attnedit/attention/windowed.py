@@ -79,6 +79,8 @@ def _visible_in_blocks(blocks: int, block: int, window: int, sinks: int, device:
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, sink_logit: Tensor | None
 ) -> Tensor:
+    if torch.is_autocast_enabled("cuda"):  # flex_attention takes one dtype, and float32 RoPE makes float32 queries and keys
+        query, key, value = (states.to(torch.get_autocast_dtype("cuda")) for states in (query, key, value))
     options = {
         "block_mask": _block_mask(query.shape[2], window, sinks, query.device),
         "scale": scale,

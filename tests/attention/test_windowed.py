@@ -30,6 +30,19 @@ def test_a_window_is_a_masked_square(time: int, window: int, sinks: int, device:
         torch.testing.assert_close(ours, other, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_mixed_precision(device: str) -> None:
+    """Under autocast float32 RoPE makes float32 queries and keys beside bfloat16 values."""
+    query, key, value = (torch.randn(2, heads, 150, 16, device=device) for heads in (6, 3, 3))
+    expected = attend_window(query, key, value, 40, 2, 0.3)
+    with torch.autocast(device, torch.bfloat16):
+        found = attend_window(query, key, value.bfloat16(), 40, 2, 0.3)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+
+
 def test_work_grows_with_the_window_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores that are made: linear in the length of the text."""
     plain, made = F.scaled_dot_product_attention, []

@@ -98,6 +98,9 @@ def test_fields_are_merged_one_by_one() -> None:
     changed = merged(base, {"stage1": {"steps": 7}, "init": "copy"})
     assert changed == {"stage1": {"steps": 7, "learning_rate": 1.0}, "init": "copy"}
     assert base["stage1"]["steps"] == 5
+    targets = {"S": {"type": "mla", "kv_lora_rank": 96}}
+    assert merged(targets, {"S": {"latent_norm": False}})["S"] == {**targets["S"], "latent_norm": False}
+    assert merged(targets, {"S": {"type": "gate_swa", "window": 4}})["S"] == {"type": "gate_swa", "window": 4}
 
 
 @pytest.mark.parametrize(
