@@ -99,7 +99,7 @@ def read_study(path: str | Path) -> Study:
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the fields of `change`; mappings are merged field by field, but not a target's with one of another type."""
+    """`base` with the fields of `change`; mappings are merged by field, but not a target's with one of another type."""
     if change.get("type", base.get("type")) != base.get("type"):
         return dict(change)
     result = dict(base)

@@ -79,7 +79,9 @@ def _visible_in_blocks(blocks: int, block: int, window: int, sinks: int, device:
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, sink_logit: Tensor | None
 ) -> Tensor:
-    if torch.is_autocast_enabled("cuda"):  # flex_attention takes one dtype, and float32 RoPE makes float32 queries and keys
+    if torch.is_autocast_enabled(
+        "cuda"
+    ):  # flex_attention takes one dtype, and float32 RoPE makes float32 queries and keys
         query, key, value = (states.to(torch.get_autocast_dtype("cuda")) for states in (query, key, value))
     options = {
         "block_mask": _block_mask(query.shape[2], window, sinks, query.device),
@@ -110,4 +112,5 @@ def _block_mask(time: int, window: int, sinks: int, device: torch.device) -> Any
     def visible(batch: Tensor, head: Tensor, query_at: Tensor, key_at: Tensor) -> Tensor:
         return (key_at <= query_at) & ((key_at > query_at - window) | (key_at < sinks))
 
-    return create_block_mask(visible, None, None, time, time, device=device)
+    with torch.inference_mode(False):  # kept, also for training, when a validation is the first to need it
+        return create_block_mask(visible, None, None, time, time, device=device)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fixtures_stages import LATENT, WINDOW, Losses, make_trainer, same, weights
+from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from pl_attnedit.attention import target_from_dict
@@ -253,6 +254,21 @@ def test_bf16_true(make_stage: Make, make_data: Make) -> None:
     assert {p.dtype for p in module.student.parameters()} == {torch.bfloat16}
     assert module.student.model.rotary_emb.inv_freq.dtype == torch.float32
     assert sum(losses.values[-5:]) < sum(losses.values[:5])
+
+
+def test_gradients_are_clipped_under_mixed_precision(make_stage: Make, make_data: Make) -> None:
+    module, norms = make_stage(), []
+
+    class Norms(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.optimizers[0].register_step_post_hook(self.note)
+
+        def note(self, optimizer: Any, *_: Any) -> None:
+            gradients = [p.grad.norm() for group in optimizer.param_groups for p in group["params"]]
+            norms.append(torch.stack(gradients).norm().item())
+
+    make_trainer(Norms(), steps=3, precision="bf16-mixed", gradient_clip_val=1e-3).fit(module, make_data())
+    assert norms == pytest.approx([1e-3] * 3, rel=0.01)
 
 
 def test_bf16_true_keeps_the_positions_of_a_trunk_that_trains(make_stage2: Make, make_data: Make) -> None:
