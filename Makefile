@@ -9,7 +9,7 @@ CONSTRAINTS := $(if $(filter-out 0,$(HAS_GPU)),,-c constraints.txt)
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint format bench
+.PHONY: help setup quickstart test test-slow lint format bench figures
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,3 +43,6 @@ format: setup  ## let ruff format and fix
 
 bench: setup  ## speed and memory of this machine
 	$(BIN)/pl-attnedit bench
+
+figures: setup  ## the README's tables and plots from the data in results/
+	$(BIN)/python results/readme.py

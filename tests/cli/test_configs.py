@@ -14,7 +14,8 @@ from pl_attnedit.cli.fit import AttentionEditingCLI
 from pl_attnedit.recipe import recipe_parser
 
 FOLDER = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+STUDIES = sorted(FOLDER.glob("studies/*.yaml"))  # tests/cli/test_study.py
+CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - set(STUDIES))
 TRAINERS = [
     path for path in CONFIGS if path.parent.name == "trainer"
 ]  # where something runs; they come after the others

@@ -24,7 +24,8 @@ from pl_attnedit.run_folder import RunFolder
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(CONFIGS.joinpath("recipes").glob("*.yaml"))
 # as wide as the recipes' latents and heads need it, and no wider
-SMALL = {"vocab_size": 300, "hidden_size": 512, "num_attention_heads": 4, "head_dim": 128}
+QWEN3 = {"vocab_size": 300, "hidden_size": 512, "num_attention_heads": 4, "head_dim": 128}
+SMOLLM2 = {"vocab_size": 300, "hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 64}
 
 
 def read(path: Path, *options: str) -> tuple[Recipe, dict[str, Any]]:
@@ -39,16 +40,18 @@ def test_a_recipe_fits_its_teacher_and_says_so(path: Path, tmp_path: Path, monke
     """From a config.json of the teacher's shape. The figures in the head of the file are those of the dry run."""
     monkeypatch.setattr(module, "matmul_rate", lambda device, dtype: 1e15)
     recipe, options = read(path)
-    config_of(recipe.teacher.removeprefix("Qwen/").lower()).save_pretrained(tmp_path)
+    small = "smollm2" in path.stem
+    config_of("smollm2-135m" if small else recipe.teacher.removeprefix("Qwen/").lower()).save_pretrained(tmp_path)
     recipe.teacher = str(tmp_path)
     found = dry_run(recipe, TextDataModule(recipe.teacher, **options))
     head = " ".join(line.strip("# ") for line in path.read_text().split("\nname:")[0].splitlines())
-    [at_32k] = [row for row in found["kv"] if row["context"] == 32768]
-    assert re.search(r"KV budget ([\d.]+%)", head)[1] == percent(at_32k["budget"])  # type: ignore[index]
+    [stated] = [row for row in found["kv"] if row["context"] == (8192 if small else 32768)]  # SmolLM2's limit
+    assert re.search(r"KV budget ([\d.]+%)", head)[1] == percent(stated["budget"])  # type: ignore[index]
     tokens = [count(found["stages"][stage]["tokens"]) for stage in ("stage1", "stage2")]
     assert f"{tokens[0]} + {tokens[1]} tokens" in head
     assert f"here {count(found['stages']['stage1']['trained_parameters'])} parameters train" in head
-    assert found["efficiency"] == (module.MIXTURE_EFFICIENCY if "a3b" in path.stem else module.EFFICIENCY)
+    efficiency = module.SMALL_EFFICIENCY if small else module.EFFICIENCY
+    assert found["efficiency"] == (module.MIXTURE_EFFICIENCY if "a3b" in path.stem else efficiency)
     assert (found["memory"]["init"] is None) == (
         "gate_swa" in path.stem
     )  # windows start from the teacher's own weights
@@ -66,12 +69,15 @@ def test_a_recipe_trains(
 ) -> None:
     """A step of each stage. Replaced are the teacher, the text and the trainer; the targets are the recipe's own."""
     recipe, options = read(path)
-    family = "qwen3_moe" if "a3b" in path.stem else "qwen3"
+    family = "llama" if "smollm2" in path.stem else "qwen3_moe" if "a3b" in path.stem else "qwen3"
     layers = max(2, len(recipe.pattern or ""))
-    make_teacher(family, **SMALL, num_hidden_layers=layers).save_pretrained(tmp_path / "teacher")
+    make_teacher(family, **(SMOLLM2 if family == "llama" else QWEN3), num_hidden_layers=layers).save_pretrained(
+        tmp_path / "teacher"
+    )
     tiny_tokenizer.save_pretrained(tmp_path / "teacher")
     recipe.teacher, recipe.calibration_tokens = str(tmp_path / "teacher"), 1024
-    data = TextDataModule(recipe.teacher, **{**options, "source": tiny_corpus, "seq_len": 64, "val_sequences": 2})
+    text = {"source": tiny_corpus, "val_source": None, "seq_len": 64, "batch_size": 2, "val_sequences": 2}
+    data = TextDataModule(recipe.teacher, **{**options, **text})
     conversion = Conversion(recipe, data, RunFolder(tmp_path / "run", {}), None, {})
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         trained = conversion.module(name, stage, None)

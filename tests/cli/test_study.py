@@ -15,10 +15,15 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from pl_attnedit.cli import main
+from pl_attnedit.conversion import check_plan
+from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.errors import UserError
+from pl_attnedit.eval.bench.shapes import config_of
+from pl_attnedit.recipe import Recipe, recipe_parser
 from pl_attnedit.study import merged, read_study, rows
 
 Make = Callable[..., Any]
+STUDIES = sorted(Path(__file__).parents[2].glob("configs/studies/*.yaml"))
 NO_TEXT = {"documents": 2, "cloze": 2, "continuation_tokens": 0}
 
 
@@ -117,6 +122,21 @@ def test_fields_are_merged_one_by_one() -> None:
 def test_mistakes(study: Make, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_study(study(**fields))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_of_ours_fits_its_teacher(path: Path, tmp_path: Path) -> None:
+    """Every variant is a recipe without mistakes. None has the name of another's run folder."""
+    config_of("smollm2-135m").save_pretrained(tmp_path)
+    parser, names = recipe_parser(), []
+    study = read_study(path)
+    for _, _, fields in study.recipes():
+        fields["teacher"] = str(tmp_path)
+        ready = parser.instantiate_classes(parser.parse_object(fields))
+        recipe = Recipe(**{name: getattr(ready, name) for name in fields.keys() - {"data"}})
+        check_plan(recipe, parse_targets(recipe.targets))
+        names.append(recipe.name)
+    assert len(set(names)) == len(names) >= len(study.variants)
 
 
 def test_mistakes_of_the_command(study: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

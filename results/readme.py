@@ -1,0 +1,275 @@
+"""The README's tables and plots, made from the data in this folder: `make figures`.
+
+A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, a plot is `results/NAME.svg`. tests/test_readme.py makes all of
+them again and compares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pl_attnedit.eval.charts import Chart, Mark, scatter_chart
+from pl_attnedit.study import ratio_text
+
+FOLDER = Path(__file__).parent
+README = FOLDER.parent / "README.md"
+SVG_HEAD = '<svg xmlns="http://www.w3.org/2000/svg" width="660" '
+# what the report's page says of colours, for a picture alone
+STYLE = """
+svg { --card: #fff; --ink: #1d2025; --soft: #59616c; --grid: #eceef0; --blue: #2466c9; --orange: #b4500a; --gray: #69727d;
+  background: var(--card); font: 11px system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) { svg { --card: #1c2025; --ink: #e6e8ea; --soft: #a0a8b2; --grid: #2a3037; --blue: #74a9f7;
+  --orange: #f0a050; --gray: #98a1ac; } }
+text { fill: var(--soft); } .name { fill: var(--ink); } path { fill: none; }
+.grid { stroke: var(--grid); } .axis { stroke: var(--gray); } .line { stroke-width: 2; stroke: var(--gray); }
+.front { stroke: var(--ink); stroke-opacity: .5; stroke-width: 1.4; stroke-dasharray: 5 3; } .dot { fill: var(--gray); }
+.line.mla { stroke: var(--orange); } .line.gate { stroke: var(--blue); } .dot.mla { fill: var(--orange); } .dot.gate { fill: var(--blue); }
+.mark.gate circle { fill: var(--blue); } .mark.mla path { fill: var(--orange); } .mark.other path { fill: var(--gray); }
+.mark.teacher circle { fill: none; stroke: var(--ink); stroke-width: 1.6; }
+"""
+
+
+def data(name: str) -> Any:
+    """The content of NAME.json."""
+    return json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def rounded(value: float, to: int) -> str:
+    return f"{round(value / to) * to:,.0f}"
+
+
+def quickstart() -> str:
+    runs = [data("quickstart"), data("quickstart_mla")]
+
+    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [name, *map(cell, runs)]
+
+    def cached(run: dict[str, Any]) -> str:
+        student, teacher = run["kv_bytes_per_token_student"], run["kv_bytes_per_token_teacher"]
+        return f"{student:,.0f} / {teacher:,.0f} ({student / teacher:.0%})"
+
+    rows = [
+        row("cached bytes per token at 8k context, student / teacher", cached),
+        row("training tokens, stage 1 + stage 2", lambda r: f"{r['tokens_stage1']:,} + {r['tokens_stage2']:,}"),
+        row(
+            "KL before, after stage 1, after stage 2",
+            lambda r: f"{r['kl_before']:.3f}, {r['kl_after_stage1']:.3f}, **{r['kl_after_stage2']:.3f}**",
+        ),
+        row("top-1 agreement", lambda r: f"{r['top1_after']:.1%}"),
+        row("perplexity, teacher and student", lambda r: f"{r['ppl_teacher']:.1f}, {r['ppl_student']:.1f}"),
+        row(
+            "wall time, peak memory", lambda r: f"{r['wall_seconds'] / 60:.1f} min, {r['peak_rss_bytes'] / 1e9:.1f} GB"
+        ),
+    ]
+    return table(["", "GateSWA, window 64, 4 sinks, SSSF", "MLA, 160+32 of 384 values"], rows)
+
+
+def bench_init() -> str:
+    found = {row["name"]: row["kl"] for row in data("bench_init")["rows"]}
+    rows = []
+    for split in ("92+36", "96+32", "144+48", "160+32"):
+        inits = ("calibrated", "latent norm, calibrated", "plain svd", "random")
+        values = [found.get(f"mla {split}, {init}") for init in inits]
+        digits = (3, 3, 2, 2)
+        cells = ["" if v is None else f"{v:.{d}f}" for v, d in zip(values, digits)]
+        rows.append([f"MLA {split} = {sum(map(int, split.split('+')))}", *cells])
+    windows = [found[f"gate_swa 64{sinks}, SSSF"] for sinks in (", 4 sinks", "")]
+    rows.append(["GateSWA 64, SSSF: 4 sinks / none", f"{windows[0]:.3f} / {windows[1]:.3f}", "", "", ""])
+    head = "cached values per token and layer (teacher 384)"
+    return table([head, "calibrated", "with latent norm", "plain SVD", "random"], rows)
+
+
+MODELS = {"smollm2-135m": "SmolLM2-135M", "qwen3-8b": "Qwen3-8B"}
+
+
+def bench_one_gpu() -> str:
+    rows = []
+    for found in data("bench_one_gpu"):
+        what = found["what"]
+        trained = {"attention": ", attention trained", "all": ", all trained"}.get(what.get("train"), "")
+        name = f"{MODELS[what['model']]}, stage {what['stage'][-1]}{trained}"
+        naive = f"{found['naive_over_step']:.1f}" if found.get("naive_over_step") else ""
+        speed = rounded(found["tokens_per_s"], 1000 if found["tokens_per_s"] > 1e5 else 100)
+        over = f"{found['step_over_bound']:.2f}"
+        rows.append([name, what["batch"].replace("x", " x "), speed, over, f"{found['flop_utilisation']:.0%}", naive])
+    return table(["", "batch", "tokens/s", "step / bound", "FLOP utilisation", "naive / step"], rows)
+
+
+def bench_two_gpus() -> str:
+    strategies = {"fsdp2": "FSDP2", "ddp": "DDP", "layers": "layers"}
+    rows = []
+    for found in data("bench_two_gpus"):
+        what = found["what"]
+        parts = [f"{MODELS[what['model']]}", f"stage {what['stage'][-1]}"]
+        parts += [f"{what['train']} trained"] if "train" in what else []
+        parts += ["activation checkpointing"] if what.get("activation_checkpointing") else []
+        parts += ["16 batches of 1 x 4096 a step"] if what["strategy"] == "layers" else []
+        held, alone = (each["weights_gradients_optimizer_bytes"] / 1e9 for each in (found, found["alone"]))
+        held_text = "" if what["strategy"] == "ddp" else f"{held:.1f} GB (one GPU: {alone:.1f})"
+        share = f"{found['communication_share']:.0%}"
+        rows.append(
+            [", ".join(parts), strategies[what["strategy"]], f"{found['scaling_efficiency']:.2f}", held_text, share]
+        )
+    head = ["", "strategy", "efficiency", "weights, gradients, optimizer per GPU", "NCCL kernels run in"]
+    return table(head, rows)
+
+
+def bench_trl() -> str:
+    rows = []
+    for trained in ("attention", "all"):
+        found = data("bench_trl")[trained]
+        ours, theirs = (next(row for row in found["rows"] if row["name"] == name) for name in ("ours", "distillation"))
+        speeds = [a / b for a, b in zip(ours["of_rounds"], theirs["of_rounds"])]
+        ratio = f"{ours['tokens_per_s'] / theirs['tokens_per_s']:.1f} times ({min(speeds):.1f} to {max(speeds):.1f})"
+        cells = [f"{row['tokens_per_s']:.0f} tokens/s" for row in (ours, theirs)]
+        rows.append([trained, *cells, ratio, f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}"])
+    return table(["trained", "ours", "TRL", "speed", "peak memory of the process"], rows)
+
+
+def smollm2() -> str:
+    """The conversions of configs/studies/smollm2.yaml; see `compare`."""
+    rows = []
+    for found in sorted(data("smollm2"), key=lambda row: (row["target"], -row["kv_budget"], row["kl_after_stage2"])):
+        short, long = (found["fidelity"].get(suite) for suite in ("fidelity", "fidelity_2k"))
+        curve = ", ".join(f"{found[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2"))
+        tokens = f"{found['tokens'] / 1e6:.0f}M" if found["tokens"] else "none"
+        rows.append(
+            [
+                name_of(found),
+                f"{found['kv_budget']:.0%}",
+                tokens,
+                curve,
+                fidelity(short),
+                fidelity(long),
+                perplexities(short),
+            ]
+        )
+    head = [
+        "",
+        "KV budget at 8k",
+        "tokens",
+        "KL before, after stage 1, after stage 2",
+        "KL, top-1 at 512",
+        "KL, top-1 at 2,048",
+    ]
+    return table([*head, "perplexity, teacher and student"], rows)
+
+
+def name_of(found: dict[str, Any]) -> str:
+    """What a variant of a study is called: the run's name less the seed."""
+    return found["name"].rsplit("-", 1)[0].replace("__", ", ").replace("_", " ")
+
+
+def fidelity(found: dict[str, float] | None) -> str:
+    return "" if found is None else f"{found['kl']:.3f} ± {found['kl_stderr']:.3f}, {found['top1']:.1%}"
+
+
+def perplexities(found: dict[str, float] | None) -> str:
+    return "" if found is None else f"{found['ppl_teacher']:.1f}, {found['ppl_student']:.1f}"
+
+
+def study(name: str) -> Callable[[], str]:
+    """The findings of one study: a row for each variant."""
+
+    def made() -> str:
+        rows = []
+        for row in data(name)["rows"]:
+            tokens = f"{row['tokens_stage1'] / 1e6:.1f}M + {row['tokens_stage2'] / 1e6:.1f}M"
+            cells = [f"{row[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2")]
+            rows.append(
+                [row["variant"], str(len(row["seeds"])), tokens, *cells, f"{row['top1_after']:.1%}", ratio_text(row)]
+            )
+        head = ["", "seeds", "tokens", "KL before", "after stage 1", "after stage 2", "top-1", "KL / first [95%]"]
+        return table(head, rows)
+
+    return made
+
+
+def sensitivity() -> str:
+    found = data("sensitivity_gate_swa")
+    rows = []
+    for name, text in (("plan", "by sensitivity"), ("evenly_spread", "evenly spread")):
+        row = found[name]
+        full = ", ".join(str(i) for i, letter in enumerate(row["pattern"]) if letter == "F")
+        rows.append([text, full, f"{row['kl']:.3f} ± {row['kl_error']:.3f}", f"{row['top1']:.1%}"])
+    return table(["full layers, chosen", "which", "KL, untrained", "top-1"], rows)
+
+
+def bench_decode() -> str:
+    rows = []
+    found = data("bench_decode_mla")
+    for teacher, student in zip(found["efficiency"][::2], found["efficiency"][1::2]):
+        speeds = [row["decode_tokens_per_s"]["median"] for row in (teacher, student)]
+        peaks = [f"{row['peak_bytes'] / 1e9:.1f}" for row in (teacher, student)]
+        place = [f"{teacher['batch']:,} x {teacher['context']:,}"]
+        rows.append([*place, *(f"{speed:,.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f}", " / ".join(peaks)])
+    largest = {row["model"]: row["batch"] for row in found["largest_batch"]}
+    ratio = f"{largest['student'] / largest['teacher']:.2f}"
+    budget = found["largest_batch"][0]["budget_bytes"] / 1e9
+    rows.append(
+        [f"largest batch in {budget:g} GB", *(f"{largest[name]:,}" for name in ("teacher", "student")), ratio, ""]
+    )
+    return table(["batch x context", "teacher, tokens/s", "MLA 96+32, tokens/s", "MLA / teacher", "memory, GB"], rows)
+
+
+def pareto() -> Chart:
+    """KL against KV budget of the conversions."""
+    css = {"mla": "mla", "gate_swa": "gate"}
+    marks = [Mark("teacher", 100.0, 0.0, "teacher")]
+    for found in data("smollm2"):
+        kl = found["fidelity"].get("fidelity", {}).get("kl", found["kl_after_stage2"])
+        marks.append(Mark(name_of(found), 100 * found["kv_budget"], kl, css.get(found["target"], "other")))
+    return scatter_chart(marks, "KV budget at 8k context", "KL(teacher||student), nats per token")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "bench_init": bench_init,
+    "bench_one_gpu": bench_one_gpu,
+    "bench_two_gpus": bench_two_gpus,
+    "bench_trl": bench_trl,
+    "bench_decode": bench_decode,
+    "smollm2": smollm2,
+    "sensitivity": sensitivity,
+}
+PLOTS: dict[str, Callable[[], Chart]] = {"smollm2_kv_budget": pareto}
+
+
+def with_tables(text: str) -> str:
+    """The README's text with its tables made again."""
+    for name, made in TABLES.items():
+        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        text, found = re.subn(pattern, lambda match: f"{match[1]}{made()}\n{match[2]}", text, flags=re.DOTALL)  # noqa: B023
+        if found != 1:
+            raise ValueError(f"{README.name} must have one table {name}, has {found}")
+    return text
+
+
+def plots() -> dict[Path, str]:
+    """The plots' files and their content."""
+    found = {}
+    for name, made in PLOTS.items():
+        svg = str(made().svg).replace("<svg ", SVG_HEAD, 1)
+        end = svg.index(">") + 1
+        found[FOLDER / f"{name}.svg"] = f"{svg[:end]}<style>{STYLE}</style>{svg[end:]}\n"
+    return found
+
+
+def main() -> None:
+    README.write_text(with_tables(README.read_text("utf-8")), "utf-8")
+    for path, text in plots().items():
+        path.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
