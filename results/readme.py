@@ -1,7 +1,7 @@
 """The README's tables and plots, made from the data in this folder: `make figures`.
 
-A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, a plot is `results/NAME.svg`. tests/test_readme.py makes all of
-them again and compares.
+A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, a plot is `results/NAME.svg`.
+tests/test_readme.py makes all of them again and compares.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ SVG_HEAD = '<svg xmlns="http://www.w3.org/2000/svg" width="660" '
 STYLE = """
 svg { --card: #fff; --ink: #1d2025; --soft: #59616c; --grid: #eceef0; --blue: #2466c9; --orange: #b4500a; --gray: #69727d;
   background: var(--card); font: 11px system-ui, sans-serif; }
-@media (prefers-color-scheme: dark) { svg { --card: #1c2025; --ink: #e6e8ea; --soft: #a0a8b2; --grid: #2a3037; --blue: #74a9f7;
-  --orange: #f0a050; --gray: #98a1ac; } }
+@media (prefers-color-scheme: dark) {
+  svg { --card: #1c2025; --ink: #e6e8ea; --soft: #a0a8b2; --grid: #2a3037; --gray: #98a1ac;
+    --blue: #74a9f7; --orange: #f0a050; }
+}
 text { fill: var(--soft); } .name { fill: var(--ink); } path { fill: none; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--gray); } .line { stroke-width: 2; stroke: var(--gray); }
 .front { stroke: var(--ink); stroke-opacity: .5; stroke-width: 1.4; stroke-dasharray: 5 3; } .dot { fill: var(--gray); }
-.line.mla { stroke: var(--orange); } .line.gate { stroke: var(--blue); } .dot.mla { fill: var(--orange); } .dot.gate { fill: var(--blue); }
+.line.mla { stroke: var(--orange); } .line.gate { stroke: var(--blue); }
+.dot.mla { fill: var(--orange); } .dot.gate { fill: var(--blue); }
 .mark.gate circle { fill: var(--blue); } .mark.mla path { fill: var(--orange); } .mark.other path { fill: var(--gray); }
 .mark.teacher circle { fill: none; stroke: var(--ink); stroke-width: 1.6; }
 """
