@@ -198,6 +198,14 @@ def study(name: str) -> Callable[[], str]:
     return made
 
 
+def pilots() -> str:
+    rows = []
+    for row in data("pilots_mla"):
+        kls = [f"{row[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2")]
+        rows.append([row["variant"], *kls, f"{row['top1_after']:.1%}"])
+    return table(["2.1M + 6.6M tokens", "KL before", "after stage 1", "after stage 2", "top-1"], rows)
+
+
 def sensitivity() -> str:
     found = data("sensitivity_gate_swa")
     rows = []
@@ -244,6 +252,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench_decode": bench_decode,
     "smollm2": smollm2,
     "sensitivity": sensitivity,
+    "pilots": pilots,
 }
 PLOTS: dict[str, Callable[[], Chart]] = {"smollm2_kv_budget": pareto}
 
