@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
 from pl_attnedit.cli import main
+from pl_attnedit.eval import efficiency
 from pl_attnedit.eval.efficiency import (
     Decoder,
     _AliveBytes,
     decode_peak,
+    hold,
     largest_batch,
     measure_efficiency,
     weights_bytes,
@@ -126,6 +129,43 @@ def test_largest_batch_is_the_largest_that_fits(make_teacher: Teachers) -> None:
     assert found["student"]["batch"] > 3 * found["teacher"]["batch"]
 
 
+@pytest.mark.parametrize("most", [0, 1, 2, 333])
+def test_a_batch_for_which_memory_runs_out_does_not_fit(
+    make_teacher: Teachers, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    attempts: list[weakref.ref[DynamicCache]] = []
+
+    def scarce(cache: DynamicCache, batch: int) -> None:
+        assert not any(attempt() for attempt in attempts)  # what an attempt allocated is freed before the next
+        attempts.append(weakref.ref(cache))
+        hold(cache, batch)
+        if batch > most:
+            raise torch.OutOfMemoryError("no more")
+
+    student = edit_model(make_teacher("llama"), TARGETS, pattern="SMF", init="random").eval()
+    enough = largest_batch(student, 64, 4 * 10**6)["batch"]
+    assert 100 < enough < 333
+    monkeypatch.setattr(efficiency, "hold", scarce)
+    for budget in (4 * 10**6, 10**10):
+        found = largest_batch(student, 64, budget)
+        assert found["batch"] == (min(most, enough) if budget < 10**10 else most)
+        assert (found["peak_bytes"] is None) == (most == 0)
+    assert len(attempts) < 50
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_held_cache_is_allocated_once(make_teacher: Teachers, make_ids: Callable[..., torch.Tensor]) -> None:
+    teacher = make_teacher("llama")
+    student = edit_model(teacher, TARGETS, pattern="SMF", init="random").eval()
+    cache = DynamicCache(config=student.config)
+    with torch.no_grad():
+        student(input_ids=make_ids(1, 40), past_key_values=cache)
+    with _AliveBytes() as alive:
+        hold(cache, 64)
+    held = cache_bytes(cache)
+    assert held < alive.peak < held * (1 + 6 / 64)  # beside it, little more than a sequence's layers on their way
+
+
 def test_the_meta_device_counts_what_a_step_allocates(make_teacher: Teachers) -> None:
     """The activations that are added up are those of the same step with content, kernel for kernel."""
     teacher = make_teacher("llama")
@@ -155,6 +195,16 @@ def test_mistakes(make_teacher: Teachers, changes: dict[str, Any], message: str)
     teacher = make_teacher("llama")
     with pytest.raises(UserError, match=message):
         measure_efficiency(teacher, teacher, **{"contexts": [8], "batches": [1], **changes})
+
+
+def test_a_batch_that_the_device_does_not_hold(make_teacher: Teachers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scarce(cache: DynamicCache, batch: int) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(efficiency, "hold", scarce)
+    teacher = make_teacher("llama")
+    with pytest.raises(UserError, match=r"batches = 3: of 8 tokens each: the teacher runs out of the device's memory"):
+        measure_efficiency(teacher, teacher, contexts=[8], batches=[3])
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
