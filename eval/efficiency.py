@@ -1,4 +1,4 @@
-"""Speed and memory of prefill and decode: teacher and student in turn, in one process.
+"""Speed and memory of prefill and decode: a teacher and its students in turn, in one process.
 
 Prefill runs at most `prefill_tokens` tokens a forward pass, a larger batch in several passes, and makes logits of the last
 token only; its seconds are the time to the first token of the whole batch.
@@ -36,8 +36,7 @@ WARMUP_STEPS = 3  # of decode, in each run
 
 
 def measure_efficiency(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
+    models: Mapping[str, PreTrainedModel],
     *,
     contexts: Sequence[int],
     batches: Sequence[int],
@@ -46,11 +45,12 @@ def measure_efficiency(
     prefill_tokens: int = 32768,
     cuda_graph: bool = True,
 ) -> list[dict[str, Any]]:
-    """Speed and memory of both models, in eval mode on the devices where they are, for every context and batch.
+    """Speed and memory of models, in eval mode on the devices where they are, for every context and batch.
 
-    A repeat is a run of the teacher and one of the student: prefill, then `new_tokens` decode steps; a first one warms up.
+    A repeat is a run of each model, in turn: prefill, then `new_tokens` decode steps; a first one warms up.
 
     Args:
+        models: by the name that their rows get.
         contexts: tokens in the cache of each sequence.
         batches: sequences.
         new_tokens: decode steps that are timed together.
@@ -67,7 +67,6 @@ def measure_efficiency(
         UserError: a number below 1, a context that leaves no room for a token within a model's limit, a batch that does
             not fit the device.
     """
-    models = {"teacher": teacher, "student": student}
     single = {"new_tokens": [new_tokens], "repeats": [repeats], "prefill_tokens": [prefill_tokens]}
     _check(models, contexts=contexts, batches=batches, **single)
     rows = []
@@ -79,7 +78,7 @@ def measure_efficiency(
                     try:
                         runs[name].append(_run(model, context, batch, new_tokens, prefill_tokens, cuda_graph))
                     except torch.OutOfMemoryError as error:
-                        problem = f"of {context} tokens each: the {name} runs out of the device's memory"
+                        problem = f"of {context} tokens each: {name} runs out of the device's memory"
                         raise invalid("batches", batch, problem) from error
             for name, model in models.items():
                 head = {"model": name, "context": context, "batch": batch}
@@ -177,8 +176,8 @@ def hold(cache: DynamicCache, batch: int) -> None:
     they would see in the growing cache, at the length at which it is held. Room is made for one sequence and then repeated,
     so that no more is allocated than what is held.
     """
-    cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=cache.layers[0].keys.device))
     layers: list[Any] = list(cache.layers)
+    cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=layers[0].keys.device))
     for layer in layers:
         length = layer.get_seq_length()
         grown = layer.update(layer.keys[:, :, -1:], layer.values[:, :, -1:])
