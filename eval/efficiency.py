@@ -1,4 +1,4 @@
-"""Speed and memory of prefill and decode: teacher and student in turn, in one process.
+"""Speed and memory of prefill and decode: a teacher and its students in turn, in one process.
 
 Prefill runs at most `prefill_tokens` tokens a forward pass, a larger batch in several passes, and makes logits of the last
 token only; its seconds are the time to the first token of the whole batch.
@@ -13,6 +13,7 @@ Memory is that of one model, as if it were alone: its weights and whatever its r
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +36,7 @@ WARMUP_STEPS = 3  # of decode, in each run
 
 
 def measure_efficiency(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
+    models: Mapping[str, PreTrainedModel],
     *,
     contexts: Sequence[int],
     batches: Sequence[int],
@@ -45,11 +45,12 @@ def measure_efficiency(
     prefill_tokens: int = 32768,
     cuda_graph: bool = True,
 ) -> list[dict[str, Any]]:
-    """Speed and memory of both models, in eval mode on the devices where they are, for every context and batch.
+    """Speed and memory of models, in eval mode on the devices where they are, for every context and batch.
 
-    A repeat is a run of the teacher and one of the student: prefill, then `new_tokens` decode steps; a first one warms up.
+    A repeat is a run of each model, in turn: prefill, then `new_tokens` decode steps; a first one warms up.
 
     Args:
+        models: by the name that their rows get.
         contexts: tokens in the cache of each sequence.
         batches: sequences.
         new_tokens: decode steps that are timed together.
@@ -63,9 +64,9 @@ def measure_efficiency(
         `decode`, "cuda graph" or "eager".
 
     Raises:
-        UserError: a number below 1, a context that leaves no room for a token within a model's limit.
+        UserError: a number below 1, a context that leaves no room for a token within a model's limit, a batch that does
+            not fit the device.
     """
-    models = {"teacher": teacher, "student": student}
     single = {"new_tokens": [new_tokens], "repeats": [repeats], "prefill_tokens": [prefill_tokens]}
     _check(models, contexts=contexts, batches=batches, **single)
     rows = []
@@ -74,7 +75,11 @@ def measure_efficiency(
             runs: dict[str, list[_Run]] = {name: [] for name in models}
             for _ in range(repeats + 1):
                 for name, model in models.items():
-                    runs[name].append(_run(model, context, batch, new_tokens, prefill_tokens, cuda_graph))
+                    try:
+                        runs[name].append(_run(model, context, batch, new_tokens, prefill_tokens, cuda_graph))
+                    except torch.OutOfMemoryError as error:
+                        problem = f"of {context} tokens each: {name} runs out of the device's memory"
+                        raise invalid("batches", batch, problem) from error
             for name, model in models.items():
                 head = {"model": name, "context": context, "batch": batch}
                 graph = cuda_graph and model.device.type == "cuda"
@@ -88,12 +93,13 @@ def largest_batch(model: PreTrainedModel, context: int, budget_bytes: int) -> di
     """The largest batch of which one decode step fits the budget: weights, caches of `context` tokens, activations.
 
     On CUDA the step is really run, at the batch found and at the next one, and the allocator's highest figure counts
-    (without the CUDA context and fragmentation). Elsewhere it runs on the meta device, whose tensors have sizes and no
-    content, and what is alive at a time is added up, with kernels of attention that allocate no more than their output.
+    (without the CUDA context and fragmentation); a batch for which the device runs out of memory, beside whatever else is
+    there, does not fit. Elsewhere it runs on the meta device, whose tensors have sizes and no content, and what is alive
+    at a time is added up, with kernels of attention that allocate no more than their output.
 
     Returns:
-        `context`, `budget_bytes`, `batch` (0 where not even one fits), `peak_bytes` at that batch, and `run`: whether it
-        was really run.
+        `context`, `budget_bytes`, `batch` (0 where not even one fits), `peak_bytes` at that batch (None for 0), and `run`:
+        whether it was really run.
 
     Raises:
         UserError: a context beyond the model's limit, a budget beyond the device's memory.
@@ -103,17 +109,25 @@ def largest_batch(model: PreTrainedModel, context: int, budget_bytes: int) -> di
     if run and budget_bytes > (total := torch.cuda.mem_get_info(model.device)[1]):
         raise invalid("budget_bytes", budget_bytes, f"must be at most the device's memory of {total} bytes")
     subject = model if run else _without_content(model)
-    peaks: dict[int, int] = {}
+    peaks: dict[int, float] = {}
 
-    def peak(batch: int) -> int:
+    def peak(batch: int) -> float:
         if batch not in peaks:
-            peaks[batch] = decode_peak(subject, context, batch)
+            try:
+                peaks[batch] = decode_peak(subject, context, batch)
+            except torch.OutOfMemoryError:
+                peaks[batch] = math.inf
+            if peaks[batch] == math.inf:  # only now, as the error's frames held what the attempt had allocated
+                torch.cuda.empty_cache()
         return peaks[batch]
 
     low, high = 1, 2  # where the peak is a straight line from one to the other, the next guess is right
     while peak(low) <= budget_bytes and (peak(high) <= budget_bytes or high - low > 1):
-        each = max((peak(high) - peak(low)) / (high - low), 1)
-        guess = low + int((budget_bytes - peak(low)) / each)
+        if peak(high) == math.inf:  # no line to follow
+            guess = (low + high) // 2
+        else:
+            each = max((peak(high) - peak(low)) / (high - low), 1)
+            guess = low + int((budget_bytes - peak(low)) / each)
         if peak(high) <= budget_bytes:
             low, high = high, max(guess, high + 1)
         else:
@@ -155,15 +169,19 @@ def weights_bytes(model: PreTrainedModel) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def hold(cache: DynamicCache) -> None:
-    """Allocates room for one more token; from now on every `update` writes it there and returns all, and nothing grows.
+def hold(cache: DynamicCache, batch: int) -> None:
+    """Makes a cache that of `batch` sequences, all like its first one, with room for one more token of each.
 
-    The queries of a step see exactly what they would see in the growing cache, at the length at which it is held.
+    From now on every `update` writes it there and returns all, and nothing grows. The queries of a step see exactly what
+    they would see in the growing cache, at the length at which it is held. Room is made for one sequence and then repeated,
+    so that no more is allocated than what is held.
     """
     layers: list[Any] = list(cache.layers)
+    cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=layers[0].keys.device))
     for layer in layers:
         length = layer.get_seq_length()
-        keys, values = layer.update(layer.keys[:, :, -1:], layer.values[:, :, -1:])
+        grown = layer.update(layer.keys[:, :, -1:], layer.values[:, :, -1:])
+        keys, values = (states.repeat(batch, 1, 1, 1) for states in grown)
         layer.update = partial(_overwrite_last, keys, values)
         layer.keys, layer.values = keys[:, :, :-1], values[:, :, :-1]
         if hasattr(layer, "cumulative_length"):
@@ -190,8 +208,7 @@ class Decoder:
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self.position = torch.full((1, 1), cache.get_seq_length(), device=model.device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        cache.batch_select_indices(self.token[:, 0])
-        hold(cache)
+        hold(cache, batch)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -143,11 +143,12 @@ class _Pair:
         sizes = asdict(options)
         budget = sizes.pop("budget_gb")
         with evaluation_mode(*self.models):
-            found = {"efficiency": measure_efficiency(*self.models, **sizes)}
+            models = dict(zip(("teacher", "student"), self.models))
+            found = {"efficiency": measure_efficiency(models, **sizes)}
             if budget is not None:
                 found["largest_batch"] = [
                     {"model": name, **largest_batch(model, context, round(budget * 1e9))}
-                    for name, model in zip(("teacher", "student"), self.models)
+                    for name, model in models.items()
                     for context in options.contexts
                 ]
         return found

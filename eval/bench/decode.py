@@ -1,41 +1,72 @@
-"""`bench decode`: a student's prefill, decode and largest batch beside its teacher's, in one run."""
+"""`bench decode`: prefill, decode and largest batch of students beside those of their teacher, in one run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from pl_attnedit.attention import TargetConfig
 from pl_attnedit.eval.bench.stages import machine
 from pl_attnedit.eval.efficiency import largest_batch, measure_efficiency
+from pl_attnedit.modeling.plan import EditPlan
 
 
 def bench_decode(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
+    models: Mapping[str, PreTrainedModel],
     *,
     contexts: Sequence[int],
     batches: Sequence[int],
     budget_bytes: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """`efficiency`: the rows of `measure_efficiency`, which takes `settings`; `ratios`: student over teacher by context and
-    batch; `largest_batch`: rows of both models by context, where a budget is given; `machine`.
+    """`models` are named, the teacher first.
+
+    Returns:
+        `efficiency`: the rows of `measure_efficiency`, which takes `settings`; `ratios`: each student over the teacher by
+        context and batch; `largest_batch`: rows of all models by context, where a budget is given; `machine`.
     """
-    rows = measure_efficiency(teacher, student, contexts=contexts, batches=batches, **settings)
+    rows = measure_efficiency(models, contexts=contexts, batches=batches, **settings)
     largest = [
         {"model": name, **largest_batch(model, context, budget_bytes)}
         for context in contexts
-        for name, model in {"teacher": teacher, "student": student}.items()
+        for name, model in models.items()
         if budget_bytes is not None
     ]
-    ratios = [_ratios(of_teacher, of_student) for of_teacher, of_student in zip(rows[::2], rows[1::2])]
-    return {"efficiency": rows, "ratios": ratios, "largest_batch": largest, "machine": machine(teacher.device)}
+    ratios = [_ratios(place[0], of_student) for place in _places(rows) for of_student in place[1:]]
+    device = next(iter(models.values())).device
+    return {"efficiency": rows, "ratios": ratios, "largest_batch": largest, "machine": machine(device)}
+
+
+def student_name(plan: EditPlan) -> str:
+    """Its targets with what they state, and its pattern unless all layers are alike: mla 96+32; gate_swa 64, SSSF."""
+    used = {letter: _target_name(target) for letter, target in plan.targets.items() if letter in plan.letters}
+    names = list(used.values()) if len(used) == 1 else [f"{letter} = {name}" for letter, name in used.items()]
+    return ", ".join([*names, *([plan.pattern] if len(plan.pattern) > 1 or not used else [])])
+
+
+def _target_name(target: TargetConfig) -> str:
+    fields = {field: getattr(target, field.name) for field in dataclasses.fields(target)}
+    needed = [str(value) for field, value in fields.items() if field.default is dataclasses.MISSING]
+    changed = [
+        f"{field.name} {value}"
+        for field, value in fields.items()
+        if field.default is not dataclasses.MISSING and value != field.default
+    ]
+    return ", ".join([f"{target.type} {'+'.join(needed)}", *changed])
+
+
+def _places(rows: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
+    """The rows of all models at one context and batch, or at one context."""
+    count = len({row["model"] for row in rows})
+    return (rows[start : start + count] for start in range(0, len(rows), count or 1))
 
 
 def _ratios(teacher: dict[str, Any], student: dict[str, Any]) -> dict[str, Any]:
-    found = {name: teacher[name] for name in ("context", "batch")}
+    found = {name: student[name] for name in ("model", "context", "batch")}
     found["cache_bytes_per_token"] = student["cache_bytes_per_token"] / teacher["cache_bytes_per_token"]
     for name in ("prefill_tokens_per_s", "decode_tokens_per_s"):
         found[name] = student[name]["median"] / teacher[name]["median"]
@@ -47,22 +78,23 @@ def decode_table(result: dict[str, Any]) -> str:
     table: list[tuple[str, ...]] = [
         ("context", "batch", "model", "prefill tokens/s", "decode tokens/s [quartiles]", "cache B/token", "peak GB")
     ]
-    rows, ratios = result["efficiency"], result["ratios"]
-    for of_teacher, of_student, ratio in zip(rows[::2], rows[1::2], ratios):
-        place = (f"{ratio['context']:,}", f"{ratio['batch']:,}")
-        table += [(*place, *_cells(row)) for row in (of_teacher, of_student)]
-        over = (
-            f"{ratio[name]:.2f}" for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes_per_token")
-        )
-        table.append((*place, "student / teacher", *over, ""))
+    ratios = iter(result["ratios"])
+    for rows in _places(result["efficiency"]):
+        place = (f"{rows[0]['context']:,}", f"{rows[0]['batch']:,}")
+        table += [(*place, *_cells(row)) for row in rows]
+        for ratio in itertools.islice(ratios, len(rows) - 1):
+            shown = ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes_per_token")
+            over = (f"{ratio[name]:.2f}" for name in shown)
+            table.append((*place, f"{ratio['model']} / {rows[0]['model']}", *over, ""))
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
     lines += [
-        f"largest batch in {row['budget_bytes'] / 1e9:g} GB at {row['context']:,} tokens: {row['model']} {row['batch']:,} "
-        + ("(run)" if row["run"] else "(added up from tensors' sizes, not run)")
-        for row in result["largest_batch"]
+        f"largest batch in {rows[0]['budget_bytes'] / 1e9:g} GB at {rows[0]['context']:,} tokens: "
+        + "; ".join(f"{row['model']}: {row['batch']:,}" for row in rows)
+        + (" (run)" if rows[0]["run"] else " (added up from tensors' sizes, not run)")
+        for rows in _places(result["largest_batch"])
     ]
-    return "\n".join([*lines, f"decode: {rows[0]['decode']}, on {result['machine']['device']}"])
+    return "\n".join([*lines, f"decode: {result['efficiency'][0]['decode']}, on {result['machine']['device']}"])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

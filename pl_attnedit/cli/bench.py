@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,13 +63,20 @@ def main(arguments: Sequence[str]) -> int:
 
 def _decode_options(commands: Any) -> ArgumentParser:
     decode: ArgumentParser = commands.add_parser(
-        "decode", help="prefill, decode and largest batch of a student beside its teacher, in one run"
+        "decode", help="prefill, decode and largest batch of students beside their teacher, in one run"
     )
     decode.add_argument("--teacher", default="smollm2-135m", help=MODEL_HELP)
     decode.add_argument("--layers", type=int, help="of a shape: another number of layers")
-    decode.add_argument("--student", help="folder of a converted model, instead of --target")
-    decode.add_argument("--target", type=yaml.safe_load, default=TARGET, help=TARGET_HELP)
-    decode.add_argument("--pattern", help="layers that get it, default the target's own")
+    decode.add_argument("--student", nargs="+", default=[], help="folders of converted models")
+    decode.add_argument(
+        "--target",
+        nargs="+",
+        type=yaml.safe_load,
+        help=f"students with random weights, a {TARGET_HELP} without --student",
+    )
+    decode.add_argument(
+        "--pattern", nargs="+", help="layers that get them, one for all or for each, default a target's own"
+    )
     decode.add_argument("--contexts", nargs="+", type=int, default=[512], help="tokens in the cache (default 512)")
     decode.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="sequences (default 1 8)")
     decode.add_argument("--new-tokens", type=int, default=32, help="decode steps timed together (default 32)")
@@ -182,18 +190,23 @@ def _decode(options: Namespace) -> int:
 
     from pl_attnedit import edit_model, load
     from pl_attnedit.distillation.settings import parse_targets
-    from pl_attnedit.eval.bench.decode import bench_decode, decode_table
+    from pl_attnedit.eval.bench.decode import bench_decode, decode_table, student_name
 
+    targets = [parse_targets(target) for target in options.target or ([] if options.student else [TARGET])]
+    patterns = options.pattern or [None]
+    if len(patterns) not in (1, len(targets)) or (options.pattern and not targets):
+        raise invalid("--pattern", options.pattern, f"must be one for all targets or one for each of {len(targets)}")
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    teacher = _model(options.teacher, options.layers, dtype, device)
-    if options.student:
-        student: Any = load(options.student, dtype=dtype)
-        student.to(device)
-    else:
-        student = edit_model(teacher, parse_targets(options.target), pattern=options.pattern, init="random")
+    models = {"teacher": _model(options.teacher, options.layers, dtype, device)}
+    student: Any
+    for folder in options.student:
+        student = load(folder, dtype=dtype)
+        models[_new_name(_folder_name(folder), models)] = student.to(device)
+    for target, pattern in zip(targets, patterns * (len(targets) // len(patterns))):
+        student = edit_model(models["teacher"], target, pattern=pattern, init="random")
+        models[_new_name(student_name(student.edit_plan), models)] = student
     result = bench_decode(
-        teacher,
-        student,
+        models,
         contexts=options.contexts,
         batches=options.batches,
         new_tokens=options.new_tokens,
@@ -203,6 +216,18 @@ def _decode(options: Namespace) -> int:
     )
     print(json.dumps(result, indent=2) if options.json else decode_table(result))
     return 0
+
+
+def _folder_name(folder: str) -> str:
+    """That of the run, where a conversion left its student in it."""
+    path = Path(folder).resolve()
+    return path.parent.name if path.name == "student" else path.name
+
+
+def _new_name(name: str, taken: Container[str]) -> str:
+    """The name, numbered where it is taken."""
+    numbered = (f"{name} ({number})" for number in itertools.count(2))
+    return next(new for new in itertools.chain([name], numbered) if new not in taken)
 
 
 def _loss(options: Namespace) -> int:
@@ -246,8 +271,7 @@ def _cache(options: Namespace) -> int:
 
     models = {"teacher": load_teacher(options.teacher)[0]}
     for folder in options.student:
-        path = Path(folder)
-        models[path.parent.name if path.name == "student" else path.name] = load(folder)
+        models[_new_name(_folder_name(folder), models)] = load(folder)
     result = bench_cache(models, options.contexts)
     print(json.dumps(result, indent=2) if options.json else cache_table(result))
     return 0 if result["agree"] else 1

@@ -62,9 +62,8 @@ def evaluate(
     saved: Path, teacher_name: str, tiny_corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> Callable[..., dict[str, Any]]:  # fmt: skip
     """`evaluate(name=..., **changes of the suite)` runs the command and returns results.json."""
-    timed: list[Any] = []
     fake = SimpleNamespace(
-        measure_efficiency=lambda teacher, student, **options: timed.append((teacher, student)) or [dict(options)],
+        measure_efficiency=lambda models, **options: [{"models": list(models), **options}],
         largest_batch=lambda model, context, budget: {"context": context, "budget_bytes": budget, "batch": 7},
     )
     monkeypatch.setitem(sys.modules, "pl_attnedit.eval.efficiency", fake)  # has tests of its own
@@ -112,7 +111,8 @@ def test_a_suite_from_the_command_line(
     assert found["fidelity"]["kl"] == pytest.approx(sum(row["kl"] for row in found["by_position"]) / 2)
     places = [(row["task"], row["context"], row["depth"], row["n"]) for row in found["retrieval"]]
     assert places == [("needle_1", 512, 0.5, 2), ("copy", 512, 0.5, 2)]
-    assert found["efficiency"] == [{"contexts": [64], "batches": [1, 2], "new_tokens": 4, "repeats": 1}]
+    options = {"contexts": [64], "batches": [1, 2], "new_tokens": 4, "repeats": 1}
+    assert found["efficiency"] == [{"models": ["teacher", "student"], **options}]
     assert found["largest_batch"][1] == {"model": "student", "context": 64, "budget_bytes": 500_000_000, "batch": 7}
     assert len(found["samples"]) == 12
 
