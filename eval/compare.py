@@ -112,9 +112,12 @@ def format_rows(rows: Sequence[ComparisonRow], style: str = "text") -> str:
 def _cells(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
     """Header and cells for people; a difference never comes without its interval."""
     measured = sorted({key for row in rows for key in row.differences})
-    suites = sorted({suite for row in rows for suite in row.fidelity})
+    suites = {
+        suite: [row.fidelity[suite] for row in rows if suite in row.fidelity]
+        for suite in sorted({suite for row in rows for suite in row.fidelity})
+    }
     header = ["conversion", "recipe", "target", "pattern", "tokens", "KV", "KL before", "KL after", "top-1"]
-    header += [*(_fidelity_head(suite, rows) for suite in suites), "decode / teacher", "minutes"]
+    header += [*(fidelity_head(suite, each) for suite, each in suites.items()), "decode / teacher", "minutes"]
     table = []
     for row in rows:
         cells = [row.name, row.recipe or "-", row.target or "-", row.pattern or "-", _number(row.tokens, ",.0f")]
@@ -132,9 +135,8 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _fidelity_head(suite: str, rows: Sequence[ComparisonRow]) -> str:
-    """With the context, or contexts: a teacher's own may be shorter than the suite's."""
-    found = [row.fidelity[suite] for row in rows if suite in row.fidelity]
+def fidelity_head(suite: str, found: Sequence[Mapping[str, float]]) -> str:
+    """A suite's column: "KL fidelity (512)", or several contexts where a teacher's is shorter than the suite's."""
     contexts = sorted({each["tokens"] / each["sequences"] for each in found if each.keys() >= {"tokens", "sequences"}})
     return f"KL {suite} ({', '.join(map(context_length, contexts))})"
 
