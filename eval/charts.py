@@ -19,6 +19,7 @@ from pl_attnedit.eval.report_scales import (
     HEIGHT,
     LEFT,
     NAMES,
+    NAMES_OF_RUNS,
     RIGHT,
     TOP,
     WIDTH,
@@ -84,7 +85,8 @@ def _axes(x: Scale, y: Scale, x_label: str, y_label: str, end: float = WIDTH - R
 class Series:
     """A line that carries its name, where it has one, at its end.
 
-    `css` gives it colour and stroke; `dots` marks each point; `spread` draws (low, high) through each point; `text`
+    `css` gives it colour and stroke; `dots` marks each point; `run` is the run id where the line is a conversion's (`css`
+    is then one of `SHAPES`, which mark the points); `spread` draws (low, high) through each point; `text`
     and `values` say what a point tells: by default its x and y.
     """
 
@@ -95,11 +97,12 @@ class Series:
     spread: Sequence[Point] = ()
     text: str = ""
     values: Sequence[tuple[str, ...]] = ()
+    run: str = ""
 
     def told(self, x: Scale, y: Scale, x_label: str) -> Points:
         values = self.values or [(f"{px:g}", f"{py:.4g}") for px, py in self.points]
         text = self.text or f"{self.name}, {x_label} {{}}: {{}}"
-        return Points(text, [(x(px), y(py), *told) for (px, py), told in zip(self.points, values)])
+        return Points(text, [(x(px), y(py), *told) for (px, py), told in zip(self.points, values)], self.run)
 
 
 def line_chart(
@@ -110,7 +113,7 @@ def line_chart(
     y_scale: Callable[[Sequence[float]], Scale] = up_log,
 ) -> Chart:
     """One line or several over a common axis; every series has points, on a logarithmic axis positive ones."""
-    end = WIDTH - RIGHT - (NAMES if any(s.name for s in series) else 0)
+    end = WIDTH - RIGHT - (NAMES_OF_RUNS if any(s.run for s in series) else NAMES if any(s.name for s in series) else 0)
     x = x_scale([px for s in series for px, _ in s.points], end)
     y = y_scale(
         [value for s in series for value in [*(py for _, py in s.points), *(v for pair in s.spread for v in pair)]]
@@ -120,15 +123,31 @@ def line_chart(
         for (px, _), (low, high) in zip(s.points, s.spread):
             parts.append(Markup('<path class="spread {}" d="M{} {}V{}"/>').format(s.css, x(px), y(low), y(high)))
         path = "L".join(f"{x(px)} {y(py)}" for px, py in s.points)
+        if s.run:
+            parts.append(_line_of_run(s.css, s.run, path))
+            parts += [_mark(s.css, x(px), y(py), s.run) for px, py in s.points]
+            continue
         parts.append(Markup('<path class="line {}" d="M{}"/>').format(s.css, path))
         if s.dots:
             parts += [_dot(s.css, x(px), y(py)) for px, py in s.points]
-    lowest = 0.0
-    for s in sorted(series, key=lambda s: y(s.points[-1][1])):
-        lowest = max(y(s.points[-1][1]) + 4, lowest + 16)  # names must not cover one another
-        parts.append(_text(x(s.points[-1][0]) + 8, round(lowest, 1), s.name, "start", f"name {s.css}"))
+    by_height = sorted(series, key=lambda s: y(s.points[-1][1]))
+    for s, height in zip(by_height, _apart([y(s.points[-1][1]) + 4 for s in by_height])):
+        name, css = (_short(s.name), "name") if s.run else (s.name, f"name {s.css}")
+        parts.append(_text(x(s.points[-1][0]) + 8, round(height, 1), name, "start", css, s.run))
     told = ", ".join(f"{s.name} from {s.points[0][1]:.3g} to {s.points[-1][1]:.3g}" for s in series)
     return Chart(_svg(f"{y_label} over {x_label}: {told}", parts), [s.told(x, y, x_label) for s in series])
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Heights from top to bottom, moved so that names there do not cover one another nor the axis."""
+    moved = [0.0]
+    for height in heights:
+        moved.append(max(height, moved[-1] + 16))
+    lowest = HEIGHT - BOTTOM + 4.0
+    for i in range(len(moved) - 1, 0, -1):
+        moved[i] = min(moved[i], lowest)
+        lowest = moved[i] - 16
+    return moved[1:]
 
 
 def _dot(css: str, x: float, y: float, radius: float = 3.2) -> Markup:
@@ -285,8 +304,10 @@ def slope_chart(slopes: Sequence[Slope], places: Sequence[str], y_label: str) ->
     lowest = math.inf
     for slope, values in sorted(drawn, key=lambda line: line[1][-1][1]):
         path = "L".join(f"{x(i)} {y(v)}" for i, v in values)
-        line = Markup('<path class="slope {}" data-run="{}" d="M{}"/>').format(slope.css, slope.run, path)
-        parts += [line, *(_mark(slope.css, x(i), y(v), slope.run) for i, v in values)]
+        parts += [
+            _line_of_run(slope.css, slope.run, path),
+            *(_mark(slope.css, x(i), y(v), slope.run) for i, v in values),
+        ]
         marks = [(x(i), y(v), slope.name, places[i], f"{v:.3g}") for i, v in values]
         points.append(Points("{}, {}: KL {}", marks, slope.run))
         end_x, end_y = x(values[-1][0]), y(values[-1][1])
@@ -296,6 +317,10 @@ def slope_chart(slopes: Sequence[Slope], places: Sequence[str], y_label: str) ->
             parts.append(_text(end_x + 10, round(name_y, 1), _short(slope.name), "start", "name", slope.run))
     told = "; ".join(f"{s.name}: {', '.join('none' if v is None else f'{v:.3g}' for v in s.values)}" for s in slopes)
     return Chart(_svg(f"{y_label}, {', '.join(places)}. {told}", parts), points)
+
+
+def _line_of_run(css: str, run: str, path: str) -> Markup:
+    return Markup('<path class="slope {}" data-run="{}" d="M{}"/>').format(css, run, path)
 
 
 def _mark(css: str, x: float, y: float, run: str) -> Markup:

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.records import Conversion, eval_metrics, find_conversions
+from pl_attnedit.eval.formatting import context_length, with_error
+from pl_attnedit.eval.records import SUITE_TAG, Conversion, eval_metrics, fidelity_metrics, find_conversions
 from pl_attnedit.tracking.client import EXPERIMENT
 
 
@@ -32,10 +33,13 @@ class ComparisonRow:
     top1_after: float | None
     ppl_teacher: float | None
     ppl_student: float | None
+    wall_seconds: float | None  # working time of the conversion over all its starts
     # "task/metric" -> teacher, student, difference, ci_low, ci_high; of the latest evaluation of each suite
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
     verdicts: dict[str, str] = field(default_factory=dict)  # "task/metric" -> non-inferior, inferior, inconclusive
     decode: dict[str, float] = field(default_factory=dict)  # "<context>x<batch>" -> tokens/s, student over teacher
+    # suite -> kl, kl_stderr, top1, top1_stderr, ppl_teacher, ppl_student, sequences, tokens: those it logged
+    fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def kl_after(self) -> float | None:
@@ -56,6 +60,7 @@ def comparison_row(conversion: Conversion) -> ComparisonRow:
     differences: dict[str, dict[str, float]] = {}
     verdicts: dict[str, str] = {}
     decode: dict[str, float] = {}
+    fidelity: dict[str, dict[str, float]] = {}
     for run in conversion.evaluations:
         found = {f"{task}/{metric}": fields for (task, metric), fields in eval_metrics(run).items()}
         said = run.data.tags
@@ -63,8 +68,11 @@ def comparison_row(conversion: Conversion) -> ComparisonRow:
         verdicts |= {key: said[f"verdict/{key}"] for key in found if f"verdict/{key}" in said}
         differences |= found
         decode |= _decode_ratios(run.data.metrics)
+        if whole := fidelity_metrics(run):
+            fidelity[said.get(SUITE_TAG, "")] = whole
     tags = {name: conversion.tag(name) for name in ("recipe", "teacher", "target", "pattern")}
-    names = ("kl_before", "kl_after_stage1", "kl_after_stage2", "top1_after", "ppl_teacher", "ppl_student")
+    names = ["kl_before", "kl_after_stage1", "kl_after_stage2", "top1_after", "ppl_teacher", "ppl_student"]
+    names += ["wall_seconds"]
     return ComparisonRow(
         run_id=conversion.run_id,
         name=conversion.name,
@@ -73,6 +81,7 @@ def comparison_row(conversion: Conversion) -> ComparisonRow:
         differences=dict(sorted(differences.items())),
         verdicts=dict(sorted(verdicts.items())),
         decode=dict(sorted(decode.items(), key=lambda item: _size(item[0]))),
+        fidelity=dict(sorted(fidelity.items())),
         **tags,  # type: ignore[arg-type]
         **{name: conversion.number(name) for name in names},  # type: ignore[arg-type]
     )
@@ -103,13 +112,18 @@ def format_rows(rows: Sequence[ComparisonRow], style: str = "text") -> str:
 def _cells(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
     """Header and cells for people; a difference never comes without its interval."""
     measured = sorted({key for row in rows for key in row.differences})
+    suites = {
+        suite: [row.fidelity[suite] for row in rows if suite in row.fidelity]
+        for suite in sorted({suite for row in rows for suite in row.fidelity})
+    }
     header = ["conversion", "recipe", "target", "pattern", "tokens", "KV", "KL before", "KL after", "top-1"]
-    header += ["decode / teacher"]
+    header += [*(fidelity_head(suite, each) for suite, each in suites.items()), "decode / teacher", "minutes"]
     table = []
     for row in rows:
         cells = [row.name, row.recipe or "-", row.target or "-", row.pattern or "-", _number(row.tokens, ",.0f")]
         cells += [_number(row.kv_budget, ".1%"), _number(row.kl_before, ".3f"), _number(row.kl_after, ".3f")]
-        cells += [_number(row.top1_after, ".1%"), _largest(row.decode)]
+        cells += [_number(row.top1_after, ".1%"), *(_fidelity(row.fidelity.get(suite)) for suite in suites)]
+        cells += [_largest(row.decode), _number(None if row.wall_seconds is None else row.wall_seconds / 60, ".1f")]
         for key in measured:
             found = row.differences.get(key)
             cells.append("-" if found is None else _with_interval(found, row.verdicts.get(key, "")))
@@ -119,6 +133,19 @@ def _cells(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def fidelity_head(suite: str, found: Sequence[Mapping[str, float]]) -> str:
+    """A suite's column: "KL fidelity (512)", or several contexts where a teacher's is shorter than the suite's."""
+    contexts = sorted({each["tokens"] / each["sequences"] for each in found if each.keys() >= {"tokens", "sequences"}})
+    return f"KL {suite} ({', '.join(map(context_length, contexts))})"
+
+
+def _fidelity(found: Mapping[str, float] | None) -> str:
+    """KL with its standard error, and top-1 agreement."""
+    if not found or not found.keys() >= {"kl", "top1"}:
+        return "-"
+    return f"{with_error(found['kl'], found.get('kl_stderr'))}, {found['top1']:.1%}"
 
 
 def _largest(decode: Mapping[str, float]) -> str:
@@ -153,6 +180,8 @@ def _csv(rows: Sequence[ComparisonRow]) -> str:
             values.update({f"{key}/{name}": value for name, value in fields.items()})
         values.update({f"{key}/verdict": verdict for key, verdict in values.pop("verdicts").items()})
         values.update({f"decode/{size}": ratio for size, ratio in values.pop("decode").items()})
+        for suite, fields in values.pop("fidelity").items():
+            values.update({f"fidelity/{suite}/{name}": value for name, value in fields.items()})
         flat.append(values)
     columns = dict.fromkeys(key for values in flat for key in values)
     out = io.StringIO()

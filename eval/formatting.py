@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Sequence
 
 from markupsafe import Markup
@@ -22,6 +23,14 @@ def significant(value: float | None, digits: int = 3) -> str:
 def _digits(value: float, digits: int, sign: str = "") -> str:
     """With trailing zeros, so that columns compare; plain decimals down to 0.0001."""
     return f"{value:{sign}#.{digits}g}".removesuffix(".")
+
+
+def with_error(value: float, error: float | None) -> str:
+    """0.0548 ± 0.0013: as many decimals as show two digits of the standard error."""
+    if error is None or not 0 < error < 100:  # also nan, of a student that diverged
+        return significant(value) + ("" if error is None else f" ± {significant(error)}")
+    decimals = min(max(1 - math.floor(math.log10(error)), 0), 6)
+    return f"{value:,.{decimals}f} ± {error:.{decimals}f}".replace("-", MINUS)
 
 
 def kl(value: float | None) -> str:

@@ -46,6 +46,7 @@ EFFICIENCY_FIELDS = (
     "first_token_s",
     "peak_bytes",
 )
+FIDELITY = "eval/fidelity/"  # of metrics
 DIFFERENCE_FIELDS = ("teacher", "student", "difference", "ci_low", "ci_high")
 
 
@@ -67,9 +68,7 @@ def log_evaluation(
     content = json.loads(result.to_json())
     tasks = {f"{row['task']}/{row['metric']}": row for row in content.get("tasks") or []}
     differences = {f"eval/{key}/{name}": row[name] for key, row in tasks.items() for name in DIFFERENCE_FIELDS}
-    whole = {
-        f"eval/fidelity/{key}": value for key, value in (content.get("fidelity") or {}).items() if value is not None
-    }
+    whole = {f"{FIDELITY}{key}": value for key, value in (content.get("fidelity") or {}).items() if value is not None}
     run.log_metrics(differences | whole | _efficiency_metrics(content) | _retrieval_metrics(content))
     for row in content.get("by_position") or []:
         values = {name: row[name] for name in ("kl", "top1", "nll_teacher", "nll_student") if row.get(name) is not None}
@@ -184,6 +183,12 @@ def eval_metrics(run: Run) -> dict[tuple[str, str], dict[str, float]]:
             task, metric = task_metric.rsplit("/", 1)
             found[task, metric][name] = value
     return {key: fields for key, fields in found.items() if set(DIFFERENCE_FIELDS) <= fields.keys()}
+
+
+def fidelity_metrics(run: Run) -> dict[str, float]:
+    """What an evaluation run has logged of `by_position.fidelity`; empty where its suite does not measure it."""
+    found = run.data.metrics.items()
+    return {key.removeprefix(FIDELITY): value for key, value in found if key.startswith(FIDELITY)}
 
 
 def find_conversions(

@@ -32,6 +32,8 @@ from pl_attnedit.eval.report_tables import (
     SIGNS_READ,
     decode_gain,
     efficiency_table,
+    fidelity_columns,
+    fidelity_summary,
     fidelity_text,
     largest_batches,
     retrieval_grids,
@@ -97,7 +99,8 @@ def _html(data: Sequence[ConversionData], made: datetime, address: Any) -> str:
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in (STYLE, SCRIPT))
     return environment.get_template(TEMPLATE).render(
         made=made,
-        overview=overview_figures([conversion.row for conversion in data]),
+        overview=overview_figures(data),
+        fidelity=fidelity_columns(data),
         parts=[_part(conversion, measured) for conversion in data],
         measured=measured,
         efficiency_head=EFFICIENCY_HEAD,
@@ -125,6 +128,7 @@ def _part(data: ConversionData, measured: set[str]) -> dict[str, Any]:
         "training": training_figures(data),
         "evaluations": [_evaluation(evaluation) for evaluation in data.evaluations],
         "verdicts": verdict_counts(data),
+        "fidelity": fidelity_summary(data),
         "gain": decode_gain(data.part("efficiency")),
         "unmeasured": [text for name, text in PARTS.items() if name in measured and not data.part(name)],
     }
@@ -133,7 +137,7 @@ def _part(data: ConversionData, measured: set[str]) -> dict[str, Any]:
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     runs = [evaluation.run] if evaluation.run else []
     tasks = [task_row(row) for row in evaluation.part("tasks")]
-    positions, efficiency = evaluation.part("by_position"), evaluation.part("efficiency")
+    positions, efficiency = evaluation.positions, evaluation.part("efficiency")
     return {
         "suite": evaluation.suite,
         "version": evaluation.version,

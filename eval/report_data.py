@@ -72,6 +72,11 @@ class Evaluation:
         return (self.results or {}).get(name) or []
 
     @property
+    def positions(self) -> list[dict[str, Any]]:
+        """The spans of `by_position` that a chart has a place for: a student that diverged has none."""
+        return [row for row in self.part("by_position") if math.isfinite(row["kl"])]
+
+    @property
     def fidelity(self) -> dict[str, Any] | None:
         """KL, top-1 agreement and perplexity over all positions, where the suite measures them."""
         return (self.results or {}).get("fidelity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,11 @@ from pl_attnedit.eval import charts
 from pl_attnedit.eval.charts import Chart, Mark, Series, Slope
 from pl_attnedit.eval.compare import ComparisonRow
 from pl_attnedit.eval.formatting import context_length, significant
-from pl_attnedit.eval.report_data import ConversionData, Curve
+from pl_attnedit.eval.report_data import ConversionData, Curve, Evaluation
 from pl_attnedit.eval.report_scales import across_contexts, up_from_zero, up_percent
 
 MAX_POINTS = 120  # of a training curve: more is no longer visible
+MAX_LINES = 8  # conversions in one chart by position: more are no longer told apart
 TARGET_CSS = {"gate_swa": "gate", "mla": "mla"}
 CSS_NAMES = {"gate": "GateSWA", "mla": "MLA", "other": "other target", "teacher": "teacher"}
 
@@ -33,9 +35,17 @@ class Figure:
     runs: Sequence[Run] = ()
 
 
-def overview_figures(rows: Sequence[ComparisonRow]) -> list[Figure]:
-    """Over all conversions: quality against KV budget, and what each stage recovered."""
-    return [_budget_figure(rows), _progress_figure(rows)]
+def overview_figures(data: Sequence[ConversionData]) -> list[Figure]:
+    """Over all conversions: quality against KV budget, what each stage recovered, and KL by position for each suite that
+    measured it for several of them."""
+    rows = [conversion.row for conversion in data]
+    suites: dict[str, list[tuple[ComparisonRow, Evaluation]]] = defaultdict(list)
+    for conversion in data:
+        for evaluation in conversion.evaluations:
+            if evaluation.positions:
+                suites[evaluation.suite].append((conversion.row, evaluation))
+    compared = [_positions_figure(suite, found) for suite, found in sorted(suites.items()) if len(found) > 1]
+    return [_budget_figure(rows), _progress_figure(rows), *compared]
 
 
 def _budget_figure(rows: Sequence[ComparisonRow]) -> Figure:
@@ -71,6 +81,25 @@ def _progress_figure(rows: Sequence[ComparisonRow]) -> Figure:
     chart = charts.slope_chart(slopes, ("before", "stage 1", "stage 2"), "KL to the teacher, nats per token")
     legend = [(css, CSS_NAMES[css]) for css in dict.fromkeys(slope.css for slope in slopes)]
     return Figure(title, chart, "The steeper a line falls, the more that stage recovered (logarithmic).", legend)
+
+
+def _positions_figure(suite: str, found: Sequence[tuple[ComparisonRow, Evaluation]]) -> Figure:
+    series = []
+    for row, evaluation in found[:MAX_LINES]:
+        spans = evaluation.positions
+        values = [(row.name, f"{s['start']:,}", f"{s['end'] - 1:,}", significant(s["kl"])) for s in spans]
+        points = [(span["end"], span["kl"]) for span in spans]
+        text = "{}, positions {} to {}: KL {}"
+        series.append(Series(row.name, points, _css(row), text=text, values=values, run=row.run_id))
+    unit = "KL to the teacher, nats per token"
+    chart = charts.line_chart(series, "position in context, up to token", unit, across_contexts, up_from_zero)
+    note = "Lower is better; a rise to the right: quality is lost far into the context."
+    if len(found) > MAX_LINES:
+        note += f" {len(found) - MAX_LINES} left out: a chart shows the first {MAX_LINES} conversions of the report."
+    if len({evaluation.version for _, evaluation in found[:MAX_LINES]}) > 1:
+        note += " The conversions were evaluated by different versions of the suite."
+    legend = [(css, CSS_NAMES[css]) for css in dict.fromkeys(each.css for each in series)]
+    return Figure(f"KL by position, suite {suite}", chart, note, legend)
 
 
 def _css(row: ComparisonRow) -> str:

@@ -17,6 +17,8 @@ from pl_attnedit.eval.report_tables import (
     SIGNS_READ,
     decode_gain,
     efficiency_table,
+    fidelity_columns,
+    fidelity_summary,
     fidelity_text,
     largest_batches,
     retrieval_grids,
@@ -62,17 +64,21 @@ def _overview(data: Sequence[ConversionData], address: Address) -> str:
         (d.row.kv_budget, d.row.kl_after) for d in data if d.row.kv_budget is not None and d.row.kl_after is not None
     ]
     front = pareto_front(points)
+    suites = fidelity_columns(data)
     for conversion in data:
         row, gain = conversion.row, decode_gain(conversion.part("efficiency"))
+        fidelity = fidelity_summary(conversion)
         verdicts = ", ".join(text for text, _ in verdict_counts(conversion)) or "–"
         best = (row.kv_budget, row.kl_after) in front
         cells = [f"**{escape(row.name)}**" if best else escape(row.name)]
         cells += [escape(row.teacher or "–"), escape(row.target or "–"), escape(row.pattern or "–"), count(row.tokens)]
         cells += [percent(row.kv_budget), f"{kl(row.kl_before)} → {kl(row.kl_after)}", percent(row.top1_after)]
+        cells += [", ".join(fidelity[suite][:2]) if suite in fidelity else "–" for suite in suites]
         cells += [f"{ratio(gain[0])} at {gain[1]}" if gain else "–", verdicts]
         rows.append([*cells, _run(conversion.conversion.run, address)])
-    head = ("conversion", "teacher", "target", "pattern", "tokens", "KV budget", "KL, nats per token", "top-1")
-    table = markdown_table([*head, "decoding, student / teacher", "evaluation", "MLflow run"], rows, right=range(4, 9))
+    head = ["conversion", "teacher", "target", "pattern", "tokens", "KV budget", "KL, nats per token", "top-1"]
+    head += (*map(escape, suites.values()), "decoding, student / teacher", "evaluation", "MLflow run")
+    table = markdown_table(head, rows, right=range(4, 9 + len(suites)))
     note = "**Bold**: no other conversion has both a smaller KV budget and a smaller KL (Pareto front)."
     return f"{table}\n\n{note} {SIGNS_READ}"
 

@@ -11,6 +11,7 @@ from pl_attnedit.eval.formatting import context_length
 WIDTH, HEIGHT = 440, 290
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 32, 46
 NAMES = 66  # room at the right for the names of lines
+NAMES_OF_RUNS = 126  # the same for names of conversions
 SMALLEST_STEP = 46  # from one label of the horizontal axis to the next
 
 

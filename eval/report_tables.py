@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from pl_attnedit.eval import charts
+from pl_attnedit.eval.compare import fidelity_head
 from pl_attnedit.eval.formatting import (
     NONE,
     byte_size,
@@ -20,6 +21,7 @@ from pl_attnedit.eval.formatting import (
     seconds,
     significant,
     value_of,
+    with_error,
 )
 from pl_attnedit.eval.report_data import ConversionData
 
@@ -219,14 +221,10 @@ def decode_gain(rows: Sequence[Row]) -> tuple[float, str] | None:
 
 def fidelity_cells(found: Row) -> list[tuple[str, str, str]]:
     """Of results.json's `fidelity`: (what, teacher, student), with the standard error behind what has one."""
-
-    def with_error(key: str, form: Callable[[float], str]) -> str:
-        error = found[f"{key}_stderr"]
-        return form(found[key]) + ("" if error is None else f" ± {form(error)}")
-
+    error = found["top1_stderr"]
     return [
-        ("KL to the teacher", NONE, with_error("kl", significant)),
-        ("top-1 agreement", NONE, with_error("top1", lambda share: f"{share:.2%}")),
+        ("KL to the teacher", NONE, with_error(found["kl"], found["kl_stderr"])),
+        ("top-1 agreement", NONE, f"{found['top1']:.2%}" + ("" if error is None else f" ± {error:.2%}")),
         ("perplexity", significant(found["ppl_teacher"], 4), significant(found["ppl_student"], 4)),
     ]
 
@@ -241,6 +239,28 @@ def fidelity_text(found: Row | None) -> str:
         f"All positions: KL {kl} nats per token, top-1 agreement {top1}, perplexity {teacher} → {student} "
         f"({found['sequences']} × {found['tokens'] // found['sequences']:,} tokens{error})."
     )
+
+
+def fidelity_columns(data: Sequence[ConversionData]) -> dict[str, str]:
+    """The suites that measured fidelity for any of the conversions -> what their column is called."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for evaluation in (e for conversion in data for e in conversion.evaluations):
+        if evaluation.fidelity:
+            found[evaluation.suite].append(evaluation.fidelity)
+    return {suite: fidelity_head(suite, found[suite]) for suite in sorted(found)}
+
+
+def fidelity_summary(data: ConversionData) -> dict[str, Cell]:
+    """Of a conversion by suite: KL with its standard error, top-1 agreement, and the KL alone."""
+    return {
+        e.suite: (
+            with_error(e.fidelity["kl"], e.fidelity["kl_stderr"]),
+            f"top-1 {e.fidelity['top1']:.1%}" + (", of a checkpoint" if e.checkpoint else ""),
+            e.fidelity["kl"],
+        )
+        for e in data.evaluations
+        if e.fidelity
+    }
 
 
 def settings_text(settings: Row) -> str:

@@ -11,6 +11,8 @@ import pytest
 from pl_attnedit.eval import charts
 from pl_attnedit.eval.charts import Chart, Mark, Series, Slope, pareto_front
 from pl_attnedit.eval.report_scales import (
+    BOTTOM,
+    HEIGHT,
     WIDTH,
     across_contexts,
     linear_scale,
@@ -93,6 +95,24 @@ def test_line_chart() -> None:
     assert chart.points[1].marks[0][:2] == (float(first.get("cx") or 0), float(first.get("cy") or 0))
     assert "<out>" not in chart.svg
     assert abs(names(chart)["training"] - names(chart)["held <out>"]) >= 16, "names do not cover one another"
+
+
+def test_lines_of_conversions() -> None:
+    """They can be switched off, and their names do not cover one another nor the axis."""
+    series = [
+        Series(f"conversion <{i}>", [(64, 0.0), (128, 0.001 * i)], "mla" if i else "gate", run=f"run{i}")
+        for i in range(7)
+    ]
+    high = Series("far above", [(64, 0.2), (128, 2.0)], "other", run="high")
+    chart = charts.line_chart([*series, high], "context", "KL", across_contexts, up_from_zero)
+    root, runs = parse(chart), [*(f"run{i}" for i in range(7)), "high"]
+    for tag, count in (("path", 1), ("g", 2), ("text", 1)):
+        assert sorted(e.get("data-run") or "" for e in root.iter(tag) if e.get("data-run")) == sorted(runs * count)
+    assert [points.run for points in chart.points] == runs
+    heights = sorted(float(e.get("y") or 0) for e in root.iter("text") if e.get("data-run"))
+    assert min(b - a for a, b in pairwise(heights)) >= 16
+    assert heights[-1] <= HEIGHT - BOTTOM + 4
+    assert {"conversion <3>", "far above"} <= names(chart).keys()
 
 
 def test_spreads_are_drawn_through_their_points() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -46,8 +48,9 @@ def test_rows_hold_what_was_logged(store: tuple[str, list[str]]) -> None:
         "ci_low": logged.ci_low,
         "ci_high": logged.ci_high,
     }
-    assert stopped.tokens is stopped.kv_budget is stopped.kl_after is None
-    assert stopped.differences == {}
+    assert row.wall_seconds == 742
+    assert stopped.tokens is stopped.kv_budget is stopped.kl_after is stopped.wall_seconds is None
+    assert stopped.differences == stopped.fidelity == {}
 
 
 def test_selections(store: tuple[str, list[str]]) -> None:
@@ -128,6 +131,45 @@ def test_suites_speeds_and_verdicts(store: tuple[str, list[str]], tmp_path: Path
         assert (line["decode/512x8"], line["heldout_cloze/acc/verdict"]) == ("1.25", "non-inferior")
     finally:
         client.delete_run(run_id)
+
+
+def test_fidelity_of_each_suite(suites: tuple[str, list[str]], tmp_path: Path) -> None:
+    uri, ids = suites
+    client, added = connect(uri), []
+
+    def evaluated(run_id: str, suite: str, loss: float, **changes: float | None) -> None:
+        with TrackedRun(start_child(run_id, "evaluation", client=client), tmp_path, tracking_uri=uri) as run:
+            content = json.loads(fake_evaluation(loss).to_json()) | {"suite": {"name": suite, "version": "1"}}
+            content["fidelity"] |= changes
+            log_evaluation(SimpleNamespace(to_json=lambda: json.dumps(content), samples=[]), run)  # type: ignore[arg-type]
+        added.append(run.run_id)
+
+    evaluated(ids[0], "fidelity", 0.5)
+    evaluated(ids[0], "fidelity", 0.0548, kl_stderr=0.00132, top1=0.8788)  # the latest counts
+    evaluated(ids[0], "fidelity_2k", 0.25, tokens=20_480)
+    evaluated(ids[1], "fidelity_2k", 0.4445, tokens=10_240, sequences=10, kl_stderr=None)  # a shorter context
+    try:
+        first, second, third = rows = compare_runs(ids[:3], uri)
+    finally:
+        for run_id in added:
+            client.delete_run(run_id)
+    assert first.fidelity.keys() == {"fidelity", "fidelity_2k"}
+    assert (second.fidelity.keys(), third.fidelity) == ({"fidelity_2k"}, {})
+    whole = first.fidelity["fidelity"]
+    assert whole == {
+        **{"kl": 0.0548, "kl_stderr": 0.00132, "top1": 0.8788, "sequences": 10, "tokens": 5120},
+        **{"ppl_teacher": 22.2, "ppl_student": pytest.approx(22.2 * math.exp(0.0548))},
+    }
+    assert json.loads(format_rows(rows, "json"))[0]["fidelity"]["fidelity"] == whole
+    lines = list(csv.DictReader(io.StringIO(format_rows(rows, "csv"))))
+    assert [line["fidelity/fidelity/kl_stderr"] for line in lines] == ["0.00132", "", ""]
+    assert [line["wall_seconds"] for line in lines] == ["742.0"] * 3
+    head, *cells = ([cell.strip() for cell in line.split("|")] for line in format_rows(rows, "markdown").splitlines())
+    shown = [dict(zip(head, line)) for line in cells[1:]]
+    assert [line["KL fidelity (512)"] for line in shown] == ["0.0548 ± 0.0013, 87.9%", "-", "-"]
+    assert [line["KL fidelity_2k (1k, 2k)"] for line in shown] == ["0.250 ± 0.013, 90.0%", "0.445, 90.0%", "-"]
+    assert [line["minutes"] for line in shown] == ["12.4"] * 3
+    assert "KL" not in format_rows([third]).splitlines()[0].replace("KL before", "").replace("KL after", "")
 
 
 def test_the_command_writes_what_the_file_is_called(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from pl_attnedit.errors import UserError
 from pl_attnedit.eval.records import find_conversions, log_evaluation
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.report_data import load_all, read_histories, run_address
+from pl_attnedit.eval.report_figures import overview_figures
 from pl_attnedit.tracking import TrackedRun, connect, start_child
 
 EVIL = "<img src=x onerror=alert(1)> \"'& </script><script>alert(2)</script> {} \u2028\u2029 `|@all"
@@ -166,7 +169,7 @@ def test_foreign_texts_in_markdown(evil: tuple[str, str], tmp_path: Path) -> Non
     assert "\u2028" not in text
     assert "@all" not in text
     cells = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")]
-    assert set(cells[:3]) == {12}, "the overview's columns hold"
+    assert set(cells[:3]) == {13}, "the overview's columns hold"
 
 
 def test_suites(suites: tuple[str, list[str]], tmp_path: Path) -> None:
@@ -180,8 +183,10 @@ def test_suites(suites: tuple[str, list[str]], tmp_path: Path) -> None:
         "▼ inferior",
         "KL by position in context",
         "Top-1 agreement by position",
-        "All positions: KL 0.0900 ± 0.00450 nats per token, top-1 agreement 88.50% ± 0.13%, perplexity 18.20 → 19.04 "
+        "All positions: KL 0.0900 ± 0.0045 nats per token, top-1 agreement 88.50% ± 0.13%, perplexity 18.20 → 19.04 "
         "(64 × 4,096 tokens; ± one standard error over the sequences).",
+        "KL offline (4k) 0.0900 ± 0.0045; top-1 88.5% Top-1 agreement",
+        "0.0900 ± 0.0045 top-1 88.5% 16.8 → 18.2",
         "Decoding speed, batch 1",
         "Decoding speed, batch 8",
         "KV cache, measured",
@@ -191,9 +196,67 @@ def test_suites(suites: tuple[str, list[str]], tmp_path: Path) -> None:
         "of the teacher’s at 8k context, batch 1",
     ):
         assert expected in page.text, expected
+    assert "KL by position, suite" not in page.text, "nothing to compare with"
     told = [group["t"] for chart in json.loads(page.scripts[0]) for group in chart]
     assert "positions {} to {}: KL {} (n = {} tokens)" in told
     assert "student, context {}: {} tokens/s ({} to {})" in told
+
+
+def test_conversions_by_position(suites: tuple[str, list[str]], tmp_path: Path) -> None:
+    """One line for each conversion that was evaluated by the suite; what a chart has no place for is said."""
+    uri, ids = suites
+    page = Page(write_report(ids, tmp_path / "report.html", uri).read_text())
+    assert page.text.count("KL by position, suite offline GateSWA MLA") == 1
+    lines = [points for points in json.loads(page.scripts[0])[2] if points["t"] == "{}, positions {} to {}: KL {}"]
+    assert [points["r"] for points in lines] == ids[:2]
+    assert lines[1]["m"][-1][2:5] == ["quickstart_mla", "2,048", "4,095"]
+    assert "left out" not in page.text
+    assert "different versions" not in page.text
+
+    (data,) = load_all(connect(uri), find_conversions(ids[:1], uri))
+    suite = data.evaluations[-1]
+    positions = [{"start": 0, "end": 64, "kl": 0.1}, {"start": 64, "end": 128, "kl": math.nan}]
+    other = replace(suite, results={"by_position": positions}, run=find_conversions(ids[:1], uri)[0].run)
+    lost = replace(suite, results={"by_position": positions[1:]})
+    many = [replace(data, evaluations=[each]) for each in (lost, other, *[suite] * 9)]
+    figure = overview_figures(many)[2]
+    assert figure.chart is not None
+    assert [len(points.marks) for points in figure.chart.points] == [1] + [7] * 7
+    assert " 2 left out: a chart shows the first 8 conversions of the report." in figure.note
+    assert "different versions of the suite" in figure.note
+    assert len(overview_figures(many[:2])) == 2, "one conversion has numbers"
+
+
+def test_a_student_that_diverged(suites: tuple[str, list[str]], tmp_path: Path) -> None:
+    uri, ids = suites
+    results = fake_suite()
+    for values in (results["fidelity"], *results["by_position"]):
+        values |= {key: math.nan for key in values if key.startswith("kl")}
+    added = log_fake_suite(uri, tmp_path, ids[2], results, suite="fidelity")
+    try:
+        page = Page(write_report(ids[2:3], tmp_path / "report.html", uri).read_text())
+    finally:
+        connect(uri).delete_run(added)
+    assert "nan ± nan top-1 88.0%" in page.text
+    assert "by position" not in page.text.lower()
+
+
+def test_fidelity_of_a_checkpoint_is_called_so(suites: tuple[str, list[str]], tmp_path: Path) -> None:
+    uri, ids = suites
+    client = connect(uri)
+    added = log_fake_suite(uri, tmp_path, ids[2], fake_suite(0.2), suite="fidelity_|2k")
+    client.set_tag(added, "checkpoint", "stage2/step 100")
+    try:
+        page = Page(write_report(ids[:3], tmp_path / "report.html", uri).read_text())
+        text = write_report(ids[:3], tmp_path / "report.md", uri).read_text()
+    finally:
+        client.delete_run(added)
+    assert "0.200 ± 0.010 top-1 83.0%, of a checkpoint" in page.text
+    head, _, first, second, third = [line for line in text.splitlines() if line.startswith("|")][:5]
+    assert "| KL fidelity\\_\\|2k (4k) | KL offline (4k) | decoding" in head
+    assert "| – | 0.0900 ± 0.0045, top-1 88.5% |" in first
+    assert "| – | 0.300 ± 0.015, top-1 78.0% |" in second
+    assert "| 0.200 ± 0.010, top-1 83.0%, of a checkpoint | – |" in third
 
 
 def test_failed_evaluations_are_shown_as_failed(suites: tuple[str, list[str]], tmp_path: Path) -> None:
@@ -241,7 +304,7 @@ def test_markdown(suites: tuple[str, list[str]], tmp_path: Path) -> None:
         "**Failed**: RuntimeError: CUDA out of memory",
         "−10.0 [−13.0, −7.0] points | &lt;0.001 | ▼ inferior (margin 2.0 points, detectable 1.3 points)",
         "| 0% | 100.0% → 100.0% |",
-        "All positions: KL 0.300 ± 0.0150 nats per token",
+        "All positions: KL 0.300 ± 0.015 nats per token",
         "| 8k × 8 | student |",
         "- teacher: Tokyo. The answer ⟂ is: 1.",
         f"`{ids[0]}`",
