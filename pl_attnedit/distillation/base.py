@@ -288,7 +288,7 @@ class DistillationModule(LightningModule):
         )
         # Gradients are never scaled (float16 is refused); Lightning would take a fused optimizer for one that undoes a
         # scaling itself, and refuse to clip
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = False
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
