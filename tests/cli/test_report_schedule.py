@@ -71,7 +71,7 @@ def test_a_checkpoint_is_found_evaluated_and_reported_once(
         (["--once", "--retry", "-1h"], "--retry"),
         (["--once", "--every", "6h"], "--every: needs --watch"),
         (["--suite", "quick"], "--suite: needs --watch or --once"),
-        (["--once", "--suite", "none"], "suite = 'none': must be one of offline"),
+        (["--once", "--suite", "none"], "suite = 'none': must be one of fidelity"),
         (["--once"], "experiment = 'pl_attnedit': does not exist"),
         (["--once", "--watch"], "not allowed with"),
     ],

@@ -20,7 +20,7 @@ from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.shapes import config_of
 from pl_attnedit.recipe import Recipe, recipe_parser
-from pl_attnedit.study import merged, read_study, rows
+from pl_attnedit.study import StudyRun, merged, read_study, rows
 
 Make = Callable[..., Any]
 STUDIES = sorted(Path(__file__).parents[2].glob("configs/studies/*.yaml"))
@@ -39,45 +39,43 @@ def study(tmp_path: Path, recipe: Make) -> Callable[..., Path]:
     return write
 
 
-def test_variants_run_fail_and_are_compared(study: Make, start: Make, tmp_path: Path) -> None:
+def test_variants_run_fail_are_stopped_and_compared(
+    study: Make, start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     variants = {
-        "as it is": {"seeds": [0, 1]},
-        "no stage 1": {"stage1": {"steps": 0}},
         "broken": {"targets": {"S": {"type": "gate_swa", "window": 0}}},
+        "as it is": {},
+        "no stage 1": {"stage1": {"steps": 0}},
+        "endless": {"stage1": {"steps": 100000}},
     }
-    path = study(variants=variants)
-    output, errors = (process := start("study", path, "--workers", "2")).communicate(timeout=300)
-    assert process.returncode == 1, errors
-    assert "failed: broken, seed 0" in output
+    path, folder = study(variants=variants), tmp_path / "runs" / "tiny_study"
+    process = start("study", path, "--workers", "2")
+    until = time.monotonic() + 240
+    finished, log = folder / "no_stage_1-0" / "report.html", folder / "endless-0.log"
+    while time.monotonic() < until and not (finished.exists() and "stage1  step" in log.read_text()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "broken-0: failed" in errors
     assert "window = 0" in errors
-    results = json.loads((tmp_path / "runs" / "tiny_study" / "study.json").read_text())
-    first, without = results["rows"]
-    assert (first["variant"], first["seeds"], without["variant"]) == ("as it is", [0, 1], "no stage 1")
+    assert "endless-0: stopped" in errors
+    assert list((folder / "endless-0" / "stage1").glob("*.ckpt"))  # its conversion has ended in order
+
+    done = StudyRun(read_study(path), tmp_path / "runs", only=["it is", "stage 1"])
+    assert done.run() == []  # nothing is started again
+    assert capsys.readouterr().err.count("done before") == 2
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", str(path), "--no-run", "--only", "it is", "stage 1", "-o", "study.json"]) == 0
+    first, without = json.loads((tmp_path / "study.json").read_text())["rows"]
+    assert (first["variant"], first["seeds"], without["variant"]) == ("as it is", [0], "no stage 1")
     assert (first["tokens_stage1"], without["tokens_stage1"]) == (64, 0)
     assert without["kl_after_stage1"] == without["kl_before"] != without["kl_after_stage2"]
-    assert without["ratio_low"] < without["ratio"] < without["ratio_high"]
+    assert without["ratio"] == pytest.approx(without["kl_after_stage2"] / first["kl_after_stage2"])
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     [experiment] = [e for e in client.search_experiments() if e.name == "tiny_study"]
     kinds = [run.data.tags["pl_attnedit.kind"] for run in client.search_runs([experiment.experiment_id])]
     assert kinds.count("conversion") == 3
-
-    output, errors = (process := start("study", path, "--only", "it is", "stage 1")).communicate(timeout=60)
-    assert process.returncode == 0
-    assert errors.count("done before") == 3
-
-
-def test_a_stopped_study_goes_on(study: Make, start: Make, tmp_path: Path) -> None:
-    path = study(change={"stage1": {"steps": 100000}, "evaluation": NO_TEXT})
-    process = start("study", path)
-    log = tmp_path / "runs" / "tiny_study" / "as_it_is-0.log"
-    until = time.monotonic() + 60
-    while not (log.exists() and "stage1  step" in log.read_text()) and time.monotonic() < until:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "as_it_is-0: stopped" in errors
-    assert list((log.parent / "as_it_is-0" / "stage1").glob("*.ckpt"))  # its conversion has ended in order
 
 
 def test_ratios_cover_the_truth() -> None:

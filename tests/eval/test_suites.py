@@ -59,5 +59,5 @@ def test_mistakes(content: str, message: str, tmp_path: Path) -> None:
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         load_suite(str(path))
-    with pytest.raises(UserError, match="suite = 'quik': must be one of fidelity, offline, paper, quick"):
+    with pytest.raises(UserError, match="suite = 'quik': must be one of fidelity, fidelity_2k, offline, paper, quick"):
         load_suite("quik")
