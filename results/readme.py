@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from pl_attnedit.eval.charts import Chart, Mark, scatter_chart
-from pl_attnedit.study import ratio_text
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
@@ -140,62 +139,32 @@ def bench_trl() -> str:
 
 
 def smollm2() -> str:
-    """The conversions of configs/studies/smollm2.yaml; see `compare`."""
-    rows = []
+    """The conversions of configs/studies/smollm2.yaml, each followed by its exports, judged in stock transformers."""
+    exports, rows = data("smollm2_exported"), []
     for found in sorted(data("smollm2"), key=lambda row: (row["target"], -row["kv_budget"], row["kl_after_stage2"])):
-        short, long = (found["fidelity"].get(suite) for suite in ("fidelity", "fidelity_2k"))
         curve = ", ".join(f"{found[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2"))
         tokens = f"{found['tokens'] / 1e6:.0f}M" if found["tokens"] else "none"
-        rows.append(
-            [
-                name_of(found),
-                f"{found['kv_budget']:.0%}",
-                tokens,
-                curve,
-                fidelity(short),
-                fidelity(long),
-                perplexities(short),
-            ]
-        )
-    head = [
-        "",
-        "KV budget at 8k",
-        "tokens",
-        "KL before, after stage 1, after stage 2",
-        "KL, top-1 at 512",
-        "KL, top-1 at 2,048",
+        rows.append([name_of(found), f"{found['kv_budget']:.0%}", tokens, curve, *judged(found["fidelity"])])
+        for each in exports:
+            if each["conversion"] == found["name"]:
+                rows.append([f"{name_of(found)}, as {each['format']}", "", "", "", *judged(each["fidelity"])])
+    head = ["", "KV budget at 8k", "tokens", "KL before, after stage 1, after stage 2"]
+    return table([*head, "KL, top-1 at 512", "KL, top-1 at 2,048", "perplexity, teacher and student"], rows)
+
+
+def judged(suites: dict[str, dict[str, float]]) -> list[str]:
+    """What the fidelity suites found, at 512 and 2,048 tokens, and the perplexities at 512."""
+    cells = [
+        f"{found['kl']:.3f} ± {found['kl_stderr']:.3f}, {found['top1']:.1%}" if found else ""
+        for found in (suites.get("fidelity"), suites.get("fidelity_2k"))
     ]
-    return table([*head, "perplexity, teacher and student"], rows)
+    short = suites.get("fidelity")
+    return [*cells, f"{short['ppl_teacher']:.1f}, {short['ppl_student']:.1f}" if short else ""]
 
 
 def name_of(found: dict[str, Any]) -> str:
     """What a variant of a study is called: the run's name less the seed."""
     return found["name"].rsplit("-", 1)[0].replace("__", ", ").replace("_", " ")
-
-
-def fidelity(found: dict[str, float] | None) -> str:
-    return "" if found is None else f"{found['kl']:.3f} ± {found['kl_stderr']:.3f}, {found['top1']:.1%}"
-
-
-def perplexities(found: dict[str, float] | None) -> str:
-    return "" if found is None else f"{found['ppl_teacher']:.1f}, {found['ppl_student']:.1f}"
-
-
-def study(name: str) -> Callable[[], str]:
-    """The findings of one study: a row for each variant."""
-
-    def made() -> str:
-        rows = []
-        for row in data(name)["rows"]:
-            tokens = f"{row['tokens_stage1'] / 1e6:.1f}M + {row['tokens_stage2'] / 1e6:.1f}M"
-            cells = [f"{row[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2")]
-            rows.append(
-                [row["variant"], str(len(row["seeds"])), tokens, *cells, f"{row['top1_after']:.1%}", ratio_text(row)]
-            )
-        head = ["", "seeds", "tokens", "KL before", "after stage 1", "after stage 2", "top-1", "KL / first [95%]"]
-        return table(head, rows)
-
-    return made
 
 
 def pilots() -> str:
