@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,7 +63,7 @@ class Study:
                 seed = seeds[name][turn]
                 own = {key: value for key, value in fields_of_it.items() if key != "seeds"}
                 recipe = merged(merged(base, self.change), own)
-                label = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+                label = re.sub(r"[^\w.-]+", "_", name)
                 yield name, seed, {**recipe, "name": f"{label}-{seed}", "seed": seed, "experiment": self.name}
 
 
