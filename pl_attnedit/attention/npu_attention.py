@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pl_attnedit.attention.autocast import to_autocast
 from pl_attnedit.errors import invalid
 
 SWITCH = "PL_ATTNEDIT_NPU_ATTENTION"  # environment variable
@@ -49,9 +50,7 @@ def fused_attention(
     """
     import torch_npu
 
-    if torch.is_autocast_enabled(query.device.type):  # normed keys may be float32 and values not
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = to_autocast(query, key, value)  # normed keys may be float32 and values not
     masking: dict[str, Any]
     if mask is not None:
         masking = {"atten_mask": ~mask.expand(-1, -1, query.shape[2], key.shape[2]), "sparse_mode": 1}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pl_attnedit.attention.autocast import to_autocast
 from pl_attnedit.attention.base import attention
 from pl_attnedit.attention.npu_attention import fused_attention, takes_fused
 
@@ -79,10 +80,8 @@ def _visible_in_blocks(blocks: int, block: int, window: int, sinks: int, device:
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, sink_logit: Tensor | None
 ) -> Tensor:
-    if torch.is_autocast_enabled(
-        "cuda"
-    ):  # flex_attention takes one dtype, and float32 RoPE makes float32 queries and keys
-        query, key, value = (states.to(torch.get_autocast_dtype("cuda")) for states in (query, key, value))
+    # flex_attention takes one dtype, and float32 RoPE makes float32 queries and keys
+    query, key, value = to_autocast(query, key, value)
     options = {
         "block_mask": _block_mask(query.shape[2], window, sinks, query.device),
         "scale": scale,

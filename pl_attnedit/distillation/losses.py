@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pl_attnedit.attention.autocast import to_autocast
+
 EPS = 1e-8
 
 
@@ -159,10 +161,7 @@ class ChunkedKL:
         if counted % chunk:  # whole chunks only: another shape would be compiled once more
             missing = chunk - counted % chunk
             rows, weight = F.pad(rows, (0, missing)), F.pad(weight, (0, 0, 0, missing))
-        student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
-        if torch.is_autocast_enabled(student.device.type):
-            dtype = torch.get_autocast_dtype(student.device.type)
-            student, teacher = student.to(dtype), teacher.to(dtype)
+        student, teacher = to_autocast(student.flatten(0, 1), teacher.flatten(0, 1))
         if not counted == len(student) == len(rows):
             student, teacher = student[rows], teacher[rows]
         terms = self.terms or (chunk_terms_in_cache if student.device.type == "cpu" else chunk_terms)
