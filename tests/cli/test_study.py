@@ -124,17 +124,19 @@ def test_mistakes(study: Make, fields: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_of_ours_fits_its_teacher(path: Path, tmp_path: Path) -> None:
-    """Every variant is a recipe without mistakes. None has the name of another's run folder."""
+    """Every variant is a recipe without mistakes. None has another's run folder or settings."""
     config_of("smollm2-135m").save_pretrained(tmp_path)
-    parser, names = recipe_parser(), []
+    parser, names, settings = recipe_parser(), [], []
     study = read_study(path)
     for _, _, fields in study.recipes():
+        settings.append({**fields, "name": ""})
         fields["teacher"] = str(tmp_path)
         ready = parser.instantiate_classes(parser.parse_object(fields))
         recipe = Recipe(**{name: getattr(ready, name) for name in fields.keys() - {"data"}})
         check_plan(recipe, parse_targets(recipe.targets))
         names.append(recipe.name)
     assert len(set(names)) == len(names) >= len(study.variants)
+    assert all(one != other for i, one in enumerate(settings) for other in settings[:i])
 
 
 def test_mistakes_of_the_command(study: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
