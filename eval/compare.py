@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.formatting import context_length, with_error
+from pl_attnedit.eval.formatting import aligned, context_length, markdown_table, with_error
 from pl_attnedit.eval.records import SUITE_TAG, Conversion, eval_metrics, fidelity_metrics, find_conversions
 from pl_attnedit.tracking.client import EXPERIMENT
 
@@ -122,7 +122,7 @@ def _cells(rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         cells = [row.name, row.recipe or "-", row.target or "-", row.pattern or "-", _number(row.tokens, ",.0f")]
         cells += [_number(row.kv_budget, ".1%"), _number(row.kl_before, ".3f"), _number(row.kl_after, ".3f")]
-        cells += [_number(row.top1_after, ".1%"), *(_fidelity(row.fidelity.get(suite)) for suite in suites)]
+        cells += [_number(row.top1_after, ".1%"), *(fidelity_cell(row.fidelity.get(suite)) for suite in suites)]
         cells += [_largest(row.decode), _number(None if row.wall_seconds is None else row.wall_seconds / 60, ".1f")]
         for key in measured:
             found = row.differences.get(key)
@@ -141,7 +141,7 @@ def fidelity_head(suite: str, found: Sequence[Mapping[str, float]]) -> str:
     return f"KL {suite} ({', '.join(map(context_length, contexts))})"
 
 
-def _fidelity(found: Mapping[str, float] | None) -> str:
+def fidelity_cell(found: Mapping[str, float] | None) -> str:
     """KL with its standard error, and top-1 agreement."""
     if not found or not found.keys() >= {"kl", "top1"}:
         return "-"
@@ -160,16 +160,14 @@ def _with_interval(fields: dict[str, float], verdict: str) -> str:
 
 def _text(rows: Sequence[ComparisonRow]) -> str:
     header, table = _cells(rows)
-    widths = [max(map(len, column)) for column in zip(header, *table)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip() for cells in [header, *table]]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]]) + "\n"
+    rule = ["-" * max(map(len, column)) for column in zip(header, *table)]
+    return "\n".join(aligned([header, rule, *table])) + "\n"
 
 
 def _markdown(rows: Sequence[ComparisonRow]) -> str:
     header, table = _cells(rows)
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in [header, *table]]
-    lines.insert(1, ["---"] * len(header))
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    head, *escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in [header, *table]]
+    return markdown_table(head, escaped) + "\n"
 
 
 def _csv(rows: Sequence[ComparisonRow]) -> str:

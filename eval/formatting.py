@@ -130,6 +130,12 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Co
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, line, *rows))
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows as lines, the columns below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
 FILTERS: dict[str, Callable[..., str]] = {
     "significant": significant,
     "kl": kl,

@@ -27,6 +27,7 @@ from scipy import stats
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.files import write_atomically
+from pl_attnedit.eval.formatting import aligned
 from pl_attnedit.tracking import connect
 from pl_attnedit.tracking.conversion import experiment_id
 
@@ -166,8 +167,8 @@ class StudyRun:
     def _convert(self, recipe: dict[str, Any], device: str | None) -> bool:
         name = recipe["name"]
         file, text = self.folder / f"{name}.yaml", yaml.safe_dump(recipe, sort_keys=False)
-        done = file.exists() and file.read_text("utf-8") == text and (self.folder / name / "summary.json").exists()
-        if done and "report" in json.loads((self.folder / name / "progress.json").read_text()):
+        begun = file.exists() and file.read_text("utf-8") == text and (self.folder / name / "progress.json").exists()
+        if begun and "report" in json.loads((self.folder / name / "progress.json").read_text()):
             return self._say(f"{name}: done before")
         write_atomically(file, text)
         command = [sys.executable, "-m", "pl_attnedit.cli", "convert", "-c", str(file), "--runs", str(self.folder)]
@@ -262,8 +263,7 @@ def study_table(results: Mapping[str, Any]) -> str:
         table.append(
             (row["variant"], str(len(row["seeds"])), tokens, *figures, f"{row['top1_after']:.1%}", ratio_text(row))
         )
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table)
+    return "\n".join(aligned(table))
 
 
 def ratio_text(row: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pl_attnedit.errors import invalid
+from pl_attnedit.eval.formatting import aligned
 from pl_attnedit.modeling import EditedModelMixin
 from pl_attnedit.modeling.kv import fill_cache, promised_bytes
 
@@ -73,8 +74,7 @@ def _by_letter(
 
 def cache_table(result: dict[str, Any]) -> str:
     """The result as aligned text."""
-    head = ("model", "context", "layers", "after prefill", "formula", "one step later", "formula", "agree")
-    table = [head] + [
+    table = [("model", "context", "layers", "after prefill", "formula", "one step later", "formula", "agree")] + [
         (
             row["model"],
             f"{row['context']:,}",
@@ -84,9 +84,8 @@ def cache_table(result: dict[str, Any]) -> str:
         )
         for row in result["rows"]
     ]
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
     lines = ["Bytes per token and layer (F = full layer, as in the teacher)"]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+    lines += aligned(table)
     lines += [
         f"{budget['model']} at {budget['context']:,} tokens: {budget['bytes_per_token']:,.0f} bytes per token, "
         f"KV budget {budget['kv_budget']:.1%}"

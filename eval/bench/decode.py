@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from pl_attnedit.attention import TargetConfig
 from pl_attnedit.eval.bench.stages import machine
 from pl_attnedit.eval.efficiency import largest_batch, measure_efficiency
+from pl_attnedit.eval.formatting import aligned
 from pl_attnedit.modeling.plan import EditPlan
 
 
@@ -86,8 +87,7 @@ def decode_table(result: dict[str, Any]) -> str:
             shown = ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes_per_token")
             over = (f"{ratio[name]:.2f}" for name in shown)
             table.append((*place, f"{ratio['model']} / {rows[0]['model']}", *over, ""))
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+    lines = aligned(table)
     lines += [
         f"largest batch in {rows[0]['budget_bytes'] / 1e9:g} GB at {rows[0]['context']:,} tokens: "
         + "; ".join(f"{row['model']}: {row['batch']:,}" for row in rows)

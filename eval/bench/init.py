@@ -16,6 +16,7 @@ from pl_attnedit.attention import GateSWAConfig, LayerStatistics, MLAConfig, Tar
 from pl_attnedit.data.sources import open_source
 from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.eval.formatting import aligned
 from pl_attnedit.modeling import EditPlan
 from pl_attnedit.modeling.calibrate import collect_statistics
 from pl_attnedit.modeling.edit import FROM_TEXT, Init, assemble, initialise_from
@@ -184,8 +185,7 @@ def init_table(result: dict[str, Any]) -> str:
         else:
             values = (f"{row['kv_budget']:.1%}", f"{row['kl']:.4f}", f"{row['top1']:.1%}", f"{row['ppl_student']:.1f}")
             table.append((row["name"], *values, f"{row['init_seconds']:.0f} s"))
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+    lines = aligned(table)
     fitting = [row for row in result["rows"] if "does_not_fit" not in row]
     if fitting:
         lines.append(f"teacher: perplexity {fitting[0]['ppl_teacher']:.1f} on {result['heldout_tokens']:,} tokens")

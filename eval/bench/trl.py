@@ -21,6 +21,7 @@ import torch
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.bench.trl_runs import TrlBench
+from pl_attnedit.eval.formatting import aligned
 
 Launch = Callable[[str, TrlBench], dict[str, Any]]
 
@@ -151,8 +152,7 @@ def trl_table(result: dict[str, Any]) -> str:
                 *shares,
             )
         )
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+    lines = aligned(table)
     bench = result["bench"]
     lines.append(
         f"{bench['train']} trained, {bench['batch']} x {bench['seq']} tokens, vocabulary {bench['vocabulary']:,}, "

@@ -9,13 +9,14 @@ from pathlib import Path
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.compare import compare_runs, format_rows
 from pl_attnedit.eval.files import write_atomically
+from pl_attnedit.tracking.client import EXPERIMENT
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="pl-attnedit compare", description="Conversions in MLflow side by side.")
     parser.add_argument("runs", nargs="*", help="run ids of conversions (default: all)")
     parser.add_argument("--filter", help="an MLflow search filter instead, e.g. \"tags.target = 'mla'\"")
-    parser.add_argument("--experiment", default="pl_attnedit", help="MLflow experiment (default pl_attnedit)")
+    parser.add_argument("--experiment", default=EXPERIMENT, help=f"MLflow experiment (default {EXPERIMENT})")
     parser.add_argument("--format", choices=["text", "markdown", "csv", "json"], help="default: by the ending of FILE")
     parser.add_argument(
         "-o", "--out", metavar="FILE", help="write the table there (.md, .csv, .json) instead of printing"

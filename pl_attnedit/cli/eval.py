@@ -133,7 +133,7 @@ def _log(result: EvaluationResult, run_id: str, tracking_uri: str | None, out: P
 
 
 def _table(result: EvaluationResult) -> str:
-    from pl_attnedit.eval.formatting import NONE, points_or_value, significant, value_of
+    from pl_attnedit.eval.formatting import NONE, aligned, points_or_value, significant, value_of
     from pl_attnedit.eval.report_tables import fidelity_cells
 
     head = ("task", "metric", "n", "teacher", "student", "student - teacher [95% interval]", "detectable", "p (Holm)")
@@ -152,5 +152,4 @@ def _table(result: EvaluationResult) -> str:
     if whole := result.further.get("fidelity"):
         tokens = str(whole["tokens"])
         rows += [(name, "all tokens", tokens, *cells, *[NONE] * 4) for name, *cells in fidelity_cells(whole)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(aligned(rows))

@@ -13,6 +13,7 @@ from pl_attnedit.cli.config_files import read_config
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.packing import Corpus
 from pl_attnedit.errors import invalid
+from pl_attnedit.eval.formatting import aligned
 from pl_attnedit.teachers.source import TEACHER_SOURCES
 
 
@@ -55,11 +56,9 @@ def _summary(data: TextDataModule) -> str:
     if data.val_source is not None:
         n = len(held_out.corpus.stores)
         rows += _rows(held_out.corpus, ["held out"] * n, [""] * n)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join(
         [
-            *lines,
+            *aligned(rows),
             f"epoch: {len(packed):,} sequences of {data.seq_len} tokens, from {len(packed.documents):,} documents",
             f"held out: {data.val_sequences} of {len(held_out):,} sequences, from {len(held_out.documents):,} documents",
             f"fingerprint: {data.fingerprint}",
