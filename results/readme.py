@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pl_attnedit.eval.charts import Chart, Mark, scatter_chart
+from pl_attnedit.eval.compare import fidelity_cell
+from pl_attnedit.eval.formatting import markdown_table
+from pl_attnedit.eval.report_figures import TARGET_CSS
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
@@ -26,10 +29,8 @@ svg { --card: #fff; --ink: #1d2025; --soft: #59616c; --grid: #eceef0; --blue: #2
     --blue: #74a9f7; --orange: #f0a050; }
 }
 text { fill: var(--soft); } .name { fill: var(--ink); } path { fill: none; }
-.grid { stroke: var(--grid); } .axis { stroke: var(--gray); } .line { stroke-width: 2; stroke: var(--gray); }
-.front { stroke: var(--ink); stroke-opacity: .5; stroke-width: 1.4; stroke-dasharray: 5 3; } .dot { fill: var(--gray); }
-.line.mla { stroke: var(--orange); } .line.gate { stroke: var(--blue); }
-.dot.mla { fill: var(--orange); } .dot.gate { fill: var(--blue); }
+.grid { stroke: var(--grid); } .axis { stroke: var(--gray); }
+.front { stroke: var(--ink); stroke-opacity: .5; stroke-width: 1.4; stroke-dasharray: 5 3; }
 .mark.gate circle { fill: var(--blue); } .mark.mla path { fill: var(--orange); } .mark.other path { fill: var(--gray); }
 .mark.teacher circle { fill: none; stroke: var(--ink); stroke-width: 1.6; }
 """
@@ -38,12 +39,6 @@ text { fill: var(--soft); } .name { fill: var(--ink); } path { fill: none; }
 def data(name: str) -> Any:
     """The content of NAME.json."""
     return json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def rounded(value: float, to: int) -> str:
@@ -73,7 +68,7 @@ def quickstart() -> str:
             "wall time, peak memory", lambda r: f"{r['wall_seconds'] / 60:.1f} min, {r['peak_rss_bytes'] / 1e9:.1f} GB"
         ),
     ]
-    return table(["", "GateSWA, window 64, 4 sinks, SSSF", "MLA, 160+32 of 384 values"], rows)
+    return markdown_table(["", "GateSWA, window 64, 4 sinks, SSSF", "MLA, 160+32 of 384 values"], rows)
 
 
 def bench_init() -> str:
@@ -88,7 +83,7 @@ def bench_init() -> str:
     windows = [found[f"gate_swa 64{sinks}, SSSF"] for sinks in (", 4 sinks", "")]
     rows.append(["GateSWA 64, SSSF: 4 sinks / none", f"{windows[0]:.3f} / {windows[1]:.3f}", "", "", ""])
     head = "cached values per token and layer (teacher 384)"
-    return table([head, "calibrated", "with latent norm", "plain SVD", "random"], rows)
+    return markdown_table([head, "calibrated", "with latent norm", "plain SVD", "random"], rows)
 
 
 MODELS = {"smollm2-135m": "SmolLM2-135M", "qwen3-8b": "Qwen3-8B"}
@@ -104,7 +99,7 @@ def bench_one_gpu() -> str:
         speed = rounded(found["tokens_per_s"], 1000 if found["tokens_per_s"] > 1e5 else 100)
         over = f"{found['step_over_bound']:.2f}"
         rows.append([name, what["batch"].replace("x", " x "), speed, over, f"{found['flop_utilisation']:.0%}", naive])
-    return table(["", "batch", "tokens/s", "step / bound", "FLOP utilisation", "naive / step"], rows)
+    return markdown_table(["", "batch", "tokens/s", "step / bound", "FLOP utilisation", "naive / step"], rows)
 
 
 def bench_two_gpus() -> str:
@@ -123,7 +118,7 @@ def bench_two_gpus() -> str:
             [", ".join(parts), strategies[what["strategy"]], f"{found['scaling_efficiency']:.2f}", held_text, share]
         )
     head = ["", "strategy", "efficiency", "weights, gradients, optimizer per GPU", "NCCL kernels run in"]
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def bench_trl() -> str:
@@ -135,7 +130,7 @@ def bench_trl() -> str:
         ratio = f"{ours['tokens_per_s'] / theirs['tokens_per_s']:.1f} times ({min(speeds):.1f} to {max(speeds):.1f})"
         cells = [f"{row['tokens_per_s']:.0f} tokens/s" for row in (ours, theirs)]
         rows.append([trained, *cells, ratio, f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}"])
-    return table(["trained", "ours", "TRL", "speed", "peak memory of the process"], rows)
+    return markdown_table(["trained", "ours", "TRL", "speed", "peak memory of the process"], rows)
 
 
 def smollm2() -> str:
@@ -149,17 +144,14 @@ def smollm2() -> str:
             if each["conversion"] == found["name"]:
                 rows.append([f"{name_of(found)}, as {each['format']}", "", "", "", *judged(each["fidelity"])])
     head = ["", "KV budget at 8k", "tokens", "KL before, after stage 1, after stage 2"]
-    return table([*head, "KL, top-1 at 512", "KL, top-1 at 2,048", "perplexity, teacher and student"], rows)
+    return markdown_table([*head, "KL, top-1 at 512", "KL, top-1 at 2,048", "perplexity, teacher and student"], rows)
 
 
 def judged(suites: dict[str, dict[str, float]]) -> list[str]:
     """What the fidelity suites found, at 512 and 2,048 tokens, and the perplexities at 512."""
-    cells = [
-        f"{found['kl']:.3f} ± {found['kl_stderr']:.3f}, {found['top1']:.1%}" if found else ""
-        for found in (suites.get("fidelity"), suites.get("fidelity_2k"))
-    ]
-    short = suites.get("fidelity")
-    return [*cells, f"{short['ppl_teacher']:.1f}, {short['ppl_student']:.1f}" if short else ""]
+    short, long = suites.get("fidelity"), suites.get("fidelity_2k")
+    perplexities = f"{short['ppl_teacher']:.1f}, {short['ppl_student']:.1f}" if short else "-"
+    return [fidelity_cell(short), fidelity_cell(long), perplexities]
 
 
 def name_of(found: dict[str, Any]) -> str:
@@ -172,7 +164,7 @@ def pilots() -> str:
     for row in data("pilots_mla"):
         kls = [f"{row[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2")]
         rows.append([row["variant"], *kls, f"{row['top1_after']:.1%}"])
-    return table(["2.1M + 6.6M tokens", "KL before", "after stage 1", "after stage 2", "top-1"], rows)
+    return markdown_table(["2.1M + 6.6M tokens", "KL before", "after stage 1", "after stage 2", "top-1"], rows)
 
 
 def sensitivity() -> str:
@@ -182,7 +174,7 @@ def sensitivity() -> str:
         row = found[name]
         full = ", ".join(str(i) for i, letter in enumerate(row["pattern"]) if letter == "F")
         rows.append([text, full, f"{row['kl']:.3f} ± {row['kl_error']:.3f}", f"{row['top1']:.1%}"])
-    return table(["full layers, chosen", "which", "KL, untrained", "top-1"], rows)
+    return markdown_table(["full layers, chosen", "which", "KL, untrained", "top-1"], rows)
 
 
 def bench_decode() -> str:
@@ -190,25 +182,21 @@ def bench_decode() -> str:
     found = data("bench_decode_mla")
     for teacher, student in zip(found["efficiency"][::2], found["efficiency"][1::2]):
         speeds = [row["decode_tokens_per_s"]["median"] for row in (teacher, student)]
-        peaks = [f"{row['peak_bytes'] / 1e9:.1f}" for row in (teacher, student)]
         place = [f"{teacher['batch']:,} x {teacher['context']:,}"]
-        rows.append([*place, *(f"{speed:,.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f}", " / ".join(peaks)])
+        rows.append([*place, *(f"{speed:,.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f}"])
     largest = {row["model"]: row["batch"] for row in found["largest_batch"]}
     ratio = f"{largest['student'] / largest['teacher']:.2f}"
     budget = found["largest_batch"][0]["budget_bytes"] / 1e9
-    rows.append(
-        [f"largest batch in {budget:g} GB", *(f"{largest[name]:,}" for name in ("teacher", "student")), ratio, ""]
-    )
-    return table(["batch x context", "teacher, tokens/s", "MLA 96+32, tokens/s", "MLA / teacher", "memory, GB"], rows)
+    rows.append([f"largest batch in {budget:g} GB", *(f"{largest[name]:,}" for name in ("teacher", "student")), ratio])
+    return markdown_table(["batch x context", "teacher, tokens/s", "MLA 96+32, tokens/s", "MLA / teacher"], rows)
 
 
 def pareto() -> Chart:
     """KL against KV budget of the conversions."""
-    css = {"mla": "mla", "gate_swa": "gate"}
     marks = [Mark("teacher", 100.0, 0.0, "teacher")]
     for found in data("smollm2"):
         kl = found["fidelity"].get("fidelity", {}).get("kl", found["kl_after_stage2"])
-        marks.append(Mark(name_of(found), 100 * found["kv_budget"], kl, css.get(found["target"], "other")))
+        marks.append(Mark(name_of(found), 100 * found["kv_budget"], kl, TARGET_CSS.get(found["target"], "other")))
     return scatter_chart(marks, "KV budget at 8k context", "KL(teacher||student), nats per token")
 
 
