@@ -47,6 +47,7 @@ class StepBench:
     precision: str = "32-true"
     compiled: bool | None = None
     liger: bool = False
+    cuda_graph: bool = False
     activation_checkpointing: bool = False
     accumulate: int = 1  # batches per optimizer step
     window: int = 1
@@ -99,6 +100,7 @@ def make_module(teacher: PreTrainedModel, options: StepBench) -> DistillationMod
         "init": "random",
         "compiled": options.compiled,
         "liger": options.liger,
+        "cuda_graph": options.cuda_graph,
         "learning_rate": 1e-5,
         "warmup_steps": 0,
         "dtype": "bfloat16" if options.precision == "bf16-true" else "float32",

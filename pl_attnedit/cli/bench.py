@@ -104,6 +104,7 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
     stage.add_argument("--device", default="cpu", help="torch device (default cpu)")
     stage.add_argument("--compiled", type=yaml.safe_load, help="true or false: torch.compile; default: on a GPU")
     stage.add_argument("--liger", action="store_true", help="Liger's kernels in the trunk")
+    stage.add_argument("--cuda-graph", action="store_true", help="the step recorded as a CUDA graph")
     stage.add_argument(
         "--devices", type=int, default=1, help="GPUs; beside more than one the same work on one is measured"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 from pl_attnedit.distillation.pairs import Batch, Pairs
 from pl_attnedit.distillation.settings import check_hyperparameters, check_precision, parse_targets, plain_targets
 from pl_attnedit.distillation.sharding import data_parallel_mesh, local, shard, take_from
+from pl_attnedit.distillation.step_graph import StepGraph
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, unshare_trunk
 from pl_attnedit.modeling.edit import FROM_TEXT, Init, assemble, check_teacher, initialise
@@ -51,6 +52,8 @@ class DistillationModule(LightningModule):
             `precision: bf16-mixed` keeps only what trains in float32.
         compiled: run the layers through torch.compile. Default: where there is a GPU for it. Not on an NPU.
         liger: run Liger's kernels in the trunk (extra `gpu`); worth it where compiled is false, see the README.
+        cuda_graph: record a step as a CUDA graph and replay it, on one GPU: faster where a small model waits for launches,
+            see the README. Its memory is held throughout, so not for a model that fills the GPU.
         learning_rate: peak of the schedule.
         warmup_steps: optimiser steps of linear warm-up; a cosine to `final_lr_share` follows until the last step.
         final_lr_share: learning rate at the last step over the peak.
@@ -73,6 +76,7 @@ class DistillationModule(LightningModule):
         teacher_dtype: str | None = None,
         compiled: bool | None = None,
         liger: bool = False,
+        cuda_graph: bool = False,
         learning_rate: float = 1e-3,
         warmup_steps: int = 10,
         final_lr_share: float = 0.1,
@@ -95,6 +99,7 @@ class DistillationModule(LightningModule):
         self.teacher_hidden: TeacherHidden = {}
         self.resuming = False  # set by who knows: the Trainer only looks for its checkpoint when the models are there
         self._share_counted: list[torch.Tensor] = []
+        self._step_graph: StepGraph | None = None
         self.sharded = False  # over processes; its parameters are on the devices then, and stay there
 
     # building
@@ -273,6 +278,21 @@ class DistillationModule(LightningModule):
 
     # optimisation
 
+    def step_of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss () on a batch, and what it is made of; in the subclasses."""
+        raise NotImplementedError
+
+    def take_step(self, batch: Batch, key: Hashable = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`step_of`, replayed where `cuda_graph` is set. key: what it depends on beside the batch."""
+        if not self.hparams["cuda_graph"]:
+            return self.pairs(self.step_of, batch)
+        if self._step_graph is None:
+            if self.device.type != "cuda" or self.trainer.world_size > 1 or self.hparams.get("activation_checkpointing"):
+                raise invalid("cuda_graph", True, "is for one NVIDIA GPU and no activation_checkpointing: leave it out")
+            trained = [p for p in self.parameters() if p.requires_grad]
+            self._step_graph = StepGraph(partial(self.pairs, self.step_of), trained)
+        return self._step_graph(batch, key)
+
     def configure_optimizers(self) -> Any:
         matrices = [p for p in self.parameters() if p.requires_grad and p.dim() >= 2]
         others = [p for p in self.parameters() if p.requires_grad and p.dim() < 2]
@@ -291,6 +311,17 @@ class DistillationModule(LightningModule):
         optimizer._step_supports_amp_scaling = False
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether a logger takes in what this optimiser step logs; other steps need not log what a GPU waits for."""
+        every = self.trainer.log_every_n_steps if self._trainer else 1  # type: ignore[attr-defined]
+        return (self.global_step + 1) % every == 0
+
+    def log_place(self) -> None:
+        """The optimiser step that this batch is for."""
+        if self.logs_this_step:
+            self.log("step", float(self.global_step + 1))
 
     def count(self, loss: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """A batch's mean loss, weighted by the share of its tokens that count, for a correct mean over an optimiser step.

@@ -69,8 +69,9 @@ class LayerwiseDistillation(DistillationModule):
             self.block = Block.of(self.global_rank, self.trainer.world_size, layers, self.trained_layers)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        losses = self.layer_losses(batch)
-        loss = torch.stack(list(losses.values())).sum()
+        loss, parts = self.take_step(batch, self.teacher_share)
+        own = sorted(set(self.trained_layers) & set(self.block.layers))
+        losses = dict(zip(own, parts.unbind(), strict=True))
         self._log_losses({index: value.detach() for index, value in losses.items()}, batch_idx)
         return {"loss": loss, "layer_losses": {f"layer_{index:02d}": v.detach() for index, v in losses.items()}}
 
@@ -80,12 +81,16 @@ class LayerwiseDistillation(DistillationModule):
             if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
                 return  # the other processes may be a batch behind, and need not be waited for
             losses = self.block.gather(losses, self.trained_layers)
-        self.log("step", float(self.global_step + 1))  # of the optimiser step that this batch is for
+        self.log_place()
         self.log("train/loss", torch.stack(list(losses.values())).sum(), prog_bar=True, sync_dist=together)
-        every = self.trainer.log_every_n_steps if self._trainer else 1  # type: ignore[attr-defined]
-        if (self.global_step + 1) % every == 0:  # taking in so many values each step would keep a GPU waiting
+        if self.logs_this_step:
             named = {f"train/nmse/layer_{index:02d}": value for index, value in losses.items()}
             self.log_dict(named, sync_dist=together)
+
+    def step_of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum over layers, and each layer's loss."""
+        losses = torch.stack(list(self._layer_losses(batch).values()))
+        return losses.sum(), losses
 
     def layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
         """Normalised squared error of each trained layer against the teacher's activation at the supervised point."""

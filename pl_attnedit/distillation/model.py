@@ -65,24 +65,24 @@ class ModelDistillation(DistillationModule):
         return {**batch, "rows": batch["loss_mask"].flatten().nonzero().flatten()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        weight = self.hparams["feature_weight"]
-        loss, distances = self.pairs(self._losses, batch)
-        self.log("train/kl", loss.detach(), sync_dist=True)
-        if weight > 0:
-            feature = torch.stack(distances).mean()
-            self.log("train/feature", feature.detach(), sync_dist=True)
-            loss = loss + weight * feature
-        self.log("step", float(self.global_step + 1))  # of the optimiser step that this batch is for
+        loss, parts = self.take_step(batch)
+        for name, part in zip(("train/kl", "train/feature"), parts):
+            self.log(name, part.detach(), sync_dist=True)
+        self.log_place()
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         return {"loss": self.count(loss, batch["loss_mask"])}
 
-    def _losses(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The mean KL, and each layer's cosine distance where that is wanted."""
-        mask, distances = batch["loss_mask"], []
+    def step_of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and the mean KL with, where that is wanted, the layers' mean cosine distance."""
+        mask, distances, weight = batch["loss_mask"], [], self.hparams["feature_weight"]
         teacher, student, calls = self.pairs.begin(batch)
         for pair, call in self.pairs.with_calls(calls):
             states = pair(teacher, student, call=call)
             teacher, student = states.teacher, states.student
-            if self.hparams["feature_weight"] > 0:
+            if weight > 0:
                 distances.append(cosine_distance(student, teacher, mask))
-        return self.pairs.heads(teacher, student, partial(self.kl, rows=batch.get("rows"), mask=mask)), distances
+        kl = self.pairs.heads(teacher, student, partial(self.kl, rows=batch.get("rows"), mask=mask))
+        if not distances:
+            return kl, kl[None]
+        feature = torch.stack(distances).mean()
+        return kl + weight * feature, torch.stack([kl, feature])

@@ -8,7 +8,7 @@ longer than a layer and a sharded layer is gathered once for both. All parameter
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -271,6 +271,7 @@ class Pairs(nn.Module):
         self.layers = nn.ModuleList(LayerPair(t, s, operations, **options) for t, s in layers)
         self.embeddings, self.heads = Embeddings(teacher, student), Heads(teacher, student)
         self._model = (teacher.model,)  # only for its way of making masks and positions; not a child
+        self._calls: dict[Hashable, list[Call]] = {}  # of batches without positions of their own; a CUDA graph reads them
 
     def forward(self, work: Callable[..., Any], *args: Any) -> Any:
         """`work(*args)`. All that reads the pairs runs in here: for FSDP2 it is one forward pass."""
@@ -279,9 +280,17 @@ class Pairs(nn.Module):
     def begin(self, batch: Batch) -> tuple[Tensor, Tensor, list[Call]]:
         """Embeddings (batch, time, hidden) of teacher and student, and each layer's `Call`."""
         teacher, student = self.embeddings(batch["input_ids"])
-        with torch.no_grad():
-            calls = layer_calls(self._model[0], teacher.detach(), batch.get("position_ids"))
-        return teacher.detach(), student, calls
+        return teacher.detach(), student, self._calls_of(teacher.detach(), batch.get("position_ids"))
+
+    @torch.no_grad()
+    def _calls_of(self, embedded: Tensor, position_ids: Tensor | None) -> list[Call]:
+        if position_ids is not None:
+            return layer_calls(self._model[0], embedded, position_ids)
+        # the same for every batch of this shape; the decoder would wait for the device each time
+        key = (embedded.shape, embedded.dtype, embedded.device, torch.is_inference_mode_enabled())
+        if key not in self._calls:
+            self._calls[key] = layer_calls(self._model[0], embedded, None)
+        return self._calls[key]
 
     def with_calls(self, calls: list[Call]) -> Iterator[tuple[LayerPair, Call]]:
         """The first pairs with as many calls, in order."""
