@@ -53,8 +53,8 @@ def step_flops(
 
     stage1: the teacher's layers forward; each new attention forward and backward, without the gradient of its input;
     with `block_loss` the MLP behind it too, without weight gradients.
-    stage2: teacher forward; student forward and backward, with weight gradients of what is `trained` ("attention", "all");
-    lm_head of both.
+    stage2: teacher forward; student forward and backward, with weight gradients of what is `trained` ("attention", "layers",
+    "all"); lm_head of both.
     """
     config = teacher.config
     total = 0.0
@@ -67,8 +67,8 @@ def step_flops(
                 total += 3 * attention - _reading_the_input(new.self_attn, config.hidden_size) + 3 * scores
                 total += 2 * linear_flops(new.mlp) if block_loss else 0
             continue
-        weights = attention if edited or trained == "all" else 0
-        total += 2 * attention + weights + 3 * scores + (3 if trained == "all" else 2) * linear_flops(new.mlp)
+        weights = attention if edited or trained != "attention" else 0
+        total += 2 * attention + weights + 3 * scores + (2 if trained == "attention" else 3) * linear_flops(new.mlp)
     if stage == "stage2":
         head = linear_flops(teacher.lm_head)
         total += head + (3 if trained == "all" else 2) * head

@@ -51,7 +51,7 @@ class Step:
 
     stage: str
     tokens: int
-    trained: str = "attention"  # stage 2: attention | all
+    trained: str = "attention"  # stage 2: attention | layers | all
     train_layers: tuple[int, ...] | None = None  # stage 1
     feature_weight: float = 0.0
     activation_checkpointing: bool = False
@@ -60,11 +60,17 @@ class Step:
     itemsize: int = 2  # bytes of an activation
     device_type: str = "cuda"
 
+    @property
+    def trunk_trains(self) -> bool:
+        return self.trained != "attention"
+
 
 def trained_parameters(student: Any, step: Step) -> list[nn.Parameter]:
     """What a stage trains."""
     if step.trained == "all":
         return list(student.parameters())
+    if step.trained == "layers":
+        return [*student.model.layers.parameters(), *student.model.norm.parameters()]
     chosen = range(len(student.model.layers)) if step.train_layers is None else step.train_layers
     modules = (student.model.layers[index].self_attn for index in chosen)
     return [p for module in modules if isinstance(module, Target) for p in module.parameters()]
@@ -76,7 +82,7 @@ def stage_memory(teacher: Any, student: Any, step: Step) -> StageMemory:
     parameters = trained_parameters(student, step)
     trained = size(parameters)
     new = [layer.self_attn for layer in student.model.layers if isinstance(layer.self_attn, Target)]
-    own = size(student.parameters()) if step.trained == "all" else sum(size(module.parameters()) for module in new)
+    own = size(student.parameters()) if step.trunk_trains else sum(size(module.parameters()) for module in new)
     return StageMemory(
         weights=(size(teacher.parameters()) + own) / shards,
         gradients=trained / shards,
@@ -118,24 +124,24 @@ def _gathered(teacher: Any, student: Any, step: Step, trained: list[nn.Parameter
 
     pairs = zip(teacher.model.layers, student.model.layers, strict=True)
     layers = [
-        gathered(old.parameters()) + gathered((new if step.trained == "all" else new.self_attn).parameters())
+        gathered(old.parameters()) + gathered((new if step.trunk_trains else new.self_attn).parameters())
         for old, new in pairs
         if isinstance(new.self_attn, Target)
     ]
     if step.stage == "stage1":  # the new attention stays whole, and so do its gradients until the backward pass
         return 2 * max(layers) + 2 * gathered(trained)
-    heads = gathered(teacher.lm_head.parameters()) * (2 if step.trained == "all" else 1)
+    heads = gathered(teacher.lm_head.parameters()) * (2 if step.trunk_trains else 1)
     return 2 * max(layers) + heads
 
 
 def _activations(teacher: Any, student: Any, step: Step) -> float:
     config, vocabulary = teacher.config, teacher.config.vocab_size
-    kept = [kept_values(layer, config, step.trained == "all") for layer in student.model.layers]
+    kept = [kept_values(layer, config, step.trunk_trains) for layer in student.model.layers]
     largest = LAYERS_AT_WORK * max(kept)
     if step.stage == "stage1":
         return step.tokens * step.itemsize * largest
     edited = [index for index, layer in enumerate(student.model.layers) if isinstance(layer.self_attn, Target)]
-    behind = kept if step.trained == "all" else kept[edited[0] :]  # nothing below trains
+    behind = kept if step.trunk_trains else kept[edited[0] :]  # nothing below trains
     values = len(behind) * config.hidden_size if step.activation_checkpointing else sum(behind) - max(kept)
     total = step.tokens * step.itemsize * (values + largest)
     if step.feature_weight:  # hidden states of both in float32

@@ -41,7 +41,7 @@ class StepBench:
     stage: str  # stage1 | stage2
     targets: TargetConfig | dict[str, TargetConfig]
     pattern: str | None = None
-    train: str = "attention"  # stage 2: attention | all
+    train: str = "attention"  # stage 2: attention | layers | all
     batch: int = 4
     seq: int = 512
     precision: str = "32-true"

@@ -119,7 +119,8 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
     stage.add_argument("--repeats", type=int, default=5, help="windows (default 5)")
     stage.add_argument("--beside", nargs="*", default=["bound", "naive"], help="what to measure beside ours")
     if name == "stage2":
-        stage.add_argument("--train", choices=["attention", "all"], default="attention", help="what trains")
+        parts = ["attention", "layers", "all"]
+        stage.add_argument("--train", choices=parts, default="attention", help="what trains")
         stage.add_argument("--activation-checkpointing", action="store_true")
     return stage
 

@@ -287,7 +287,11 @@ class DistillationModule(LightningModule):
         if not self.hparams["cuda_graph"]:
             return self.pairs(self.step_of, batch)
         if self._step_graph is None:
-            if self.device.type != "cuda" or self.trainer.world_size > 1 or self.hparams.get("activation_checkpointing"):
+            if (
+                self.device.type != "cuda"
+                or self.trainer.world_size > 1
+                or self.hparams.get("activation_checkpointing")
+            ):
                 raise invalid("cuda_graph", True, "is for one NVIDIA GPU and no activation_checkpointing: leave it out")
             trained = [p for p in self.parameters() if p.requires_grad]
             self._step_graph = StepGraph(partial(self.pairs, self.step_of), trained)

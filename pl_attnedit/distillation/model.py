@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -12,15 +12,15 @@ from pl_attnedit.distillation.losses import ChunkedKL, cosine_distance
 from pl_attnedit.distillation.pairs import Batch, Pairs
 from pl_attnedit.errors import invalid
 
-Trainable = Literal["attention", "all"]
+Trainable = Literal["attention", "layers", "all"]
 
 
 class ModelDistillation(DistillationModule):
     """Forward KL(teacher || student) at temperature 1, mean over the tokens that count, on the student's own path.
 
     Args:
-        train: "attention" = the new attention modules; the trunk stays shared with the teacher. "all" = the trunk too;
-            `ProgressiveUnfreezing` may hold parts of it back.
+        train: "attention" = the new attention modules; the trunk stays shared with the teacher. "layers" = the decoder
+            layers with the last norm, "all" = embeddings and lm_head too; `ProgressiveUnfreezing` may hold parts back.
         feature_weight: weight of the feature matching term, the mean over layers of 1 - cosine between the hidden states
             of student and teacher; 0 = off.
         activation_checkpointing: keep only each layer's input for the backward pass and run the layer again there: less
@@ -39,8 +39,8 @@ class ModelDistillation(DistillationModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if train not in ("attention", "all"):
-            raise invalid("train", train, "must be 'attention' or 'all'")
+        if train not in get_args(Trainable):
+            raise invalid("train", train, f"must be one of {', '.join(get_args(Trainable))}")
         if feature_weight < 0:
             raise invalid("feature_weight", feature_weight, "must be at least 0")
         self.save_hyperparameters("train", "feature_weight", "activation_checkpointing")
@@ -49,10 +49,13 @@ class ModelDistillation(DistillationModule):
     def prepare_training(self) -> None:
         if self.deals_out_layers:
             raise invalid("strategy", "layers", "is for stage 1, where layers are independent: use ddp or fsdp2")
-        if self.train_parts == "all":
-            self.unshare()
-        else:
+        if self.train_parts == "attention":
             self.register_trained(self.layer_modules())
+            return
+        self.unshare()
+        if self.train_parts == "layers":
+            for part in (self.student.get_input_embeddings(), self.student.get_output_embeddings()):
+                part.requires_grad_(False)
 
     def _pair_up(self) -> Pairs:
         self.kl = ChunkedKL(compiled=self.compiled)

@@ -271,7 +271,9 @@ class Pairs(nn.Module):
         self.layers = nn.ModuleList(LayerPair(t, s, operations, **options) for t, s in layers)
         self.embeddings, self.heads = Embeddings(teacher, student), Heads(teacher, student)
         self._model = (teacher.model,)  # only for its way of making masks and positions; not a child
-        self._calls: dict[Hashable, list[Call]] = {}  # of batches without positions of their own; a CUDA graph reads them
+        self._calls: dict[
+            Hashable, list[Call]
+        ] = {}  # of batches without positions of their own; a CUDA graph reads them
 
     def forward(self, work: Callable[..., Any], *args: Any) -> Any:
         """`work(*args)`. All that reads the pairs runs in here: for FSDP2 it is one forward pass."""
