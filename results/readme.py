@@ -7,6 +7,7 @@ tests/test_readme.py makes all of them again and compares.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from pl_attnedit.eval.charts import Chart, Mark, scatter_chart
 from pl_attnedit.eval.compare import fidelity_cell
 from pl_attnedit.eval.formatting import markdown_table
 from pl_attnedit.eval.report_figures import TARGET_CSS
+from pl_attnedit.eval.report_tables import task_row
 
 FOLDER = Path(__file__).parent
+PAIR = ("teacher", "student")
 README = FOLDER.parent / "README.md"
 SVG_HEAD = '<svg xmlns="http://www.w3.org/2000/svg" width="660" '
 # what the report's page says of colours, for a picture alone
@@ -178,17 +181,69 @@ def sensitivity() -> str:
 
 
 def bench_decode() -> str:
-    rows = []
-    found = data("bench_decode_mla")
-    for teacher, student in zip(found["efficiency"][::2], found["efficiency"][1::2]):
-        speeds = [row["decode_tokens_per_s"]["median"] for row in (teacher, student)]
-        place = [f"{teacher['batch']:,} x {teacher['context']:,}"]
-        rows.append([*place, *(f"{speed:,.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f}"])
-    largest = {row["model"]: row["batch"] for row in found["largest_batch"]}
-    ratio = f"{largest['student'] / largest['teacher']:.2f}"
+    found = data("bench_decode")
+    models = [row["model"] for row in found["largest_batch"]]
+
+    def cells(values: dict[str, float]) -> list[str]:
+        teacher = values[models[0]]
+        return [f"{teacher:,.0f}", *(f"{values[name]:,.0f} ({values[name] / teacher:.2f})" for name in models[1:])]
+
+    speeds: dict[str, dict[str, float]] = {}
+    for row in found["efficiency"]:
+        place = f"{row['batch']:,} x {row['context']:,}"
+        speeds.setdefault(place, {})[row["model"]] = row["decode_tokens_per_s"]["median"]
+    rows = [[place, *cells(values)] for place, values in speeds.items()]
     budget = found["largest_batch"][0]["budget_bytes"] / 1e9
-    rows.append([f"largest batch in {budget:g} GB", *(f"{largest[name]:,}" for name in ("teacher", "student")), ratio])
-    return markdown_table(["batch x context", "teacher, tokens/s", "MLA 96+32, tokens/s", "MLA / teacher"], rows)
+    rows.append([f"largest batch in {budget:g} GB", *cells({row["model"]: row["batch"] for row in found["largest_batch"]})])
+    return markdown_table(["tokens/s, batch x context", *models], rows)
+
+
+def bench_cuda_graph() -> str:
+    rows = []
+    found = data("bench_cuda_graph")
+    for plain, graph in zip(found[::2], found[1::2]):
+        what = plain["what"]
+        name = f"{MODELS[what['model']]}, stage {what['stage'][-1]}" + (", all trained" if "train" in what else "")
+        speeds = [row["tokens_per_s"] for row in (plain, graph)]
+        rows.append([name, what["batch"].replace("x", " x "), *(rounded(each, 1000) for each in speeds)])
+        rows[-1].append(f"{speeds[1] / speeds[0]:.2f}")
+    return markdown_table(["", "batch", "tokens/s", "with `cuda_graph`", "ratio"], rows)
+
+
+ASKED = {
+    "heldout_perplexity": "bits_per_byte",
+    "heldout_cloze": "acc_norm",
+    "bigbench": "acc_norm",
+    "needle_1": "acc",
+    "needle_4": "acc",
+    "variables": "acc",
+    "copy": "exact_match",
+}
+
+
+def offline() -> str:
+    """What the suite asked one student, beside its teacher."""
+    [found] = data("smollm2_offline")
+    rows = []
+    for row in map(task_row, (row for row in found["tasks"] if ASKED.get(row["task"]) == row["metric"])):
+        difference = f"{row.difference} [{row.low}, {row.high}]"
+        rows.append([row.task, row.metric, str(row.n), row.teacher, row.student, difference, row.verdict])
+    return markdown_table(["task", "metric", "n", "teacher", "student", "difference [95%]", "verdict"], rows)
+
+
+def offline_by_context() -> str:
+    """The same by context: the perplexity of the tokens in its second half, and whether something far back is found."""
+    [found] = data("smollm2_offline")
+    rows = []
+    for context in sorted({row["context"] for row in found["retrieval"]}):
+        [span] = (span for span in found["by_position"] if span["end"] == context)
+        cells = [f"{span['kl']:.3f}", ", ".join(f"{math.exp(span[f'nll_{name}']):.1f}" for name in PAIR)]
+        for task in ("needle_1", "needle_4", "variables", "copy"):
+            asked = [row for row in found["retrieval"] if (row["task"], row["context"]) == (task, context)]
+            cells.append(", ".join(f"{sum(row[name] for row in asked) / len(asked):.0%}" for name in PAIR))
+        rows.append([f"{context:,}", *cells])
+    head = ["context", "KL", "perplexity", "one needle", "one of four", "variables", "copy"]
+    return markdown_table(head, rows)
 
 
 def pareto() -> Chart:
@@ -207,6 +262,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench_two_gpus": bench_two_gpus,
     "bench_trl": bench_trl,
     "bench_decode": bench_decode,
+    "bench_cuda_graph": bench_cuda_graph,
+    "offline": offline,
+    "offline_by_context": offline_by_context,
     "smollm2": smollm2,
     "sensitivity": sensitivity,
     "pilots": pilots,
