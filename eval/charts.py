@@ -264,7 +264,8 @@ def scatter_chart(marks: Sequence[Mark], x_label: str, y_label: str) -> Chart:
     for mark in marks:
         px, py = x(mark.x), y(mark.y)
         parts.append(_mark(mark.css, px, py, mark.run))
-        width = 8.6 * len(_short(mark.name))  # of the font size on a phone
+        name = _short(mark.name, 24)
+        width = 8.6 * len(name)  # of the font size on a phone
         places = [("start", px + 8, py - 6, px + 8), ("end", px - 9, py + 4, px - 9 - width)]
         places += [("start", px + 9, py + 14, px + 9)]
         places += [("middle", px, py - 10, px - width / 2), ("middle", px, py + 19, px - width / 2)]
@@ -274,7 +275,7 @@ def scatter_chart(marks: Sequence[Mark], x_label: str, y_label: str) -> Chart:
             inside = box[0] >= x.start and box[2] <= WIDTH and box[1] >= TOP - 8 and box[3] <= y.start
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
-                parts.append(_text(round(tx, 1), round(ty, 1), _short(mark.name), anchor, "name", mark.run))
+                parts.append(_text(round(tx, 1), round(ty, 1), name, anchor, "name", mark.run))
                 break
     told = "; ".join(f"{mark.name}: {mark.x:.3g}%, {mark.y:.3g}" for mark in marks)
     points = [
@@ -328,8 +329,8 @@ def _mark(css: str, x: float, y: float, run: str) -> Markup:
     return Markup('<g class="mark {}" data-run="{}">{}</g>').format(css, run, shape)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else name[:13] + "…"
+def _short(name: str, most: int = 14) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
