@@ -194,7 +194,9 @@ def bench_decode() -> str:
         speeds.setdefault(place, {})[row["model"]] = row["decode_tokens_per_s"]["median"]
     rows = [[place, *cells(values)] for place, values in speeds.items()]
     budget = found["largest_batch"][0]["budget_bytes"] / 1e9
-    rows.append([f"largest batch in {budget:g} GB", *cells({row["model"]: row["batch"] for row in found["largest_batch"]})])
+    rows.append(
+        [f"largest batch in {budget:g} GB", *cells({row["model"]: row["batch"] for row in found["largest_batch"]})]
+    )
     return markdown_table(["tokens/s, batch x context", *models], rows)
 
 
