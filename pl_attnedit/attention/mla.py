@@ -36,8 +36,9 @@ class MLAConfig(TargetConfig):
         q_lora_rank: rank of a low-rank query projection; None = full rank.
         latent_norm: RMSNorm on the latent, as in DeepSeek. Needed for export.
         rope_frequencies: which of the teacher's frequencies the RoPE key has. "high" = the fastest ones; what turns
-            slower is treated as not turning. "spread" = every n-th over the whole range, for calibration texts much
-            shorter than the context to be served.
+            slower is treated as not turning, and where the slowest one turns half round within the context to be served,
+            the student must be trained at that length. "spread" = every n-th over the whole range, for calibration
+            texts much shorter than the context to be served.
     """
 
     kv_lora_rank: int
@@ -146,6 +147,10 @@ class MLA(Target):
         """
         index = torch.arange(self.rope_dim // 2, device=device)
         return index if self.target.rope_frequencies == "high" else index * self.spec.head_dim // self.rope_dim
+
+    def slot_frequencies(self, theta: torch.Tensor) -> torch.Tensor:
+        """(rope / 2,) of the RoPE key's pairs, out of the teacher's (head_dim / 2,), in radians per token."""
+        return theta[self.frequency_index(theta.device)]
 
     def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (batch, 1, time, rope / 2) of the RoPE key's pairs out of the teacher's (batch, time, head_dim)."""

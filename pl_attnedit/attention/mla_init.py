@@ -51,7 +51,7 @@ def calibrate(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
 
     theta = statistics.frequencies  # (head_dim / 2,) radians per token
     static = mean_rotation(theta, statistics.distance)
-    slots = theta[mla.frequency_index().to(theta.device)]
+    slots = mla.slot_frequencies(theta)
     drift = mean_rotation(theta[:, None] - slots[None, :], statistics.distance)  # (head_dim / 2, slots)
     slot_of = drift.abs().argmax(1)
     slot_of[drift.abs().amax(1) <= static.abs()] = -1  # no slot turns as this pair does: better without rotation
