@@ -7,8 +7,9 @@ one folds `kv_b_proj` into queries and output and attends to the latents themsel
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from pl_attnedit.teachers import AttentionSpec
 if TYPE_CHECKING:
     from pl_attnedit.attention.calibration import LayerStatistics
 
+RopeFrequencies = Literal["high", "spread", "graded"]
 FUSED_WIDTH = 256  # widest heads of PyTorch's flash attention
 
 
@@ -37,8 +39,10 @@ class MLAConfig(TargetConfig):
         latent_norm: RMSNorm on the latent, as in DeepSeek. Needed for export.
         rope_frequencies: which of the teacher's frequencies the RoPE key has. "high" = the fastest ones; what turns
             slower is treated as not turning, and where the slowest one turns half round within the context to be served,
-            the student must be trained at that length. "spread" = every n-th over the whole range, for calibration
-            texts much shorter than the context to be served.
+            the student must be trained at that length. "spread" = every n-th over the whole range: good far beyond
+            the length of training. "graded" = the fastest ones, then in growing steps down to one that turns less
+            than half round within the teacher's context: as good there, and nearer to the teacher; its export is
+            for transformers alone.
     """
 
     kv_lora_rank: int
@@ -47,7 +51,7 @@ class MLAConfig(TargetConfig):
     v_head_dim: int | None = None
     q_lora_rank: int | None = None
     latent_norm: bool = True
-    rope_frequencies: Literal["high", "spread"] = "high"
+    rope_frequencies: RopeFrequencies = "high"
 
     type: ClassVar[str] = "mla"
     default_pattern: ClassVar[str] = "S"
@@ -61,8 +65,9 @@ class MLAConfig(TargetConfig):
             raise invalid("qk_rope_head_dim", self.qk_rope_head_dim, "must be even: RoPE rotates pairs")
         if not isinstance(self.latent_norm, bool):
             raise invalid("latent_norm", self.latent_norm, "must be true or false")
-        if self.rope_frequencies not in ("high", "spread"):
-            raise invalid("rope_frequencies", self.rope_frequencies, "must be 'high' or 'spread'")
+        if self.rope_frequencies not in get_args(RopeFrequencies):
+            allowed = ", ".join(get_args(RopeFrequencies))
+            raise invalid("rope_frequencies", self.rope_frequencies, f"must be one of {allowed}")
 
     def check(self, spec: AttentionSpec) -> None:
         if self.kv_lora_rank > spec.hidden_size:
@@ -93,6 +98,7 @@ class MLA(Target):
         self.nope_dim = target.qk_nope_head_dim or spec.head_dim
         self.v_dim = target.v_head_dim or spec.head_dim
         self.num_heads = inner // self.v_dim
+        self.skipped = 0 if target.rope_frequencies != "graded" else self._frequencies_to_skip(model_config)
         self.scaling = (self.nope_dim + self.rope_dim) ** -0.5
         query_width = self.num_heads * (self.nope_dim + self.rope_dim)
         if target.q_lora_rank is None:
@@ -143,10 +149,22 @@ class MLA(Target):
         """Which of the teacher's head_dim / 2 frequencies the rope / 2 pairs of the RoPE key have.
 
         "high" gives the plain frequencies of a model of this RoPE width with base theta^(rope / head_dim), "spread" those
-        with base theta where the width divides the head dim.
+        with base theta where the width divides the head dim. "graded" leaves out `skipped` in all: before pair i so
+        many as the fifth power of its place allows, which keeps the first half whole.
         """
-        index = torch.arange(self.rope_dim // 2, device=device)
-        return index if self.target.rope_frequencies == "high" else index * self.spec.head_dim // self.rope_dim
+        pairs = self.rope_dim // 2
+        index = torch.arange(pairs, device=device)
+        if self.target.rope_frequencies == "spread":
+            return index * self.spec.head_dim // self.rope_dim
+        last = max(pairs - 1, 1) ** 5
+        return index + (2 * self.skipped * index**5 + last) // (2 * last)  # in integers: everywhere the same
+
+    def _frequencies_to_skip(self, config: Any) -> int:
+        """As many as bring the slowest pair to half a turn within the teacher's context."""
+        half, pairs = self.spec.head_dim // 2, self.rope_dim // 2
+        reach = config.max_position_embeddings / math.pi
+        wanted = math.ceil(half * math.log(reach) / math.log(config.rope_parameters["rope_theta"]))
+        return max(min(wanted, half - 1) - (pairs - 1), 0)
 
     def slot_frequencies(self, theta: torch.Tensor) -> torch.Tensor:
         """(rope / 2,) of the RoPE key's pairs, out of the teacher's (head_dim / 2,), in radians per token."""
@@ -154,8 +172,8 @@ class MLA(Target):
 
     def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (batch, 1, time, rope / 2) of the RoPE key's pairs out of the teacher's (batch, time, head_dim)."""
-        high = self.target.rope_frequencies == "high"
-        index = slice(self.rope_dim // 2) if high else self.frequency_index(cos.device)
+        fastest = self.target.rope_frequencies != "spread" and not self.skipped
+        index = slice(self.rope_dim // 2) if fastest else self.frequency_index(cos.device)
         return cos[:, None, :, index], sin[:, None, :, index]
 
     def expanded(

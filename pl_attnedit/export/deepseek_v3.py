@@ -3,7 +3,8 @@
 Names and shapes are DeepSeek-V3's already; three things need care:
 
 - RoPE: our RoPE key has frequencies of the teacher. The fastest ones, theta^(-2j / head_dim), are the plain ones of a key of
-  width `rope` with base theta^(rope / head_dim); evenly spread ones keep the teacher's base.
+  width `rope` with base theta^(rope / head_dim); evenly spread ones keep the teacher's base. Graded ones are written as
+  LongRoPE's, a factor for each; its `factor` is null, on which vLLM stops: it would take them for YaRN's.
 - Latent norms: transformers fixes their eps at 1e-6, as we do; vLLM takes `rms_norm_eps`. The norm's input is scaled up
   by a power of two, which a RMSNorm undoes, so that a larger eps weighs no more than 1e-6 did.
 - Tied embeddings are written out: vLLM's loader fills `lm_head` from the file only.
@@ -76,11 +77,11 @@ def check(student: PreTrainedModel) -> None:
     plain_rope_theta(student, FORMAT)
     spec = next(iter(edited_attention(student).values())).spec
     refuse_unless(
-        target.rope_frequencies == "high" or spec.head_dim % target.qk_rope_head_dim == 0,
+        target.rope_frequencies != "spread" or spec.head_dim % target.qk_rope_head_dim == 0,
         FORMAT,
         "rope_frequencies",
         "spread",
-        f"use 'high', or a qk_rope_head_dim that divides the head dim {spec.head_dim}",
+        f"use 'high' or 'graded', or a qk_rope_head_dim that divides the head dim {spec.head_dim}",
     )
     biased = spec.qkv_bias or spec.o_bias or getattr(student.config, "mlp_bias", False)
     refuse_unless(
@@ -92,9 +93,6 @@ def deepseek_config(student: PreTrainedModel) -> DeepseekV3Config:
     """The config of the exported model: dense in every layer, all heads of their own."""
     mla = mla_layers(student)[0]
     copied = {name: getattr(student.config, name) for name in COPIED_FIELDS}
-    theta = plain_rope_theta(student, FORMAT)
-    if mla.target.rope_frequencies == "high":
-        theta = theta ** (mla.rope_dim / mla.spec.head_dim)
     return DeepseekV3Config(
         **copied,
         num_attention_heads=mla.num_heads,
@@ -104,7 +102,7 @@ def deepseek_config(student: PreTrainedModel) -> DeepseekV3Config:
         qk_rope_head_dim=mla.rope_dim,
         qk_nope_head_dim=mla.nope_dim,
         v_head_dim=mla.v_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        rope_parameters=rope_parameters(mla, plain_rope_theta(student, FORMAT), student.config.max_position_embeddings),
         rope_interleave=True,
         attention_bias=False,
         tie_word_embeddings=False,
@@ -120,6 +118,24 @@ def deepseek_config(student: PreTrainedModel) -> DeepseekV3Config:
         num_mtp_layers=0,
         dtype=student.dtype,
     )
+
+
+def rope_parameters(mla: MLA, theta: float, context: int) -> dict[str, Any]:
+    """The RoPE of a model whose only frequencies are those of the RoPE key; theta and context are the teacher's."""
+    if not mla.skipped:
+        spread = mla.target.rope_frequencies == "spread"
+        return {"rope_type": "default", "rope_theta": theta if spread else theta ** (mla.rope_dim / mla.spec.head_dim)}
+    places = enumerate(mla.frequency_index().tolist())
+    factors = [theta ** (2 * index / mla.spec.head_dim - 2 * place / mla.rope_dim) for place, index in places]
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": None,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": context,
+    }
 
 
 def deepseek_weights(student: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -150,9 +166,10 @@ def latent_scale(rms_norm_eps: float) -> float:
 def _add_fields_of_other_readers(path: Path, config: DeepseekV3Config) -> None:
     """transformers 4 and vLLM read some fields under other names, and take wrong defaults without them."""
     fields: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    rope: dict[str, Any] = dict(config.rope_parameters)  # type: ignore[arg-type]
     fields |= {
-        "rope_theta": config.rope_parameters["rope_theta"],  # type: ignore[index]
-        "rope_scaling": None,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "torch_dtype": fields["dtype"],
         "moe_layer_freq": 1,
         "scoring_func": "sigmoid",

@@ -20,6 +20,7 @@ Teachers = Callable[..., PreTrainedModel]
 CONFIGS = {
     "plain": MLAConfig(12, 4),
     "spread": MLAConfig(12, 4, rope_frequencies="spread"),
+    "graded": MLAConfig(12, 6, rope_frequencies="graded"),
     "free": MLAConfig(8, 6, qk_nope_head_dim=10, v_head_dim=8, q_lora_rank=10, latent_norm=False),
 }
 
@@ -169,3 +170,20 @@ def test_names_and_shapes_are_deepseek_v3s(make_teacher: Teachers) -> None:
         }
         assert ours.scaling == pytest.approx(theirs.scaling)
         assert isinstance(ours.o_proj, nn.Linear)
+
+
+@pytest.mark.parametrize(("rope", "context"), [(8, 512), (16, 8192), (24, 8192), (32, 8192), (32, 131072), (48, 2048)])
+def test_graded_frequencies_reach_half_a_turn_at_the_context(rope: int, context: int, make_teacher: Teachers) -> None:
+    fields = {"head_dim": 64, "max_position_embeddings": context, "num_hidden_layers": 1}
+    teacher = make_teacher("llama", **fields)
+    theta = teacher.config.rope_parameters["rope_theta"]
+    student = edit_model(teacher, MLAConfig(12, rope, rope_frequencies="graded"), init="random")
+    index = edited_attention(student)[0].frequency_index()
+    pairs, steps = rope // 2, index.diff()
+    assert index[: (pairs + 1) // 2].tolist() == list(range((pairs + 1) // 2))  # the fastest half as it is
+    assert (steps >= 1).all()
+    turned = theta ** (-index[-1].item() / 32) * context / torch.pi  # in half turns, of the slowest pair
+    if index[-1] > pairs - 1:  # some were skipped, and no more than needed
+        assert turned <= 1 < turned * theta ** (1 / 32)
+    else:
+        assert turned <= 1  # the fastest ones reach that far

@@ -41,6 +41,7 @@ MLA_CASES = {
         MLAConfig(10, 6, qk_nope_head_dim=7, v_head_dim=8, q_lora_rank=9),
     ),
     "llama, spread frequencies": ("llama", {}, MLAConfig(12, 4, rope_frequencies="spread")),
+    "qwen3, graded frequencies": ("qwen3", {}, MLAConfig(12, 6, rope_frequencies="graded")),
 }
 SWA_CASES = {
     "head gate": ({"S": GateSWAConfig(window=5)}, "SSF"),
@@ -91,7 +92,10 @@ def test_deepseek_v3_equals_the_student(
     # what vLLM asks for, as read
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} == shapes(config)  # noqa: SIM118
-    assert {name: config[name] for name in FIELDS} == FIELDS
+    graded = target.rope_frequencies == "graded"  # vLLM must stop at these rather than take them for others
+    fields = FIELDS | ({"rope_scaling": config["rope_parameters"]} if graded else {})
+    assert {name: config[name] for name in FIELDS} == fields
+    assert not graded or config["rope_scaling"]["factor"] is None
     assert config["first_k_dense_replace"] == config["num_hidden_layers"]
 
 
