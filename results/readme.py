@@ -159,7 +159,7 @@ def judged(suites: dict[str, dict[str, float]]) -> list[str]:
 
 def name_of(found: dict[str, Any]) -> str:
     """What a variant of a study is called: the run's name less the seed."""
-    return found["name"].rsplit("-", 1)[0].replace("__", ", ").replace("_", " ")
+    return found["name"].rsplit("-", 1)[0].replace("_", " ")
 
 
 def pilots() -> str:
