@@ -1,8 +1,8 @@
 """A report about conversions: what they cost, what they gained, how the training went.
 
-As one self-contained HTML page or as Markdown for a pull request. Everything comes from MLflow; what is not there is
-said to be missing. The page needs no network, and its script only adds to it. Texts from runs, models and prompts are
-escaped by the template engine, and the page's own policy lets no other script run.
+As one self-contained HTML page, as Markdown for a pull request, or its numbers as JSON. Everything comes from MLflow;
+what is not there is said to be missing. The page needs no network, and its script only adds to it. Texts from runs,
+models and prompts are escaped by the template engine, and the page's own policy lets no other script run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pl_attnedit.eval.formatting import FILTERS
 from pl_attnedit.eval.records import find_conversions, find_fits
 from pl_attnedit.eval.report_data import ConversionData, Evaluation, load_all, run_address
 from pl_attnedit.eval.report_figures import efficiency_figures, overview_figures, position_figures, training_figures
+from pl_attnedit.eval.report_json import json_report
 from pl_attnedit.eval.report_markdown import markdown_report
 from pl_attnedit.eval.report_tables import (
     ALPHA,
@@ -59,13 +60,13 @@ def write_report(
 
     Among all are trainings outside of a conversion that have been evaluated.
 
-    The suffix says what is written: ``.html`` the page, ``.md`` Markdown for a pull request. The file is replaced in
-    one step.
+    The suffix says what is written: ``.html`` the page, ``.md`` Markdown for a pull request, ``.json`` the numbers
+    (`json_report`). The file is replaced in one step.
 
     Raises:
         UserError: MLflow cannot be reached, no such run or experiment, or another suffix.
     """
-    formats = {".html": _html, ".md": markdown_report}
+    formats = {".html": _html, ".md": markdown_report, ".json": json_report}
     suffix = Path(out_path).suffix.lower()
     if suffix not in formats:
         raise invalid("out_path", str(out_path), f"must end in {' or '.join(formats)}")

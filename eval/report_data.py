@@ -27,7 +27,7 @@ from pl_attnedit.eval.records import (
 )
 
 LAYER_METRIC = re.compile(r"val/nmse/layer_(\d+)")
-CURVES = {"stage1": ("train/loss", "val/nmse"), "stage2": ("train/loss", "val/kl")}
+CURVES = {"stage1": ("train/loss", "val/nmse", "val/kl"), "stage2": ("train/loss", "val/kl")}
 THREADS = 8  # a server answers one small request after another: most of the time is waiting
 RUNS_OF_A_QUERY = 500  # databases allow about a thousand parameters
 

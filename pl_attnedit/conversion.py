@@ -6,6 +6,7 @@ phase it was in; within a stage, with the last checkpoint.
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -161,6 +162,7 @@ class Conversion:
             return
         self.say(name)
         self.folder.finish(name, work())
+        release_memory()
 
     @staticmethod
     def say(text: str) -> None:
@@ -386,6 +388,13 @@ def build_trainer(options: dict[str, Any]) -> Trainer:
         return Trainer(**with_npu(options))
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {error}") from error
+
+
+def release_memory() -> None:
+    """Gives what a phase has held of an accelerator's memory back: a training's is large, what follows needs little."""
+    gc.collect()  # Lightning's trainer and module refer to each other
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def save_student(module: DistillationModule, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`pl-attnedit report`: one HTML page about conversions, once or on a schedule with the evaluations that are missing."""
+"""`pl-attnedit report`: conversions as an HTML page, Markdown or JSON, once or on a schedule with missing evaluations."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = ArgumentParser(prog="pl-attnedit report", description="One self-contained HTML page about conversions.")
+    parser = ArgumentParser(prog="pl-attnedit report", description="A report about conversions.")
     parser.add_argument("runs", nargs="*", help="run ids of conversions (default: all)")
     parser.add_argument("--filter", help="an MLflow search filter instead, e.g. \"tags.target = 'mla'\"")
-    parser.add_argument("-o", "--out", default="report.html", help="file to write (default report.html)")
+    parser.add_argument(
+        "-o",
+        "--out",
+        default="report.html",
+        help="file to write: .html (one self-contained page), .md (for a pull request) or .json (the numbers, and curves "
+        "of the training) (default report.html)",
+    )
     parser.add_argument("--experiment", default="pl_attnedit", help="MLflow experiment (default pl_attnedit)")
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     group = parser.add_argument_group(

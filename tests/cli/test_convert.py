@@ -94,6 +94,12 @@ def test_from_a_recipe_to_a_report_and_again(
     assert "tiny" in capsys.readouterr().out
     assert main(["report", "-o", "all.html"]) == 0
     assert "tiny" in (tmp_path / "all.html").read_text()
+    assert main(["report", "-o", "all.json"]) == 0
+    [exported] = json.loads((tmp_path / "all.json").read_text())
+    curves = {(curve["stage"], curve["metric"]): curve for curve in exported["curves"]}
+    assert [curves["stage1", "val/kl"]["steps"][i] for i in (0, -1)] == [0, 4]
+    assert curves["stage1", "val/kl"]["values"][0] == pytest.approx(summary["kl_before"], rel=1e-5)
+    assert curves["stage2", "val/kl"]["values"][-1] == pytest.approx(summary["kl_after_stage2"], rel=1e-5)
     data = parsed(path).data
     options = ["--text", data["source"], "--seq-len", "32", "--documents", "2", "--cloze", "2", "--out", "again"]
     log = ["--log-to", summary["run_id"]]

@@ -311,7 +311,7 @@ def test_markdown(suites: tuple[str, list[str]], tmp_path: Path) -> None:
     ):
         assert expected in text, expected
     assert "Details of the other" not in text
-    with pytest.raises(UserError, match=r"must end in \.html or \.md"):
+    with pytest.raises(UserError, match=r"must end in \.html or \.md or \.json"):
         write_report(None, tmp_path / "report.pdf", uri)
 
 
