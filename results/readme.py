@@ -10,14 +10,16 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pl_attnedit.eval.charts import Chart, Mark, scatter_chart
+from pl_attnedit.eval.charts import Chart, Mark, Series, line_chart, scatter_chart
 from pl_attnedit.eval.compare import fidelity_cell
 from pl_attnedit.eval.formatting import markdown_table
 from pl_attnedit.eval.report_figures import TARGET_CSS
 from pl_attnedit.eval.report_tables import task_row
+from pl_attnedit.study import ratio_text
 
 FOLDER = Path(__file__).parent
 PAIR = ("teacher", "student")
@@ -35,6 +37,8 @@ text { fill: var(--soft); } .name { fill: var(--ink); } path { fill: none; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--gray); }
 .front { stroke: var(--ink); stroke-opacity: .5; stroke-width: 1.4; stroke-dasharray: 5 3; }
 .mark.gate circle { fill: var(--blue); } .mark.mla path { fill: var(--orange); } .mark.other path { fill: var(--gray); }
+.line { stroke-width: 1.6; stroke-linejoin: round; } .line.train { stroke: var(--gray); } .line.held { stroke: var(--blue); }
+.dot.train { fill: var(--gray); } .dot.held { fill: var(--blue); } .dot.before { fill: var(--orange); }
 .mark.teacher circle { fill: none; stroke: var(--ink); stroke-width: 1.6; }
 """
 
@@ -139,7 +143,7 @@ def bench_trl() -> str:
 def smollm2() -> str:
     """The conversions of configs/studies/smollm2.yaml, each followed by its exports, judged in stock transformers."""
     exports, rows = data("smollm2_exported"), []
-    for found in sorted(data("smollm2"), key=lambda row: (row["target"], -row["kv_budget"], row["kl_after_stage2"])):
+    for found in sorted(finished(), key=lambda row: (row["target"], -row["kv_budget"], row["kl_after_stage2"])):
         curve = ", ".join(f"{found[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2"))
         tokens = f"{found['tokens'] / 1e6:.0f}M" if found["tokens"] else "none"
         rows.append([name_of(found), f"{found['kv_budget']:.0%}", tokens, curve, *judged(found["fidelity"])])
@@ -148,6 +152,10 @@ def smollm2() -> str:
                 rows.append([f"{name_of(found)}, as {each['format']}", "", "", "", *judged(each["fidelity"])])
     head = ["", "KV budget at 8k", "tokens", "KL before, after stage 1, after stage 2"]
     return markdown_table([*head, "KL, top-1 at 512", "KL, top-1 at 2,048", "perplexity, teacher and student"], rows)
+
+
+def finished() -> list[dict[str, Any]]:
+    return [row for row in data("smollm2") if row["kl_after_stage2"] is not None]
 
 
 def judged(suites: dict[str, dict[str, float]]) -> list[str]:
@@ -168,6 +176,17 @@ def pilots() -> str:
         kls = [f"{row[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2")]
         rows.append([row["variant"], *kls, f"{row['top1_after']:.1%}"])
     return markdown_table(["2.1M + 6.6M tokens", "KL before", "after stage 1", "after stage 2", "top-1"], rows)
+
+
+def study(name: str) -> str:
+    """The variants of a study that were run; the first is what the others are compared with."""
+    rows = []
+    for row in data(f"study_{name}")["rows"]:
+        tokens = f"{row['tokens_stage1'] / 1e6:.1f}M + {row['tokens_stage2'] / 1e6:.1f}M"
+        kls = [f"{row[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2")]
+        rows.append([row["variant"], str(len(row["seeds"])), tokens, *kls, f"{row['top1_after']:.1%}", ratio_text(row)])
+    head = ["", "seeds", "tokens", "KL before", "after stage 1", "after stage 2", "top-1", "KL / first [95%]"]
+    return markdown_table(head, rows)
 
 
 def sensitivity() -> str:
@@ -251,10 +270,35 @@ def offline_by_context() -> str:
 def pareto() -> Chart:
     """KL against KV budget of the conversions."""
     marks = [Mark("teacher", 100.0, 0.0, "teacher")]
-    for found in data("smollm2"):
+    for found in finished():
         kl = found["fidelity"].get("fidelity", {}).get("kl", found["kl_after_stage2"])
         marks.append(Mark(name_of(found), 100 * found["kv_budget"], kl, TARGET_CSS.get(found["target"], "other")))
     return scatter_chart(marks, "KV budget at 8k context", "KL(teacher||student), nats per token")
+
+
+def random_init() -> Chart:
+    """KL over training tokens: calibrated and random init, and a calibrated one with a small budget."""
+    runs = {row["name"]: row for row in data("smollm2")}
+    calibrated = runs["MLA_128-0"]
+    a_step = calibrated["tokens"] / sum(steps[-1] for steps, _ in stages(calibrated))  # tokens; the same in all of them
+
+    def line(name: str, row: dict[str, Any], css: str) -> Series:
+        points, before = [], 0
+        for steps, values in stages(row):
+            points += [((before + step) * a_step / 1e6, value) for step, value in zip(steps, values)]
+            before += steps[-1]
+        return Series(name, points, css, dots=True)
+
+    first = data("study_mla")["rows"][0]
+    small = ((first["tokens_stage1"] + first["tokens_stage2"]) / 1e6, first["kl_after_stage2"])
+    series = [line("random", runs["MLA_128_random_init-0"], "train"), line("calibrated", calibrated, "held")]
+    series.append(Series("calibrated, small budget", [small], "before", dots=True))
+    return line_chart(series, "million training tokens, both stages", "KL(teacher||student), held out")
+
+
+def stages(row: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
+    """Steps and held-out KL of a conversion's stages."""
+    return [(curve["steps"], curve["values"]) for curve in row["curves"] if curve["metric"] == "val/kl"]
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -270,8 +314,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm2": smollm2,
     "sensitivity": sensitivity,
     "pilots": pilots,
+    "study_mla": partial(study, "mla"),
+    "study_gate_swa": partial(study, "gate_swa"),
 }
-PLOTS: dict[str, Callable[[], Chart]] = {"smollm2_kv_budget": pareto}
+PLOTS: dict[str, Callable[[], Chart]] = {"smollm2_kv_budget": pareto, "smollm2_random_init": random_init}
 
 
 def with_tables(text: str) -> str:
