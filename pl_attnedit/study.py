@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -166,7 +167,8 @@ class StudyRun:
 
     def _convert(self, recipe: dict[str, Any], device: str | None) -> bool:
         name = recipe["name"]
-        file, text = self.folder / f"{name}.yaml", yaml.safe_dump(recipe, sort_keys=False)
+        file = self.folder / f"{name}.yaml"
+        text = yaml.safe_dump(recipe, sort_keys=False) + (f"# {shlex.join(self.options)}\n" if self.options else "")
         begun = file.exists() and file.read_text("utf-8") == text and (self.folder / name / "progress.json").exists()
         if begun and "report" in json.loads((self.folder / name / "progress.json").read_text()):
             return self._say(f"{name}: done before")

@@ -65,6 +65,9 @@ def test_variants_run_fail_are_stopped_and_compared(
     done = StudyRun(read_study(path), tmp_path / "runs", only=["it is", "stage 1"])
     assert done.run() == []  # nothing is started again
     assert capsys.readouterr().err.count("done before") == 2
+    changed = StudyRun(read_study(path), tmp_path / "runs", ["--seed", "7"], only=["it is"])
+    assert changed.run() == ["as it is, seed 0"]  # of another recipe than what is there: said, not taken for done
+    assert "another recipe" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert main(["study", str(path), "--no-run", "--only", "it is", "stage 1", "-o", "study.json"]) == 0
     first, without = json.loads((tmp_path / "study.json").read_text())["rows"]
