@@ -61,7 +61,7 @@ def build_offline_tasks(
         seed: chooses the passages, the questions, the wrong continuations and the place of the right one.
 
     Raises:
-        UserError: a size below 1, or text too short for two samples of a task.
+        UserError: a size below 1, fewer than two samples, or text too short for two samples of a task.
     """
     sizes = {
         "n_documents": n_documents,
@@ -71,8 +71,9 @@ def build_offline_tasks(
         "continuation_chars": continuation_chars,
     }
     for field, value in sizes.items():
-        if value < 1:
-            raise invalid(field, value, "must be at least 1")
+        least = MIN_SAMPLES if field.startswith("n_") else 1
+        if value < least:
+            raise invalid(field, value, f"must be at least {least}")
     rng = random.Random(seed)
     texts = [stripped for text in documents if (stripped := text.strip())]
     passages = [[{"text": passage} for passage in _passages(text, document_chars)] for text in texts]

@@ -64,7 +64,7 @@ class EvaluationRecipe:
     continuation_tokens: int = 32
 
     def __post_init__(self) -> None:
-        for name, least in (("documents", 1), ("cloze", 1), ("continuation_tokens", 0)):
+        for name, least in (("documents", 2), ("cloze", 2), ("continuation_tokens", 0)):
             if getattr(self, name) < least:
                 raise invalid(name, getattr(self, name), f"must be at least {least}")
 

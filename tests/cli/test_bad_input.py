@@ -67,7 +67,7 @@ def fails(
         (["--stage2.options", "{trian: all}"], ["stage2.options = 'trian'", "train"]),
         (["--stage1.options", "{init_from: x}"], ["stage1.options = 'init_from'"]),
         (["--stage1.callbacks", "[pl_attnedit.callbacks.Nothing]"], ["stage1", "Nothing"]),
-        (["--evaluation.cloze", "0"], ["cloze = 0", "at least 1"]),
+        (["--evaluation.cloze", "1"], ["cloze = 1", "at least 2"]),
         (["--trainer", "{acelerator: cpu}"], ["trainer = 'acelerator'", "accelerator"]),
         (["--trainer", "{max_steps: 3}"], ["trainer = 'max_steps'"]),
         (["--trainer", "{accelerator: abacus}"], ["trainer", "abacus", "cpu"]),

@@ -94,10 +94,13 @@ def test_too_little_text(documents_: list[str], tmp_path: Path) -> None:
         build_offline_tasks(documents_, tmp_path, **SIZES)
 
 
-@pytest.mark.parametrize("field", ["n_documents", "n_cloze", "document_chars", "context_chars", "continuation_chars"])
-def test_sizes_below_one(field: str, documents: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"{field} = 0: must be at least 1"):
-        build_offline_tasks(documents, tmp_path, **{field: 0})
+@pytest.mark.parametrize(
+    ("field", "least"),
+    [("n_documents", 2), ("n_cloze", 2), ("document_chars", 1), ("context_chars", 1), ("continuation_chars", 1)],
+)
+def test_sizes_too_small(field: str, least: int, documents: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{field} = {least - 1}: must be at least {least}"):
+        build_offline_tasks(documents, tmp_path, **{field: least - 1})
 
 
 QUESTION = {"question": "How many legs do horses have?", "choices": ["two", "four"], "answer": 1}
