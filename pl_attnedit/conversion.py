@@ -393,8 +393,9 @@ def build_trainer(options: dict[str, Any]) -> Trainer:
 def release_memory() -> None:
     """Gives what a phase has held of an accelerator's memory back: a training's is large, what follows needs little."""
     gc.collect()  # Lightning's trainer and module refer to each other
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None:
+        torch.get_device_module(device).empty_cache()
 
 
 def save_student(module: DistillationModule, path: Path) -> None:
