@@ -6,7 +6,6 @@ phase it was in; within a stage, with the last checkpoint.
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import sys
@@ -42,6 +41,7 @@ from pl_attnedit.eval.harness import evaluate_pair
 from pl_attnedit.eval.records import log_evaluation
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
+from pl_attnedit.memory import release_memory
 from pl_attnedit.modeling import EditPlan, load
 from pl_attnedit.modeling.edit import check_init
 from pl_attnedit.modeling.kv import kv_context, measure_cache
@@ -388,14 +388,6 @@ def build_trainer(options: dict[str, Any]) -> Trainer:
         return Trainer(**with_npu(options))
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {error}") from error
-
-
-def release_memory() -> None:
-    """Gives what a phase has held of an accelerator's memory back: a training's is large, what follows needs little."""
-    gc.collect()  # Lightning's trainer and module refer to each other
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is not None:
-        torch.get_device_module(device).empty_cache()
 
 
 def save_student(module: DistillationModule, path: Path) -> None:

@@ -39,10 +39,10 @@ class MLAConfig(TargetConfig):
         latent_norm: RMSNorm on the latent, as in DeepSeek. Needed for export.
         rope_frequencies: which of the teacher's frequencies the RoPE key has. "high" = the fastest ones; what turns
             slower is treated as not turning, and where the slowest one turns half round within the context to be served,
-            the student must be trained at that length. "spread" = every n-th over the whole range: good far beyond
-            the length of training. "graded" = the fastest ones, then in growing steps down to one that turns less
-            than half round within the teacher's context: as good there, and nearer to the teacher; its export is
-            for transformers alone.
+            the student must be trained at that length. "spread" = every n-th over the whole range. "graded" = the fastest
+            ones, then in growing steps down to one that turns less than half round within the teacher's context:
+            nearer to the teacher than "spread", and of use beyond the length of training, though less good there; its
+            export is for transformers alone.
     """
 
     kv_lora_rank: int
