@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.formatting import aligned, context_length, markdown_table, with_error
+from pl_attnedit.eval.formatting import aligned, context_length, json_text, markdown_table, with_error
 from pl_attnedit.eval.records import SUITE_TAG, Conversion, eval_metrics, fidelity_metrics, find_conversions
 from pl_attnedit.tracking.client import EXPERIMENT
 
@@ -190,7 +189,7 @@ def _csv(rows: Sequence[ComparisonRow]) -> str:
 
 
 def _json(rows: Sequence[ComparisonRow]) -> str:
-    return json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False) + "\n"
+    return json_text([asdict(row) for row in rows])
 
 
 STYLES: dict[str, Callable[[Sequence[ComparisonRow]], str]] = {

@@ -1,14 +1,17 @@
-"""Numbers as people read them; None is shown as a dash."""
+"""Numbers as people read them, where None is shown as a dash, and as JSON."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 from markupsafe import Markup
 
 NONE = "–"
 MINUS = "−"
+TOO_LARGE = 1e300  # MLflow's databases keep infinity as the largest float
 
 
 def significant(value: float | None, digits: int = 3) -> str:
@@ -148,3 +151,17 @@ FILTERS: dict[str, Callable[..., str]] = {
     "breakable": breakable,
     "ratio": ratio,
 }
+
+
+def json_text(content: Any) -> str:
+    """As indented JSON; numbers that are not finite, such as the KL of a student that diverged, are null."""
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(content: Any) -> Any:
+    """The same with None for each number that JSON has no word for."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not abs(content) < TOO_LARGE else content

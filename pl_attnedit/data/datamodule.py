@@ -44,7 +44,8 @@ class TextDataModule(LightningDataModule):
 
     A batch is a dict of `input_ids` (B, T) int64, `loss_mask` (B, T) bool, and with `respect_documents` `position_ids`
     (B, T) int64; B = `batch_size`, T = `seq_len`, nothing is padded. Documents are joined by EOS; exact duplicates are
-    dropped. Tokens are cached per source in `~/.cache/pl_attnedit` (or `PL_ATTNEDIT_CACHE`).
+    dropped. A text that is gone through again is cut at other places. Tokens are cached per source in
+    `~/.cache/pl_attnedit` (or `PL_ATTNEDIT_CACHE`).
 
     Several sources: an epoch has as many sequences as all of them together. Without weights each sequence is in it once;
     with weights each source has its part of the epoch, so that a large source is gone through over several epochs and a

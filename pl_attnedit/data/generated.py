@@ -122,9 +122,17 @@ class TeacherWriter:
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _continue(self, prompts: list[list[int]]) -> list[list[int]]:
-        """What the teacher writes after each prompt, up to the token that ends it."""
+        """What the teacher writes after each prompt, up to the token that ends it.
+
+        On a GPU into a static cache, by a compiled step: a growing cache is copied at every token, and a small model waits
+        for its launches. The step is compiled for one batch size, so a smaller batch is filled up.
+        """
+        compiled = self.teacher.device.type == "cuda"
+        wanted = len(prompts)
+        if compiled:
+            prompts = prompts + prompts[:1] * (self.sampling.batch_size - wanted)
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stops[0]
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -138,12 +146,13 @@ class TeacherWriter:
             max_new_tokens=self.sampling.max_tokens,
             eos_token_id=self.stops,
             pad_token_id=pad,
+            cache_implementation="static" if compiled else None,
         )
         device, model = self.teacher.device, self.teacher
         output: Tensor = model.generate(  # type: ignore[operator]
             input_ids=ids.to(device), attention_mask=real.to(device), generation_config=settings
         )
-        return [self._until_stop(row) for row in output[:, longest:].tolist()]
+        return [self._until_stop(row) for row in output[:wanted, longest:].tolist()]
 
     def _until_stop(self, row: list[int]) -> list[int]:
         return row[: next((place for place, token in enumerate(row) if token in self.stops), len(row))]

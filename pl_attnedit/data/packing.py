@@ -12,6 +12,8 @@ from torch.utils.data import Dataset, DistributedSampler
 from pl_attnedit.data.tokens import TokenStore
 from pl_attnedit.errors import invalid
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, modulo 1, lie evenly however many there are
+
 
 class Corpus:
     """The documents of several sources in one list, in the order of their content hashes, each content once.
@@ -40,6 +42,9 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
     with `respect_documents` also `position_ids` (T,) int64, which restart at 0 with each document. A `DataLoader` takes
     whole batches through `__getitems__`, so its `collate_fn` has nothing to do.
 
+    A text that is gone through again is cut anew: sequence `i + n * len(self)` is sequence i of the nth repetition, whose
+    cuts lie a part of T further on. So each token comes at another place and after another context than before.
+
     Args:
         groups: the documents, as indices into the corpus; a sequence has documents of one group only.
         weights: how much of an epoch each group gets, relative to the others. Default: each sequence is in it once.
@@ -62,7 +67,8 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
         tokens = np.array([corpus.lengths[group].sum() for group in groups], dtype=np.int64)
         self.sizes = tokens // seq_len  # sequences of each group
         self.weights = self.sizes if weights is None else np.array(weights, dtype=np.float64)
-        self._first_tokens = np.cumsum(tokens) - tokens
+        self._end_tokens = np.cumsum(tokens)
+        self._first_tokens = self._end_tokens - tokens
         self._first_sequences = np.cumsum(self.sizes) - self.sizes
         self._answers = any(store.answers is not None for store in corpus.stores)
 
@@ -109,8 +115,11 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
 
     def _offsets(self, indices: np.ndarray) -> np.ndarray:
         """Where these sequences begin in the joined documents, in tokens."""
+        repetition, indices = np.divmod(indices, len(self))
         group = np.searchsorted(self._first_sequences, indices, side="right") - 1
-        return self._first_tokens[group] + (indices - self._first_sequences[group]) * self.seq_len
+        further = (repetition * GOLDEN_RATIO % 1 * self.seq_len).astype(np.int64)
+        offsets = self._first_tokens[group] + (indices - self._first_sequences[group]) * self.seq_len + further
+        return np.minimum(offsets, self._end_tokens[group] - self.seq_len)
 
     def _loss_mask(self, offsets: np.ndarray) -> np.ndarray:
         mask = np.ones((len(offsets), self.seq_len), dtype=bool)
@@ -183,28 +192,33 @@ def spread_sequences(packed: PackedSequences, n_sequences: int) -> np.ndarray:
 
 
 def epoch_order(sizes: np.ndarray, counts: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The order of the training sequences in an epoch: a function of its arguments and nothing else.
+    """The order of the training sequences in an epoch, as `PackedSequences` numbers them: a function of its arguments and
+    nothing else.
 
     Args:
         sizes: how many sequences each group has.
         counts: how many of them are in an epoch; where it is more than there are, some come again.
     """
     first = np.cumsum(sizes) - sizes
-    drawn = [first[i] + _draw(i, int(sizes[i]), int(counts[i]), seed, epoch) for i in range(len(sizes))]
+    drawn = []
+    for i in range(len(sizes)):
+        sequence, repetition = _draw(i, int(sizes[i]), int(counts[i]), seed, epoch)
+        drawn.append(first[i] + sequence + repetition * sizes.sum())
     return np.random.default_rng((seed, epoch)).permutation(np.concatenate(drawn))
 
 
-def _draw(group: int, size: int, count: int, seed: int, epoch: int) -> np.ndarray:
-    """The epoch's `count` sequences of a group. After any epoch, no sequence was drawn twice more than another."""
+def _draw(group: int, size: int, count: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The epoch's `count` sequences of a group, and how often each was drawn before. After any epoch, no sequence was drawn
+    twice more than another."""
     if count == size:
-        return np.arange(size)
+        return np.arange(size), np.full(size, epoch)
     places = np.arange(epoch * count, (epoch + 1) * count)
-    drawn = np.empty(count, dtype=np.int64)
-    for nth in np.unique(places // size).tolist():
-        now = places // size == nth
+    drawn, repetition = np.empty(count, dtype=np.int64), places // size
+    for nth in np.unique(repetition).tolist():
+        now = repetition == nth
         # group + 1: numpy takes (seed, epoch) for (seed, epoch, 0)
         drawn[now] = np.random.default_rng((seed, nth, group + 1)).permutation(size)[places[now] % size]
-    return drawn
+    return drawn, repetition
 
 
 class ResumableSampler(DistributedSampler[int]):

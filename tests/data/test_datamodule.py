@@ -145,6 +145,22 @@ def test_order_is_shared_by_the_processes_and_new_in_each_epoch(tokenizer: Any, 
     assert epoch(2)[(batches - 2) * 12 :] == epoch(batches)[:24]
 
 
+def test_text_that_comes_again_is_cut_anew(tokenizer: Any, corpus: str) -> None:
+    packed = make(tokenizer, corpus).train_sequences
+    total, length = len(packed), packed.seq_len
+    text = torch.cat([*(item["input_ids"] for item in packed)])
+
+    def cut(epoch: int) -> int:
+        order = np.sort(epoch_order(packed.sizes, packed.sizes, 0, epoch))
+        assert order.tolist() == list(range(epoch * total, (epoch + 1) * total))
+        rows = packed.__getitems__(order.tolist())["input_ids"]
+        first = next(at for at in range(length) if torch.equal(text[at : at + length], rows[0]))
+        assert torch.equal(rows[:-1].flatten(), text[first : first + (total - 1) * length])
+        return first
+
+    assert [cut(epoch) for epoch in range(3)] == [0, int(0.618 * length), int(0.236 * length)]
+
+
 def test_second_start_reads_the_cache(tokenizer: Any, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make(tokenizer, corpus)
     monkeypatch.setattr(tokens, "_write", lambda *args: pytest.fail("tokenised again"))

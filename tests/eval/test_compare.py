@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -95,6 +96,7 @@ def test_exports_keep_all_digits(store: tuple[str, list[str]]) -> None:
     rows = compare_runs(store[1][:1], store[0])
     (exported,) = json.loads(format_rows(rows, "json"))
     assert exported["differences"]["heldout_cloze/acc"]["ci_low"] == -0.109
+    assert json.loads(format_rows([replace(rows[0], kl_after_stage2=math.nan)], "json"))[0]["kl_after_stage2"] is None
     (line,) = csv.DictReader(io.StringIO(format_rows(rows, "csv")))
     assert float(line["kl_after_stage1"]) == 0.121
     assert float(line["heldout_cloze/acc/ci_high"]) == 0.055

@@ -15,16 +15,15 @@ from mlflow.exceptions import MlflowException
 from watched import VERSION, Store
 
 from pl_attnedit.eval import schedule as scheduling
+from pl_attnedit.eval import schedule_jobs
 from pl_attnedit.eval.locks import claim
 from pl_attnedit.eval.schedule import (
     CHECKPOINT_TAG,
     FOLDER_TAG,
     LOCK_FILE,
-    SCHEDULED_TAG,
     SPOOL_FOLDER,
-    EvaluationFailed,
-    Job,
 )
+from pl_attnedit.eval.schedule_jobs import SCHEDULED_TAG, EvaluationFailed, Job
 from pl_attnedit.interruption import Interrupted
 from pl_attnedit.tracking import connect, start_child
 from pl_attnedit.tracking.client import CHECKPOINTS_TAG, STUDENT_FINGERPRINT_TAG, STUDENT_TAG, WORKING_FOLDER_TAG
@@ -318,7 +317,7 @@ def interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
         path = tmp_path / "python"
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
-        monkeypatch.setattr(scheduling.sys, "executable", str(path))
+        monkeypatch.setattr(schedule_jobs.sys, "executable", str(path))
 
     return install
 
@@ -339,7 +338,7 @@ def test_however_an_evaluation_dies_the_watcher_lives(
     store = make_store(1)
     interpreter(script)
     timeout = 0.1 if "sleep" in script else 30.0
-    assert store.schedule(scheduling.evaluate_in_process, timeout=timeout).round() == 1
+    assert store.schedule(schedule_jobs.evaluate_in_process, timeout=timeout).round() == 1
     [run] = store.evaluations()
     assert run.info.status == "FAILED"
     assert run.data.tags["error"].startswith(error)
@@ -352,7 +351,7 @@ def test_an_evaluation_that_outlives_its_watcher_keeps_the_lock(
     begun = store.folder / "begun"
     interpreter(f'pwd > {begun}; echo "$@" >> {begun}; while [ -f {begun} ]; do sleep 0.02; done')
     connect(store.database).set_tag(store.runs[0], WORKING_FOLDER_TAG, str(store.folder / "runs"))
-    schedule = store.schedule(scheduling.evaluate_in_process, options=["--device", "cuda"])
+    schedule = store.schedule(schedule_jobs.evaluate_in_process, options=["--device", "cuda"])
     process = store.start(schedule.round)
     wait_for(process, lambda: begun.exists() and begun.read_text().count("\n") == 2)
     os.kill(process.pid, signal.SIGKILL)
@@ -383,7 +382,7 @@ def test_sigterm_ends_the_process_that_evaluates(make_store: Make, interpreter: 
     interpreter(
         f"trap 'touch {store.folder}/told; exit 143' TERM; touch {store.folder}/begun; while :; do sleep 0.02; done"
     )
-    process = store.start(lambda: store.schedule(scheduling.evaluate_in_process).watch(3600))
+    process = store.start(lambda: store.schedule(schedule_jobs.evaluate_in_process).watch(3600))
     wait_for(process, (store.folder / "begun").exists)
     os.kill(process.pid, signal.SIGTERM)
     assert end(process) == 128 + signal.SIGTERM, store.output()

@@ -14,7 +14,8 @@ from fake_conversions import fake_result
 from mlflow.entities import Run
 
 from pl_attnedit.eval.records import log_evaluation
-from pl_attnedit.eval.schedule import SPOOL_FOLDER, EvaluationFailed, Job, Schedule
+from pl_attnedit.eval.schedule import SPOOL_FOLDER, Schedule
+from pl_attnedit.eval.schedule_jobs import EvaluationFailed, Job
 from pl_attnedit.interruption import termination_as_exception
 from pl_attnedit.tracking import TrackedRun, connect, find_runs, start_child, start_conversion
 from pl_attnedit.tracking.client import STUDENT_TAG
