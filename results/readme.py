@@ -22,7 +22,6 @@ from pl_attnedit.eval.report_tables import task_row
 from pl_attnedit.study import ratio_text
 
 FOLDER = Path(__file__).parent
-PAIR = ("teacher", "student")
 README = FOLDER.parent / "README.md"
 SVG_HEAD = '<svg xmlns="http://www.w3.org/2000/svg" width="660" '
 # what the report's page says of colours, for a picture alone
@@ -166,8 +165,12 @@ def judged(suites: dict[str, dict[str, float]]) -> list[str]:
 
 
 def name_of(found: dict[str, Any]) -> str:
+    return conversion_name(found["name"])
+
+
+def conversion_name(run: str) -> str:
     """What a variant of a study is called: the run's name less the seed."""
-    return found["name"].rsplit("-", 1)[0].replace("_", " ")
+    return run.rsplit("-", 1)[0].replace("_", " ")
 
 
 def pilots() -> str:
@@ -243,28 +246,43 @@ ASKED = {
 
 
 def offline() -> str:
-    """What the suite asked one student, beside its teacher."""
-    [found] = data("smollm2_offline")
+    """What the suite asked each student, beside the teacher."""
+    students = data("smollm2_offline")
     rows = []
-    for row in map(task_row, (row for row in found["tasks"] if ASKED.get(row["task"]) == row["metric"])):
-        difference = f"{row.difference} [{row.low}, {row.high}]"
-        rows.append([row.task, row.metric, str(row.n), row.teacher, row.student, difference, row.verdict])
-    return markdown_table(["task", "metric", "n", "teacher", "student", "difference [95%]", "verdict"], rows)
+    for task, metric in ASKED.items():
+        asked = [
+            task_row(next(row for row in found["tasks"] if (row["task"], row["metric"]) == (task, metric)))
+            for found in students
+        ]
+        rows.append([task, metric, str(asked[0].n), asked[0].teacher])
+        rows[-1] += [f"{row.student}, {row.difference} [{row.low}, {row.high}], {row.verdict}" for row in asked]
+    head = ["task", "metric", "n", "teacher"]
+    return markdown_table([*head, *(conversion_name(found["conversion"]) for found in students)], rows)
 
 
 def offline_by_context() -> str:
-    """The same by context: the perplexity of the tokens in its second half, and whether something far back is found."""
-    [found] = data("smollm2_offline")
+    """The same by context, the teacher and each student: the perplexity of the tokens in its second half, and whether
+    something far back is found."""
+    students = data("smollm2_offline")
     rows = []
-    for context in sorted({row["context"] for row in found["retrieval"]}):
-        [span] = (span for span in found["by_position"] if span["end"] == context)
-        cells = [f"{span['kl']:.3f}", ", ".join(f"{math.exp(span[f'nll_{name}']):.1f}" for name in PAIR)]
+    for context in sorted({row["context"] for row in students[0]["retrieval"]}):
+        spans = [next(span for span in found["by_position"] if span["end"] == context) for found in students]
+        likelihoods = [spans[0]["nll_teacher"], *(span["nll_student"] for span in spans)]
+        cells = [", ".join(f"{span['kl']:.3f}" for span in spans)]
+        cells.append(", ".join(f"{math.exp(each):.1f}" for each in likelihoods))
         for task in ("needle_1", "needle_4", "variables", "copy"):
-            asked = [row for row in found["retrieval"] if (row["task"], row["context"]) == (task, context)]
-            cells.append(", ".join(f"{sum(row[name] for row in asked) / len(asked):.0%}" for name in PAIR))
+            shares = [found_share(students[0], task, context, "teacher")]
+            shares += [found_share(found, task, context, "student") for found in students]
+            cells.append(", ".join(f"{share:.0%}" for share in shares))
         rows.append([f"{context:,}", *cells])
     head = ["context", "KL", "perplexity", "one needle", "one of four", "variables", "copy"]
     return markdown_table(head, rows)
+
+
+def found_share(found: dict[str, Any], task: str, context: int, model: str) -> float:
+    """How much of what lies far back in a context was found, over all depths."""
+    shares = [row[model] for row in found["retrieval"] if (row["task"], row["context"]) == (task, context)]
+    return float(sum(shares) / len(shares))
 
 
 def pareto() -> Chart:
@@ -289,8 +307,8 @@ def random_init() -> Chart:
             before += steps[-1]
         return Series(name, points, css, dots=True)
 
-    first = data("study_mla")["rows"][0]
-    small = ((first["tokens_stage1"] + first["tokens_stage2"]) / 1e6, first["kl_after_stage2"])
+    low = next(row for row in data("study_mla")["rows"] if row["variant"] == "stage 2 rate 2e-4")
+    small = ((low["tokens_stage1"] + low["tokens_stage2"]) / 1e6, low["kl_after_stage2"])
     series = [line("random", runs["MLA_128_random_init-0"], "train"), line("calibrated", calibrated, "held")]
     series.append(Series("calibrated, small budget", [small], "before", dots=True))
     return line_chart(series, "million training tokens, both stages", "KL(teacher||student), held out")
