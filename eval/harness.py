@@ -257,8 +257,8 @@ def compare_samples(
     in tasks which differ is left aside, which widens the interval, if anything.
 
     Args:
-        margins: for ``TASK/METRIC``, wildcards allowed, the loss that would be accepted, in the metric's unit; the first
-            that fits counts.
+        margins: for ``TASK/METRIC``, wildcards allowed, the loss that would be accepted, in the metric's unit; the
+            longest name that fits counts.
         pools: by name, tasks of the same metrics whose samples also give rows together.
     """
     found = {task: _differences(of_task, higher_is_better[task]) for task, of_task in pairs.items()}
@@ -269,8 +269,7 @@ def compare_samples(
     for task, rows in found.items():
         for metric, (difference, higher) in rows.items():
             family = {task: difference.p_value} if task in (pools or {}) else {**firsts, task: difference.p_value}
-            fitting = (value for name, value in (margins or {}).items() if fnmatch(f"{task}/{metric}", name))
-            margin = next(fitting, None)
+            margin = margin_of(f"{task}/{metric}", margins or {})
             low, high = difference.ci_low, difference.ci_high
             result.append(
                 TaskDifference(
@@ -284,6 +283,12 @@ def compare_samples(
                 )
             )
     return result
+
+
+def margin_of(name: str, margins: Mapping[str, float]) -> float | None:
+    """Of TASK/METRIC; None where none is stated."""
+    fitting = [pattern for pattern in margins if fnmatch(name, pattern)]
+    return margins[max(fitting, key=len)] if fitting else None
 
 
 def _differences(pairs: list[Pair], higher_is_better: dict[str, bool]) -> dict[str, tuple[Difference, bool]]:

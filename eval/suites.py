@@ -124,7 +124,7 @@ class Suite:
         library: tasks of lm-eval's library.
         efficiency: speed and memory.
         margins: for TASK/METRIC, wildcards allowed, the loss that would be accepted, in the metric's unit (0.01 = one
-            point of accuracy); the first that fits counts.
+            point of accuracy); the longest name that fits counts.
     """
 
     name: str
@@ -149,7 +149,6 @@ class Suite:
     def version(self) -> str:
         """Identifies what the suite measures: its content and the versions of its tasks."""
         content = [asdict(self), TASKS_VERSION, version("lm_eval") if self.library else None]
-        content.append(list(self.margins))  # their order counts, and keys are sorted below
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval import suites
+from pl_attnedit.eval.harness import margin_of
 from pl_attnedit.eval.suites import SUITES, load_suite
 
 
@@ -29,7 +29,8 @@ def test_the_version_is_of_the_content(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert load_suite(str(copied)).version == quick.version
     assert quick.retrieval
     assert replace(quick, retrieval=replace(quick.retrieval, samples=2)).version != quick.version
-    assert replace(quick, margins=dict(reversed(quick.margins.items()))).version != quick.version, "the first counts"
+    assert replace(quick, margins=dict(reversed(quick.margins.items()))).version == quick.version
+    assert replace(quick, margins={}).version != quick.version
     before = quick.version
     monkeypatch.setattr(suites, "TASKS_VERSION", 10**6)
     assert quick.version != before
@@ -37,11 +38,10 @@ def test_the_version_is_of_the_content(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_the_pooled_row_has_a_margin_of_its_own() -> None:
     margins = load_suite("offline").margins
-
-    def first(name: str) -> float:
-        return next(margin for pattern, margin in margins.items() if fnmatch(name, pattern))
-
-    assert (first("bigbench/acc"), first("bigbench/acc_norm"), first("bigbench_snarks/acc")) == (0.03, 0.03, 0.01)
+    for stated in (margins, dict(reversed(margins.items()))):
+        found = [margin_of(name, stated) for name in ("bigbench/acc", "bigbench/acc_norm", "bigbench_snarks/acc")]
+        assert found == [0.03, 0.03, 0.01]
+    assert margin_of("bigbench/f1", margins) is None
 
 
 @pytest.mark.parametrize(
