@@ -228,7 +228,8 @@ def _convert(gguf: Path, target: Path) -> None:
     except Exception as error:  # the readers raise whatever a broken or unknown file leads them to
         raise invalid("teacher", str(gguf), f"cannot be read as a GGUF causal language model: {error}") from error
     _check_causal(str(gguf), model.config)
-    header, used = _gguf_rope_theta(gguf), _rope_theta(model.config)
+    fields = _gguf_fields(gguf)
+    header, used = fields.get(f"{fields['general.architecture']}.rope.freq_base"), _rope_theta(model.config)
     if None not in (header, used) and header != used:
         raise invalid("teacher", str(gguf), f"the file says rope theta {header}, this transformers reads {used}")
     # The weights are plain float32 now; what is left of the quantisation would make save_pretrained refuse.
@@ -237,17 +238,18 @@ def _convert(gguf: Path, target: Path) -> None:
         del model.config.quantization_config
     if used is not None:
         model.config.rope_theta = used  # older readers ignore rope_parameters and silently take 10000
+    for kind in ("bos", "eos"):  # transformers 5.17 takes one for the other
+        if (token := fields.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(int(token)))
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
-def _gguf_rope_theta(gguf: Path) -> float | None:
+def _gguf_fields(gguf: Path) -> dict[str, Any]:
+    """The numbers and names in the head of a GGUF file."""
     from gguf import GGUFReader
 
-    fields = GGUFReader(gguf).fields
-    architecture = fields["general.architecture"].contents()
-    field = fields.get(f"{architecture}.rope.freq_base")
-    return None if field is None else float(field.contents())
+    return {name: field.contents() for name, field in GGUFReader(gguf).fields.items() if len(field.data) == 1}
 
 
 def _rope_theta(config: PreTrainedConfig) -> float | None:

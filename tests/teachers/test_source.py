@@ -108,6 +108,8 @@ def write_gguf(path: Path, model: LlamaForCausalLM, backend: Tokenizer) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(vocabulary)
+    writer.add_bos_token_id(7)
+    writer.add_eos_token_id(0)
     writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(vocabulary) - 1))
     writer.add_token_merges([" ".join(merge) for merge in rules["merges"]])
     writer.add_eos_token_id(0)
@@ -145,6 +147,7 @@ def test_gguf_is_converted_once_and_exactly(
     loaded, tokenizer = load_teacher(str(gguf_file))
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
     assert tokenizer.decode(tokenizer("importlib of gguf").input_ids) == "importlib of gguf"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (7, 0)
     config = json.loads((path / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == THETA
     assert "quantization_config" not in config
