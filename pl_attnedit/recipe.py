@@ -170,6 +170,16 @@ def recipe_parser() -> ArgumentParser:
     return parser
 
 
+def read_recipe(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe that was parsed, and what it says of the data.
+
+    Raises:
+        UserError: a value that is out of range.
+    """
+    ready = parser.instantiate_classes(config)
+    return Recipe(**{field.name: getattr(ready, field.name) for field in fields(Recipe)}), dict(ready.data)
+
+
 class _LayeredConfig(ActionConfigFile):
     """A later config changes single fields of `trainer`, as an option does, and leaves the others."""
 

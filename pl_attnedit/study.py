@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -26,9 +27,10 @@ import numpy as np
 import yaml
 from scipy import stats
 
-from pl_attnedit.errors import invalid
+from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.formatting import aligned
+from pl_attnedit.recipe import read_recipe, recipe_parser
 from pl_attnedit.tracking import connect
 from pl_attnedit.tracking.conversion import experiment_id
 
@@ -65,8 +67,12 @@ class Study:
                 seed = seeds[name][turn]
                 own = {key: value for key, value in fields_of_it.items() if key != "seeds"}
                 recipe = merged(merged(base, self.change), own)
-                label = re.sub(r"[^\w.-]+", "_", name)
-                yield name, seed, {**recipe, "name": f"{label}-{seed}", "seed": seed, "experiment": self.name}
+                yield name, seed, {**recipe, "name": f"{_label(name)}-{seed}", "seed": seed, "experiment": self.name}
+
+
+def _label(variant: str) -> str:
+    """What its runs and folders are called."""
+    return re.sub(r"[^\w.-]+", "_", variant)
 
 
 def read_study(path: str | Path) -> Study:
@@ -76,29 +82,40 @@ def read_study(path: str | Path) -> Study:
         UserError: no such file, not YAML, or a field that is unknown, missing or of the wrong kind.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise invalid("study", str(path), f"cannot be read: {str(error).splitlines()[0]}") from error
+    content = _yaml(path)
     known = {each.name: each for each in fields(Study)}
     if not isinstance(content, dict) or not {"name", "base", "variants"} <= content.keys():
         raise invalid("study", str(path), "must have name, base and variants")
     for name in content.keys() - known.keys():
         raise invalid("study", name, f"is no field; known are {', '.join(known)}")
-    if not isinstance(content["name"], str) or Path(content["name"]).name != content["name"]:
-        raise invalid("name", content["name"], "must be a name that a folder can have")
+    name = content["name"]
+    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+        raise invalid("name", name, "must be a name that a folder can have")
     variants = content["variants"] if isinstance(content["variants"], dict) else {}
     content["variants"] = {str(name): own or {} for name, own in variants.items()}
     if not content["variants"] or not all(isinstance(own, dict) for own in content["variants"].values()):
         raise invalid("variants", variants, "must map names to fields of the recipe")
+    labels = {_label(name): name for name in content["variants"]}
+    if alike := [name for name in content["variants"] if labels[_label(name)] != name]:
+        raise invalid("variants", alike[0], f"would be the same run as {labels[_label(alike[0])]!r}")
+    if not isinstance(content.get("change", {}), dict):
+        raise invalid("change", content["change"], "must be fields of the recipe")
     content["base"] = str(path.parent / content["base"])
-    if not Path(content["base"]).is_file():
+    if not Path(content["base"]).is_file() or not isinstance(_yaml(Path(content["base"])), dict):
         raise invalid("base", content["base"], "must be the file of a recipe")
     study = Study(**content)
     for seeds in [study.seeds, *(own["seeds"] for own in study.variants.values() if "seeds" in own)]:
-        if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds):
+        numbers = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+        if not numbers or not seeds or len(set(seeds)) < len(seeds):
             raise invalid("seeds", seeds, "must be a list of different numbers")
     return study
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise invalid("study", str(path), f"cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +156,12 @@ class StudyRun:
         self._lock, self._stopped = threading.Lock(), False
 
     def run(self) -> list[str]:
-        """Returns what failed, as variant and seed. A signal ends the conversions that run; the same call goes on."""
+        """Returns what failed, as variant and seed. A signal ends the conversions that run; the same call goes on.
+
+        Raises:
+            UserError: a variant that is no recipe, before the first conversion.
+        """
+        self._check_recipes()
         self.folder.mkdir(parents=True, exist_ok=True)
         client = connect(self.chosen[0][2].get("tracking_uri"))  # a new database is set up by one process
         experiment_id(client, self.study.name)
@@ -164,6 +186,14 @@ class StudyRun:
                 self._stop()
                 raise
         return failed
+
+    def _check_recipes(self) -> None:
+        parser = recipe_parser()
+        for variant, _, recipe in self.chosen:
+            try:
+                read_recipe(parser, parser.parse_args(["-c", yaml.safe_dump(recipe), *self.options]))
+            except (ArgumentError, UserError) as error:
+                raise UserError(f"variant {variant!r}: {error}") from error
 
     def _convert(self, recipe: dict[str, Any], device: str | None) -> bool:
         name = recipe["name"]

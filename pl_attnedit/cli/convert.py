@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 from pl_attnedit.conversion import convert
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.dry_run import dry_run, dry_run_table
-from pl_attnedit.recipe import Recipe, as_plain, recipe_parser
+from pl_attnedit.recipe import as_plain, read_recipe, recipe_parser
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = recipe_parser()
     config = parser.parse_args(list(arguments))
     plain = as_plain(parser, config)
-    ready = parser.instantiate_classes(config)
-    recipe = Recipe(**{field.name: getattr(ready, field.name) for field in fields(Recipe)})
+    recipe, data = read_recipe(parser, config)
     if config.dry_run:
-        print(dry_run_table(dry_run(recipe, TextDataModule(recipe.teacher, **dict(ready.data)))))
+        print(dry_run_table(dry_run(recipe, TextDataModule(recipe.teacher, **data))))
         return 0
-    summary = convert(recipe, dict(ready.data), plain)
+    summary = convert(recipe, data, plain)
     if summary is None:  # a further process of a distributed conversion
         return 0
     budget = summary["kv_bytes_per_token_student"] / summary["kv_bytes_per_token_teacher"]

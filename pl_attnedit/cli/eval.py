@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pl_attnedit.cli.devices import torch_device
 from pl_attnedit.errors import invalid
 
 if TYPE_CHECKING:  # it imports lm-eval, which takes seconds
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
             raise invalid("--" + name.replace("_", "-"), getattr(options, name), "is the suite's; leave it out")
     if options.task_folder and not options.tasks:
         raise invalid("--task-folder", options.task_folder, "needs --tasks")
+    options.device = str(torch_device(options.device))
     result = _by_suite(options) if options.suite else _by_tasks(options)
     if options.log_to:
         _log(result, options.log_to, options.tracking_uri, options.out)

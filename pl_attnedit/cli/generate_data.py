@@ -8,6 +8,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from pl_attnedit.cli.devices import torch_device
 from pl_attnedit.errors import invalid
 
 
@@ -37,15 +38,13 @@ def main(arguments: Sequence[str]) -> int:
     if options.tokens < 1:
         raise invalid("--tokens", options.tokens, "must be at least 1")
 
-    import torch
-
     from pl_attnedit.data.generated import Sampling, TeacherWriter, generate_data
     from pl_attnedit.teachers.source import load_teacher
 
     names = ("prompts", "temperature", "top_p", "max_tokens", "batch_size", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
+    device = torch_device(options.device)
     teacher, tokenizer = load_teacher(options.teacher, dtype=options.dtype)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     writer = TeacherWriter(teacher.to(device), tokenizer, sampling)
     began = time.monotonic()
 

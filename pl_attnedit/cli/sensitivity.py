@@ -6,10 +6,12 @@ import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pl_attnedit.cli.devices import torch_device
 from pl_attnedit.errors import invalid
 
 
@@ -24,7 +26,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--target",
         required=True,
-        type=yaml.safe_load,
         help="as in a recipe: '{type: gate_swa, window: 64, sinks: 4}', or several by letter: '{S: ..., M: ...}'",
     )
     parser.add_argument("--source", default="builtin:", help="text, as in a recipe; its training split is read")
@@ -39,21 +40,25 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dtype", default="auto", help="of all weights; default the teacher's own")
     parser.add_argument("-o", "--output", default="sensitivity.json", help="default sensitivity.json")
     options = parser.parse_args(list(arguments))
-    for name in ("seq_len", "batch_size", "tokens", "context"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise invalid("--" + name.replace("_", "-"), getattr(options, name), "must be at least 1")
+    for name, least in {"seq_len": 2, "batch_size": 1, "tokens": 1, "context": 1}.items():
+        if getattr(options, name) is not None and getattr(options, name) < least:
+            raise invalid("--" + name.replace("_", "-"), getattr(options, name), f"must be at least {least}")
+    try:
+        options.target = yaml.safe_load(options.target)
+    except yaml.YAMLError as error:
+        raise invalid("--target", options.target, f"is no YAML: {str(error).splitlines()[0]}") from error
+    if Path(options.output).is_dir():
+        raise invalid("--output", options.output, "is a folder, must be a file")
     result = _measure(options)
+    print(_table(result))
 
     from pl_attnedit.eval.files import write_atomically
 
-    path = write_atomically(options.output, json.dumps(result, indent=2) + "\n")
-    print(f"{_table(result)}\n{path}")
+    print(write_atomically(options.output, json.dumps(result, indent=2, allow_nan=False) + "\n"))
     return 0
 
 
 def _measure(options: Any) -> dict[str, Any]:
-    import torch
-
     from pl_attnedit.distillation.settings import parse_targets, plain_targets
     from pl_attnedit.eval.sensitivity import UntrainedPlans, cached_by_letter, single_edits
     from pl_attnedit.modeling.kv import kv_context
@@ -62,8 +67,9 @@ def _measure(options: Any) -> dict[str, Any]:
 
     parsed = parse_targets(options.target)
     targets = parsed if isinstance(parsed, dict) else {"S": parsed}
+    device = torch_device(options.device)
     teacher, tokenizer = load_teacher(options.teacher, dtype=options.dtype)
-    teacher.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    teacher.to(device)
     layers, limit = teacher.config.num_hidden_layers, teacher.config.max_position_embeddings
     context = kv_context(teacher) if options.context is None else options.context
     if context > limit:

@@ -8,6 +8,7 @@ all tokens are the teacher's own distribution, the one that a student is to lear
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pl_attnedit.data.sources import document_hash
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.eval.files import write_atomically
+from pl_attnedit.eval.locks import claim
 
 SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
 FRUITLESS_BATCHES = 20  # in a row, after which we give up: nothing new will come
@@ -55,8 +58,8 @@ class Sampling:
         for name in ("max_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise invalid(name, getattr(self, name), "must be at least 1")
-        if self.temperature <= 0:
-            raise invalid("temperature", self.temperature, "must be positive")
+        if not 0 < self.temperature < math.inf:
+            raise invalid("temperature", self.temperature, "must be a positive number")
         if not 0 < self.top_p <= 1:
             raise invalid("top_p", self.top_p, "must be above 0 and at most 1")
 
@@ -77,6 +80,17 @@ class TeacherWriter:
         if self.mode == "chat" and tokenizer.chat_template is None:
             raise invalid("prompts", "chat", "needs a tokenizer with a chat template; give none")
         self.lines = [] if self.mode in ("chat", "none") else _lines(self.mode)
+        longest = self._longest_text()
+        if sampling.max_tokens > longest:
+            raise invalid("max_tokens", sampling.max_tokens, f"must be at most {longest}, by the teacher's context")
+
+    def _longest_text(self) -> int:
+        """What is left of the context for a text; in chats question and answer have half of it each."""
+        context = int(self.teacher.config.max_position_embeddings)
+        template = sum(len(self._ids(part)) for part in self._template()) if self.tokenizer.chat_template else 0
+        if self.mode == "chat":
+            return (context - template) // 2
+        return context - 1 - max((template + len(self._ids(line)) for line in self.lines), default=0)
 
     def write(self, number: int) -> list[str]:
         """The documents of a batch; fewer than its size where a question came to no end."""
@@ -181,7 +195,18 @@ def generate_data(
     if path.exists():
         raise invalid("output", str(path), "is there already; remove it or give another name")
     parts = path.with_name(path.name + ".parts")
-    _claim(parts, {"teacher": name, **asdict(writer.sampling)})
+    parts.mkdir(parents=True, exist_ok=True)
+    lock = claim(parts / ".lock")
+    if lock is None:
+        raise invalid("output", str(path), "is being written by another process")
+    with lock:
+        return _write_parts(writer, name, path, parts, tokens, report)
+
+
+def _write_parts(
+    writer: TeacherWriter, name: str, path: Path, parts: Path, tokens: int, report: Callable[[int, int], None]
+) -> tuple[int, int]:
+    _settle(parts, {"teacher": name, **asdict(writer.sampling)})
     source = f"{name} {writer.mode}"
     seen: set[int] = set()
     found = number = fruitless = 0
@@ -196,7 +221,10 @@ def generate_data(
         seen.update(map(document_hash, texts))
         fruitless = 0 if texts else fruitless + 1
         if fruitless == FRUITLESS_BATCHES:
-            raise UserError(f"{fruitless} batches brought no new text: raise temperature, top_p or max_tokens")
+            raise UserError(
+                f"{fruitless} batches brought no new text: no question came to an end, or all texts were there before; "
+                "raise max_tokens, temperature or top_p"
+            )
         found += sum(len(writer._ids(text)) for text in texts)
         number += 1
         report(len(seen), found)
@@ -215,12 +243,16 @@ def _lines(path: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def _claim(parts: Path, settings: dict[str, Any]) -> None:
-    """The parts belong to one setting."""
+def _settle(parts: Path, settings: dict[str, Any]) -> None:
+    """The parts belong to one setting; those without any text to none."""
     known = parts / "settings.json"
-    parts.mkdir(parents=True, exist_ok=True)
+    files = list(parts.glob("*.parquet"))
+    if known.exists() and not any(pq.read_metadata(file).num_rows for file in files):
+        for file in files:
+            file.unlink()
+        known.unlink()
     if not known.exists():
-        known.write_text(json.dumps(settings, indent=2) + "\n")
+        write_atomically(known, json.dumps(settings, indent=2) + "\n")
     elif (before := json.loads(known.read_text())) != settings:
         changed = ", ".join(key for key in settings if before.get(key) != settings[key])
         raise invalid(

@@ -98,6 +98,9 @@ def load_teacher(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any
         UserError: as in `resolve_teacher`, and for weights that are broken or do not belong to the config.
     """
     path = resolve_teacher(name)
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise invalid("dtype", dtype, "must be auto, or one such as float32 or bfloat16")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
         model, info = loaded

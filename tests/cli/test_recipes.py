@@ -18,7 +18,7 @@ from pl_attnedit.data import TextDataModule
 from pl_attnedit.dry_run import dry_run
 from pl_attnedit.eval.bench.shapes import config_of
 from pl_attnedit.eval.formatting import count, percent
-from pl_attnedit.recipe import Recipe, recipe_parser
+from pl_attnedit.recipe import Recipe, read_recipe, recipe_parser
 from pl_attnedit.run_folder import RunFolder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -30,9 +30,7 @@ SMOLLM2 = {"vocab_size": 300, "hidden_size": 192, "num_attention_heads": 3, "num
 
 def read(path: Path, *options: str) -> tuple[Recipe, dict[str, Any]]:
     parser = recipe_parser()
-    ready = parser.instantiate_classes(parser.parse_args(["-c", str(path), *options]))
-    names = yaml.safe_load(path.read_text()).keys() - {"data"}
-    return Recipe(**{name: getattr(ready, name) for name in names}), dict(ready.data)
+    return read_recipe(parser, parser.parse_args(["-c", str(path), *options]))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

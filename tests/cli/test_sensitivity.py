@@ -74,6 +74,11 @@ def test_several_targets_without_a_budget(measure: Run) -> None:
         (["--tokens", "0"], "--tokens = 0: must be at least 1"),
         (["--target", "{type: none}"], "none"),
         (["--tokens", "100000000"], "n_tokens = 100000000: must be from 1"),
+        (["--seq-len", "1"], "--seq-len = 1: must be at least 2"),
+        (["--target", "{type: gate_swa"], "--target = '{type: gate_swa': is no YAML"),
+        (["--device", "abacus"], "--device = 'abacus': cannot be used"),
+        (["--dtype", "float99"], "dtype = 'float99': must be auto, or one such as"),
+        (["-o", "."], "--output = '.': is a folder"),
     ],
 )
 def test_mistakes(

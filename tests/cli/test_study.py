@@ -19,7 +19,7 @@ from pl_attnedit.conversion import check_plan
 from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.shapes import config_of
-from pl_attnedit.recipe import Recipe, recipe_parser
+from pl_attnedit.recipe import read_recipe, recipe_parser
 from pl_attnedit.study import StudyRun, merged, read_study, rows
 
 Make = Callable[..., Any]
@@ -118,6 +118,10 @@ def test_fields_are_merged_one_by_one() -> None:
         ({"seeds": [1, 1]}, "different numbers"),
         ({"sedes": [1]}, "known are name"),
         ({"name": None}, "must be a name"),
+        ({"name": ".."}, "must be a name"),
+        ({"variants": {"a b": {}, "a_b": {}}}, "variants = 'a b': would be the same run as 'a_b'"),
+        ({"change": 3}, "change = 3: must be fields"),
+        ({"seeds": [0, "x"]}, "must be a list of different numbers"),
     ],
 )
 def test_mistakes(study: Make, fields: dict[str, Any], message: str) -> None:
@@ -134,8 +138,7 @@ def test_a_study_of_ours_fits_its_teacher(path: Path, tmp_path: Path) -> None:
     for _, _, fields in study.recipes():
         settings.append({**fields, "name": ""})
         fields["teacher"] = str(tmp_path)
-        ready = parser.instantiate_classes(parser.parse_object(fields))
-        recipe = Recipe(**{name: getattr(ready, name) for name in fields.keys() - {"data"}})
+        recipe, _ = read_recipe(parser, parser.parse_object(fields))
         check_plan(recipe, parse_targets(recipe.targets))
         names.append(recipe.name)
     assert len(set(names)) == len(names) >= len(study.variants)
@@ -146,6 +149,10 @@ def test_mistakes_of_the_command(study: Make, tmp_path: Path, capsys: pytest.Cap
     assert main(["study", str(tmp_path / "none.yaml")]) == 2
     assert main(["study", str(study()), "--only", "nothing"]) == 2
     assert main(["study", str(study()), "--workers", "0"]) == 2
+    (tmp_path / "empty.yaml").write_text("")
+    assert main(["study", str(study(base="empty.yaml"))]) == 2
+    assert main(["study", str(study(variants={"fine": {}, "odd": {"targets": 3}})), "--runs", str(tmp_path)]) == 2
     assert main(["study", str(study()), "--no-run", "--runs", str(tmp_path)]) == 2
     errors = capsys.readouterr().err
     assert all(text in errors for text in ("cannot be read", "part of one of: as it is", "--workers", "none of its"))
+    assert all(text in errors for text in ("must be the file of a recipe", "variant 'odd': "))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,34 @@ def test_nothing_new_is_an_error(writer: Write, tmp_path: Path, monkeypatch: pyt
         generate_data(always_the_same, "tiny", tmp_path / "x.parquet", 10**6)
 
 
+def test_parts_without_text_bind_nobody(writer: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generated, "FRUITLESS_BATCHES", 1)
+    silent = writer(prompts="none")
+    silent.write = lambda number: []  # type: ignore[method-assign]
+    for _ in "ab":
+        with pytest.raises(UserError, match="1 batches brought no new text"):
+            generate_data(silent, "tiny", tmp_path / "x.parquet", 100)
+    assert generate_data(writer(prompts="none", seed=3), "tiny", tmp_path / "x.parquet", 100)[1] >= 100
+
+
+def test_one_process_writes_a_file(writer: Write, tmp_path: Path) -> None:
+    def meanwhile(documents: int, tokens: int) -> None:
+        with pytest.raises(UserError, match="is being written by another process"):
+            generate_data(writer(prompts="none"), "tiny", tmp_path / "x.parquet", 50)
+
+    assert generate_data(writer(prompts="none"), "tiny", tmp_path / "x.parquet", 50, meanwhile)[1] >= 50
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0}, "temperature = 0: must be positive"),
+        ({"temperature": 0}, "temperature = 0: must be a positive number"),
+        ({"temperature": math.nan}, "temperature = nan: must be a positive number"),
+        (
+            {"max_tokens": 10**6, "prompts": "none"},
+            "max_tokens = 1000000: must be at most 511, by the teacher's context",
+        ),
+        ({"max_tokens": 256}, "max_tokens = 256: must be at most "),
         ({"top_p": 1.5}, "top_p = 1.5: must be above 0"),
         ({"batch_size": 0}, "batch_size = 0: must be at least 1"),
         ({"prompts": "none.txt"}, "prompts = 'none.txt': must be auto, chat, none or a text file"),
