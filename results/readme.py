@@ -142,30 +142,22 @@ def bench_trl() -> str:
 def smollm2() -> str:
     """The conversions of configs/studies/smollm2.yaml, each followed by its exports, judged in stock transformers."""
     exports, rows = data("smollm2_exported"), []
-    for found in sorted(finished(), key=lambda row: (row["target"], -row["kv_budget"], row["kl_after_stage2"])):
+    for found in sorted(data("smollm2"), key=lambda row: (row["target"], -row["kv_budget"], row["kl_after_stage2"])):
+        name = conversion_name(found["name"])
         curve = ", ".join(f"{found[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2"))
         tokens = f"{found['tokens'] / 1e6:.0f}M" if found["tokens"] else "none"
-        rows.append([name_of(found), f"{found['kv_budget']:.0%}", tokens, curve, *judged(found["fidelity"])])
+        rows.append([name, f"{found['kv_budget']:.0%}", tokens, curve, *judged(found["fidelity"])])
         for each in exports:
             if each["conversion"] == found["name"]:
-                rows.append([f"{name_of(found)}, as {each['format']}", "", "", "", *judged(each["fidelity"])])
+                rows.append([f"{name}, as {each['format']}", "", "", "", *judged(each["fidelity"])])
     head = ["", "KV budget at 8k", "tokens", "KL before, after stage 1, after stage 2"]
     return markdown_table([*head, "KL, top-1 at 512", "KL, top-1 at 2,048", "perplexity, teacher and student"], rows)
 
 
-def finished() -> list[dict[str, Any]]:
-    return [row for row in data("smollm2") if row["kl_after_stage2"] is not None]
-
-
 def judged(suites: dict[str, dict[str, float]]) -> list[str]:
     """What the fidelity suites found, at 512 and 2,048 tokens, and the perplexities at 512."""
-    short, long = suites.get("fidelity"), suites.get("fidelity_2k")
-    perplexities = f"{short['ppl_teacher']:.1f}, {short['ppl_student']:.1f}" if short else "-"
-    return [fidelity_cell(short), fidelity_cell(long), perplexities]
-
-
-def name_of(found: dict[str, Any]) -> str:
-    return conversion_name(found["name"])
+    short, long = suites["fidelity"], suites.get("fidelity_2k")
+    return [fidelity_cell(short), fidelity_cell(long), f"{short['ppl_teacher']:.1f}, {short['ppl_student']:.1f}"]
 
 
 def conversion_name(run: str) -> str:
@@ -288,19 +280,18 @@ def found_share(found: dict[str, Any], task: str, context: int, model: str) -> f
 def pareto() -> Chart:
     """KL against KV budget of the conversions."""
     marks = [Mark("teacher", 100.0, 0.0, "teacher")]
-    for found in finished():
-        kl = found["fidelity"].get("fidelity", {}).get("kl", found["kl_after_stage2"])
-        marks.append(Mark(name_of(found), 100 * found["kv_budget"], kl, TARGET_CSS.get(found["target"], "other")))
+    for found in data("smollm2"):
+        kl, css = found["fidelity"]["fidelity"]["kl"], TARGET_CSS.get(found["target"], "other")
+        marks.append(Mark(conversion_name(found["name"]), 100 * found["kv_budget"], kl, css))
     return scatter_chart(marks, "KV budget at 8k context", "KL(teacher||student), nats per token")
 
 
 def random_init() -> Chart:
     """KL over training tokens: calibrated and random init, and a calibrated one with a small budget."""
     runs = {row["name"]: row for row in data("smollm2")}
-    calibrated = runs["MLA_128-0"]
-    a_step = calibrated["tokens"] / sum(steps[-1] for steps, _ in stages(calibrated))  # tokens; the same in all of them
 
     def line(name: str, row: dict[str, Any], css: str) -> Series:
+        a_step = row["tokens"] / sum(steps[-1] for steps, _ in stages(row))  # tokens
         points, before = [], 0
         for steps, values in stages(row):
             points += [((before + step) * a_step / 1e6, value) for step, value in zip(steps, values)]
@@ -309,7 +300,7 @@ def random_init() -> Chart:
 
     low = next(row for row in data("study_mla")["rows"] if row["variant"] == "stage 2 rate 2e-4")
     small = ((low["tokens_stage1"] + low["tokens_stage2"]) / 1e6, low["kl_after_stage2"])
-    series = [line("random", runs["MLA_128_random_init-0"], "train"), line("calibrated", calibrated, "held")]
+    series = [line("random", runs["MLA_128_random_init-0"], "train"), line("calibrated", runs["MLA_128-0"], "held")]
     series.append(Series("calibrated, small budget", [small], "before", dots=True))
     return line_chart(series, "million training tokens, both stages", "KL(teacher||student), held out")
 
