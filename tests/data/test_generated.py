@@ -106,6 +106,17 @@ def test_nothing_new_is_an_error(writer: Write, tmp_path: Path, monkeypatch: pyt
         generate_data(always_the_same, "tiny", tmp_path / "x.parquet", 10**6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_writes_the_same(writer: Write, teacher: PreTrainedModel, tmp_path: Path) -> None:
+    """Its step is compiled, its cache static; the batch, smaller than it was compiled for, is filled up."""
+    (tmp_path / "prompts.txt").write_text("Which word?\nthe model reads what it\nand\n")
+    likeliest = writer(prompts=str(tmp_path / "prompts.txt"), temperature=1e-4, batch_size=5)
+    prompts = [likeliest._ids(line) for line in likeliest.lines]
+    expected = likeliest._continue(prompts)
+    teacher.cuda()
+    assert likeliest._continue(prompts) == expected
+
+
 def test_parts_without_text_bind_nobody(writer: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generated, "FRUITLESS_BATCHES", 1)
     silent = writer(prompts="none")
