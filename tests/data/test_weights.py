@@ -41,9 +41,8 @@ def indices(data: TextDataModule, epoch: int = 0) -> list[int]:
 
 def source_of(data: TextDataModule, index: int) -> str:
     """The source of a sequence, known by its letters: `small` is in capitals."""
-    text = data.tokenizer.decode(data.train_sequences.__getitems__([index])["input_ids"][0].tolist()).replace(
-        "<eos>", ""
-    )
+    [ids] = data.train_sequences.__getitems__([index])["input_ids"]
+    text = data.tokenizer.decode(ids.tolist()).replace("<eos>", "")
     capitals = sum(map(str.isupper, text)) / sum(map(str.isalpha, text))
     assert capitals < 0.1 or capitals == 1, "a sequence has text of one source"
     return "small" if capitals == 1 else "large"
