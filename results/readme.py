@@ -184,6 +184,17 @@ def study(name: str) -> str:
     return markdown_table(head, rows)
 
 
+def sequences() -> str:
+    """How long the sequences of the training were, a conversion called TARGET_LENGTH; judged alike, by both suites."""
+    found = {tuple(conversion_name(row["name"]).split()): judged(row["fidelity"]) for row in data("smollm2_sequences")}
+    rows = []
+    for length in sorted({int(length) for _, length in found}):
+        cells = [found.get((target, str(length)), ["", ""])[:2] for target in ("MLA", "SSSF")]
+        rows.append([f"{length:,}", *cells[0], *cells[1]])
+    head = ["sequences of", "MLA 128: KL, top-1 at 512", "at 2,048", "SSSF, 4 sinks: KL, top-1 at 512", "at 2,048"]
+    return markdown_table(head, rows)
+
+
 def sensitivity() -> str:
     found = data("sensitivity_gate_swa")
     rows = []
@@ -325,6 +336,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pilots": pilots,
     "study_mla": partial(study, "mla"),
     "study_gate_swa": partial(study, "gate_swa"),
+    "sequences": sequences,
 }
 PLOTS: dict[str, Callable[[], Chart]] = {"smollm2_kv_budget": pareto, "smollm2_random_init": random_init}
 
