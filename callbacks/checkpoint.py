@@ -34,7 +34,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     validation resumes with that validation (Lightning by itself would skip it). The random number generators of every
     process go on where they were.
 
-    SIGTERM, SIGINT (Ctrl-C) and the signal by which SLURM announces the end of a job (SIGUSR1 where Lightning's
+    SIGTERM, SIGHUP, SIGINT (Ctrl-C) and the signal by which SLURM announces the end of a job (SIGUSR1 where Lightning's
     `SLURMEnvironment` is to requeue) let the running optimizer step finish; then a checkpoint is written and
     `Interrupted` raised. A SLURM job is queued again before that; where that fails, the training goes on.
 
@@ -90,7 +90,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # in place of Lightning's handlers, which end a run between the batches of one optimizer step
         self._ending = None
-        self._signals.begin(signal.SIGTERM, signal.SIGINT, *_requeue_signals(trainer))
+        self._signals.begin(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *_requeue_signals(trainer))
         self._saved_at = time.monotonic()
         self._seen_step = self._last_global_step_saved = trainer.global_step
         self.last_model_path = str(trainer.ckpt_path or "")

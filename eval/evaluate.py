@@ -190,7 +190,7 @@ def build_tasks(
     names: list[str] = []
     if text := suite.text:
         sizes = {"n_documents": text.documents, "document_chars": text.document_chars, "n_cloze": text.cloze}
-        build_offline_tasks(texts, folder, **sizes)
+        build_offline_tasks(texts, folder, **sizes, tokenizer=tokenizer, max_length=max_length)
         names += OFFLINE_TASKS
     if suite.bigbench and bigbench is not None:
         names += build_bigbench_tasks(bigbench, folder, suite.bigbench.limit)

@@ -17,6 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pl_attnedit.errors import invalid
+
 # (strings, context tokens, continuation tokens): lm-eval's form of a request; rolling windows have no strings.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -70,6 +72,9 @@ class SharedPrefixLM(HFLM):
     ) -> list[tuple[float, bool]]:
         if self._bar.total is None:
             self._bar.reset(total=sum(len(continuation) for _, _, continuation in requests))
+        most = max((len(continuation) for _, _, continuation in requests), default=0)
+        if most > self.max_length:
+            raise invalid("max_length", self.max_length, f"sequences must have at least {most} tokens for this task")
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, _) in enumerate(requests):
             by_context[tuple(context)].append(index)

@@ -208,7 +208,7 @@ def find_conversions(
     Raises:
         UserError: MLflow cannot be reached, no such run or experiment, a filter MLflow does not understand.
     """
-    client = connect(tracking_uri)
+    client = connect(tracking_uri, create=False)
     if runs is None or isinstance(runs, str):
         found = client.get_experiment_by_name(experiment)
         if found is None:
@@ -233,7 +233,7 @@ def find_fits(tracking_uri: str | None = None, experiment: str = EXPERIMENT) -> 
     Raises:
         UserError: MLflow cannot be reached.
     """
-    client = connect(tracking_uri)
+    client = connect(tracking_uri, create=False)
     found = client.get_experiment_by_name(experiment)
     experiments = [] if found is None else [found.experiment_id]
     trainings = _search(client, experiments, f"tags.`{CHECKPOINTS_TAG}` LIKE '%'")

@@ -84,7 +84,7 @@ class Schedule:
     evaluate: Callable[[Job], None] = evaluate_in_process
 
     def watch(self, every: float) -> None:
-        """A round every so many seconds, until SIGTERM between two of them. What goes wrong in a round ends only that."""
+        """A round every so many seconds, until a signal between two of them. What goes wrong in a round ends only that."""
         while True:
             begin = time.time()
             try:
@@ -97,8 +97,8 @@ class Schedule:
             say(f"next round in {duration(pause)}")
             try:
                 time.sleep(pause)
-            except Interrupted:
-                say("ended by SIGTERM")
+            except Interrupted as ended:
+                say(f"ended by {ended.signum.name}")
                 return
 
     def round(self) -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.errors import invalid
 
@@ -46,6 +47,8 @@ def build_offline_tasks(
     context_chars: int = 480,
     continuation_chars: int = 44,
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
 ) -> Path:
     """Write `OFFLINE_TASKS` made from `documents` into `folder` and return the folder.
 
@@ -59,9 +62,11 @@ def build_offline_tasks(
         document_chars: length of a passage in characters (English has about four to a token).
         context_chars, continuation_chars: lengths of a question's context and of each of its choices in characters.
         seed: chooses the passages, the questions, the wrong continuations and the place of the right one.
+        tokenizer, max_length: of the models, and the most tokens that one may be given: choices must not be longer.
 
     Raises:
-        UserError: a size below 1, fewer than two samples, or text too short for two samples of a task.
+        UserError: a size below 1, fewer than two samples, text too short for two samples of a task, or `max_length` too
+            short for a choice.
     """
     sizes = {
         "n_documents": n_documents,
@@ -78,11 +83,14 @@ def build_offline_tasks(
     texts = [stripped for text in documents if (stripped := text.strip())]
     passages = [[{"text": passage} for passage in _passages(text, document_chars)] for text in texts]
     questions = [_questions(text, context_chars, continuation_chars, rng) for text in texts]
+    chosen = [_choose(PERPLEXITY_TASK, passages, n_documents, rng), _choose(CLOZE_TASK, questions, n_cloze, rng)]
+    if tokenizer is not None and max_length is not None:
+        _check_choices(chosen[1], tokenizer, max_length)
     folder = Path(folder).resolve()
     write_task(
         folder,
         PERPLEXITY_TASK,
-        _choose(PERPLEXITY_TASK, passages, n_documents, rng),
+        chosen[0],
         output_type="loglikelihood_rolling",
         doc_to_text="",
         doc_to_target="text",
@@ -91,7 +99,7 @@ def build_offline_tasks(
     write_task(
         folder,
         CLOZE_TASK,
-        _choose(CLOZE_TASK, questions, n_cloze, rng),
+        chosen[1],
         output_type="multiple_choice",
         doc_to_text="context",
         doc_to_target="answer",
@@ -99,6 +107,24 @@ def build_offline_tasks(
         metric_list=[{"metric": name} for name in ("acc", "acc_norm")],
     )
     return folder
+
+
+def _check_choices(questions: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """The tokens of choices are counted as lm-eval does it."""
+
+    def tokens(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    longest = max(
+        tokens(f"{question['context']} {choice}") - tokens(question["context"])
+        for question in questions
+        for choice in question["choices"]
+    )
+    if longest > max_length:
+        where = "data.seq_len, --seq-len, or max_length of a suite"
+        raise invalid(
+            "max_length", max_length, f"sequences must have at least {longest} tokens for {CLOZE_TASK} ({where})"
+        )
 
 
 def build_bigbench_tasks(

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pl_attnedit.attention import TargetConfig
 from pl_attnedit.callbacks import (
     NaNGuard,
     ProcessWatch,
@@ -31,9 +30,10 @@ from pl_attnedit.callbacks import (
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import STAGES, DistillationModule
 from pl_attnedit.distillation.base import TeacherHidden
+from pl_attnedit.distillation.optimisation import check_cuda_graph
 from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.distillation.sharding import whole_state_dict
-from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.errors import UserError
 from pl_attnedit.eval.card import write_card
 from pl_attnedit.eval.continuations import greedy_continuations
 from pl_attnedit.eval.files import write_atomically
@@ -42,14 +42,13 @@ from pl_attnedit.eval.records import log_evaluation
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
 from pl_attnedit.memory import release_memory
-from pl_attnedit.modeling import EditPlan, load
-from pl_attnedit.modeling.edit import check_init
+from pl_attnedit.modeling import load
 from pl_attnedit.modeling.kv import kv_context, measure_cache
 from pl_attnedit.recipe import Recipe, StageRecipe
+from pl_attnedit.recipe_checks import check_recipe, stage_module
 from pl_attnedit.run_folder import RunFolder
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
-from pl_attnedit.teachers import family_of
-from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_config, teacher_fingerprint
+from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 from pl_attnedit.tracking import (
     ConversionRuns,
     TrackedRun,
@@ -74,12 +73,14 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     # mistakes are errors before a run folder exists
     targets = parse_targets(recipe.targets)
     data = TextDataModule(tokenizer=recipe.teacher, **data_options)
-    check_plan(recipe, targets)
+    check_recipe(recipe)
     resolve_tracking_uri(recipe.tracking_uri)
     data.setup()
     trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
-    if getattr(trainer.strategy, "deals_out_layers", False):
-        raise invalid("trainer.strategy", "layers", "is for stage 1 alone, run by `pl-attnedit fit`: use ddp or fsdp2")
+    for options in (recipe.stage1.options, recipe.stage2.options):
+        if options.get("cuda_graph"):
+            recomputes = options.get("activation_checkpointing", False)
+            check_cuda_graph(trainer.strategy.root_device.type, trainer.world_size, recomputes)
     folder = RunFolder(Path(recipe.runs) / recipe.name, plain, follows=not trainer.is_global_zero)
     if not trainer.is_global_zero:
         Conversion(recipe, data, folder, None, plain).follow()
@@ -179,6 +180,8 @@ class Conversion:
             n_documents=options.documents,
             n_cloze=options.cloze,
             seed=self.recipe.seed,
+            tokenizer=self.data.tokenizer,  # type: ignore[attr-defined]
+            max_length=self.data.seq_len,  # type: ignore[attr-defined]
         )
         return str(folder)
 
@@ -302,20 +305,8 @@ class Conversion:
     # parts of the phases
 
     def module(self, name: str, stage: StageRecipe, start: str | None) -> DistillationModule:
-        recipe = self.recipe
-        return STAGES[name](
-            teacher=recipe.teacher,
-            targets=recipe.targets,
-            pattern=recipe.pattern,
-            layers=recipe.layers,
-            init=recipe.init,
-            calibration_tokens=recipe.calibration_tokens,
-            init_from=None if start is None else str(self.folder.path / start),
-            dtype=recipe.dtype,
-            learning_rate=stage.learning_rate,
-            warmup_steps=stage.warmup_steps,
-            **stage.options,
-        )
+        init_from = None if start is None else str(self.folder.path / start)
+        return stage_module(self.recipe, name, stage, init_from)
 
     def trainer(self, name: str, stage: StageRecipe | None) -> Trainer:
         options: dict[str, Any] = {
@@ -367,19 +358,6 @@ class Conversion:
 
     def load_teacher(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_teacher(self.recipe.teacher, dtype=getattr(torch, self.recipe.dtype))
-
-
-def check_plan(recipe: Recipe, targets: TargetConfig | dict[str, TargetConfig]) -> tuple[PreTrainedConfig, EditPlan]:
-    """The teacher's config and the edit plan; `UserError` where teacher, plan or targets do not fit. Needs no weights."""
-    config = teacher_config(recipe.teacher)
-    family = family_of(config)
-    family.check(config)
-    plan = EditPlan.build(config.num_hidden_layers, targets, recipe.pattern, recipe.layers)
-    plan.require_edits()
-    for target in plan.targets.values():
-        target.check(family.attention_spec(config))
-    check_init(recipe.init, plan.targets.values())
-    return config, plan
 
 
 def build_trainer(options: dict[str, Any]) -> Trainer:

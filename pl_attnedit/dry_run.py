@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from pl_attnedit.conversion import check_plan
 from pl_attnedit.data import TextDataModule
-from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
 from pl_attnedit.eval.bench.memory import StageMemory, Step, init_memory, stage_memory, trained_parameters
@@ -18,6 +15,7 @@ from pl_attnedit.modeling.edit import FROM_TEXT
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.modeling.kv import fill_cache, on_meta
 from pl_attnedit.recipe import Recipe, StageRecipe
+from pl_attnedit.recipe_checks import check_recipe, world_size
 
 CONTEXTS = (1024, 8192, 32768)  # tokens; the model's limit is added
 # Share of a matrix product's rate that training reaches on a GPU. Measured on one and two H200, both stages
@@ -29,7 +27,7 @@ MIXTURE_EFFICIENCY = 0.3  # not measured: experts are small matrix products
 
 def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     """The estimate as plain data; `UserError` for a recipe that does not fit its teacher. `data` is not opened."""
-    config, plan = check_plan(recipe, parse_targets(recipe.targets))
+    config, plan = check_recipe(recipe)
     limit = config.max_position_embeddings
     if data.seq_len > limit:
         raise invalid("seq_len", data.seq_len, f"must be at most {limit}, the context of the model")
@@ -50,7 +48,7 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
         "device_here": _name(here),
         "matmul_flops": matmul_rate(here, torch.bfloat16 if _low(recipe) else dtype),
         "efficiency": MIXTURE_EFFICIENCY if mixture else SMALL_EFFICIENCY if parameters < SMALL else EFFICIENCY,
-        "devices": device_count(recipe.trainer) * int(recipe.trainer.get("num_nodes", 1)),
+        "devices": world_size(recipe.trainer),
         "stages": {},
         "memory": {},
     }
@@ -117,16 +115,6 @@ def weight_dtype(recipe: Recipe, teacher_dtype: str | None) -> torch.dtype:
     if teacher_dtype is not None:
         return getattr(torch, teacher_dtype)
     return torch.bfloat16 if recipe.trainer.get("precision") == "bf16-true" else getattr(torch, recipe.dtype)
-
-
-def device_count(trainer: Mapping[str, Any]) -> int:
-    """Devices of one node. "auto" and -1 mean those of this machine."""
-    devices = trainer.get("devices", "auto")
-    if isinstance(devices, list):
-        return len(devices)
-    if str(devices) in ("auto", "-1"):
-        return 1 if trainer.get("accelerator") == "cpu" else max(torch.accelerator.device_count(), 1)
-    return int(devices)
 
 
 def dry_run_table(result: dict[str, Any]) -> str:

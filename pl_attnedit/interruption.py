@@ -45,7 +45,7 @@ class SignalWatch:
         self.received = None
         if threading.current_thread() is not threading.main_thread():
             return
-        for signum in signals:
+        for signum in {*signals}:
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 self._before[signum] = signal.signal(signum, self._note)
 
@@ -65,18 +65,24 @@ class SignalWatch:
 
 @contextmanager
 def termination_as_exception() -> Iterator[None]:
-    """SIGTERM raises `Interrupted` inside the block, as SIGINT raises KeyboardInterrupt."""
+    """SIGTERM and SIGHUP (a terminal went away) raise `Interrupted` inside the block, as SIGINT raises KeyboardInterrupt.
+
+    A signal that the process was started to ignore, as by nohup, stays ignored.
+    """
 
     def end(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(signum)
 
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, end) if main else None
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(ending) is not signal.SIG_IGN:
+                before[ending] = signal.signal(ending, end)
     try:
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for signum, handler in before.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
 
 def ignore_signals(worker: int = 0) -> None:
@@ -84,7 +90,7 @@ def ignore_signals(worker: int = 0) -> None:
 
     They end with it, or when it tells them to.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from argparse import ArgumentError
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,12 @@ class Recipe:
         known = set(inspect.signature(Trainer.__init__).parameters) - {"self"} - _OURS_OF_TRAINER
         _check_names("trainer", self.trainer, known)
         for stage, module in (("stage1", LayerwiseDistillation), ("stage2", ModelDistillation)):
-            _check_names(f"{stage}.options", getattr(self, stage).options, _stage_options(module))
+            given = getattr(self, stage)
+            given.options = _typed_options(f"{stage}.options", given.options, module)
+        if not 0 <= self.seed < 2**32 - 1:  # stage 2 draws its text with the next one
+            raise invalid("seed", self.seed, "must be from 0 to 2**32 - 2")
+        if not self.experiment:
+            raise invalid("experiment", self.experiment, "must be a name")
 
 
 # what a conversion sets itself
@@ -142,6 +148,25 @@ def _stage_options(module: type) -> set[str]:
     }
     ours = {field.name for cls in (Recipe, StageRecipe) for field in fields(cls)}
     return names - ours - {"self", "args", "kwargs", "init_from"}
+
+
+def _typed_options(field: str, given: dict[str, Any], module: type) -> dict[str, Any]:
+    """The options, each of the type that the stage declares; what values it takes, it says itself when it is made."""
+    known = _stage_options(module)
+    _check_names(field, given, known)
+    parser = ArgumentParser(exit_on_error=False)
+    others = {name for cls in module.__mro__[:-1] for name in inspect.signature(cls).parameters} - known
+    parser.add_class_arguments(module, skip=others, instantiate=False)
+    typed, defaults = {}, parser.get_defaults()
+    for name, value in given.items():
+        if value is None and defaults[name] is not None:
+            raise invalid(f"{field}.{name}", value, f"must have a value; leave it out for {defaults[name]}")
+        try:
+            typed[name] = parser.parse_object({name: value})[name]
+        except ArgumentError as error:
+            kinds = [line.strip() for line in str(error).splitlines() if "Expected" in line or "Subtypes" in line]
+            raise invalid(f"{field}.{name}", value, f"is of the wrong kind. {kinds[0] if kinds else error}") from error
+    return typed
 
 
 def _check_names(field: str, given: dict[str, Any], known: set[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import resource
@@ -16,6 +15,38 @@ import yaml
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.files import write_atomically
+from pl_attnedit.eval.locks import claim
+
+LOCK = ".lock"  # of the process that runs the conversion
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether a process runs the conversion of this run folder."""
+    if not (path / LOCK).exists():
+        return False
+    lock = claim(path / LOCK)
+    if lock is not None:
+        lock.close()
+    return lock is None
+
+
+def is_finished(path: Path) -> bool:
+    """Whether all phases of this run folder's conversion are done."""
+    try:
+        return "report" in json.loads((path / "progress.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def changed_fields(path: Path, recipe: dict[str, Any]) -> list[str]:
+    """In what the recipe that a run folder holds differs from another one; both as plain data."""
+    try:
+        before = yaml.safe_load((path / "recipe.yaml").read_text("utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise invalid(
+            "run folder", str(path), f"its recipe.yaml cannot be read ({error}); remove the folder"
+        ) from error
+    return sorted(key for key in {*before, *recipe} if before.get(key) != recipe.get(key))
 
 
 class RunFolder:
@@ -42,19 +73,17 @@ class RunFolder:
     def _take(self, recipe: dict[str, Any]) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  # held open as long as the process lives
+            self._lock = claim(self.path / LOCK)  # held open as long as the process lives
         except OSError as error:
             raise invalid("runs", str(self.path), f"must be a folder that can be written to ({error})") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"run folder {self.path}: another process is running this conversion") from error
+        if self._lock is None:
+            raise UserError(f"run folder {self.path}: another process is running this conversion")
         self._claim(recipe)
 
     def start(self) -> None:
         """Begins to count working time. A start that was killed counts up to its last sign of life, the newest file."""
         if (since := self.progress.get("working_since")) is not None:
-            newest = max(file.stat().st_mtime for file in self.path.rglob("*") if file.name != ".lock")
+            newest = max(file.stat().st_mtime for file in self.path.rglob("*") if file.name != LOCK)
             self._add_time(since, newest)
         self.progress["working_since"] = time.time()
         self._write()
@@ -68,9 +97,7 @@ class RunFolder:
     def _claim(self, recipe: dict[str, Any]) -> None:
         known = self.path / "recipe.yaml"
         if known.exists():
-            before = yaml.safe_load(known.read_text()) or {}
-            changed = sorted(key for key in {*before, *recipe} if before.get(key) != recipe.get(key))
-            if changed:
+            if changed := changed_fields(self.path, recipe):
                 raise UserError(
                     f"run folder {self.path}: holds a conversion with another recipe ({', '.join(changed)} differ); "
                     "give --name another value, or remove the folder"

@@ -2,7 +2,7 @@
 
 Every variant runs with every seed, each as a conversion of its own (a process, a run folder, MLflow runs in the study's
 experiment). Variants with several seeds tell how far results of one and the same recipe lie apart; that spread, pooled,
-gives the interval of every ratio to the first variant.
+gives the interval of every ratio to the first variant. What is compared is what the run folders hold of these very recipes.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import threading
+import time
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,10 +30,13 @@ from scipy import stats
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.formatting import aligned
-from pl_attnedit.recipe import read_recipe, recipe_parser
+from pl_attnedit.recipe import Recipe, as_plain, read_recipe, recipe_parser
+from pl_attnedit.recipe_checks import check_recipe
+from pl_attnedit.run_folder import changed_fields, is_claimed, is_finished
 from pl_attnedit.tracking import connect
 from pl_attnedit.tracking.conversion import experiment_id
 
+_OF_THE_STUDY = ("name", "seed", "experiment")  # fields of a recipe that are not the options' to set
 FIGURES = ("kl_before", "kl_after_stage1", "kl_after_stage2", "top1_after", "wall_seconds")
 
 
@@ -89,7 +92,7 @@ def read_study(path: str | Path) -> Study:
     for name in content.keys() - known.keys():
         raise invalid("study", name, f"is no field; known are {', '.join(known)}")
     name = content["name"]
-    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+    if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
         raise invalid("name", name, "must be a name that a folder can have")
     variants = content["variants"] if isinstance(content["variants"], dict) else {}
     content["variants"] = {str(name): own or {} for name, own in variants.items()}
@@ -100,7 +103,7 @@ def read_study(path: str | Path) -> Study:
         raise invalid("variants", alike[0], f"would be the same run as {labels[_label(alike[0])]!r}")
     if not isinstance(content.get("change", {}), dict):
         raise invalid("change", content["change"], "must be fields of the recipe")
-    content["base"] = str(path.parent / content["base"])
+    content["base"] = str(path.parent / str(content["base"]))
     if not Path(content["base"]).is_file() or not isinstance(_yaml(Path(content["base"])), dict):
         raise invalid("base", content["base"], "must be the file of a recipe")
     study = Study(**content)
@@ -114,7 +117,7 @@ def read_study(path: str | Path) -> Study:
 def _yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise invalid("study", str(path), f"cannot be read: {str(error).splitlines()[0]}") from error
 
 
@@ -129,6 +132,25 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
+@dataclass(frozen=True)
+class StudyConversion:
+    """One conversion of a study.
+
+    Args:
+        variant: its variant.
+        seed: its seed.
+        fields: of its recipe, as YAML has them.
+        recipe: the recipe with the further options.
+        plain: the resolved recipe as plain data, as its run folder keeps it.
+    """
+
+    variant: str
+    seed: int
+    fields: dict[str, Any]
+    recipe: Recipe
+    plain: dict[str, Any]
+
+
 class StudyRun:
     """Runs the conversions of a study that are not done yet, several at a time.
 
@@ -137,7 +159,10 @@ class StudyRun:
         runs: folder of the run folders; the study's is in there.
         options: further options of every `pl-attnedit convert`.
         workers: conversions at a time; with several GPUs they take turns on them.
-        only: run (and report) the variants whose name contains one of these.
+        only: run the variants whose name contains one of these.
+
+    Raises:
+        UserError: a variant that is no recipe, or options that would change which conversions the study consists of.
     """
 
     def __init__(
@@ -145,68 +170,74 @@ class StudyRun:
     ) -> None:
         self.folder, self.options, self.workers = runs / study.name, list(options), workers
         self.study = study
-        self.chosen = [
-            (variant, seed, recipe)
-            for variant, seed, recipe in study.recipes()
-            if only is None or any(part in variant for part in only)
-        ]
+        self.conversions = [self._conversion(*each) for each in study.recipes()]
+        self.chosen = [each for each in self.conversions if only is None or any(part in each.variant for part in only)]
         if not self.chosen:
             raise invalid("only", only, f"must be part of one of: {'; '.join(study.variants)}")
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._lock, self._stopped = threading.Lock(), False
 
+    def _conversion(self, variant: str, seed: int, fields: dict[str, Any]) -> StudyConversion:
+        parser = recipe_parser()
+        try:
+            config = parser.parse_args(["-c", yaml.safe_dump(fields), *self.options])
+            recipe, _ = read_recipe(parser, config)
+        except (ArgumentError, UserError) as error:
+            raise UserError(f"variant {variant!r}: {error}") from error
+        ours = {"dry_run": False, "runs": fields.get("runs", "runs"), **{key: fields[key] for key in _OF_THE_STUDY}}
+        if changed := [key for key, value in ours.items() if getattr(config, key) != value]:
+            raise UserError(f"options after --: {', '.join(changed)} cannot be given, the study sets what it needs")
+        return StudyConversion(variant, seed, fields, recipe, as_plain(parser, config))
+
     def run(self) -> list[str]:
         """Returns what failed, as variant and seed. A signal ends the conversions that run; the same call goes on.
 
         Raises:
-            UserError: a variant that is no recipe, before the first conversion.
+            UserError: a variant that no stage or teacher fits, before the first conversion.
         """
-        self._check_recipes()
+        for each in self.chosen:
+            try:
+                check_recipe(each.recipe)
+            except UserError as error:
+                raise UserError(f"variant {each.variant!r}: {error}") from error
         self.folder.mkdir(parents=True, exist_ok=True)
-        client = connect(self.chosen[0][2].get("tracking_uri"))  # a new database is set up by one process
-        experiment_id(client, self.study.name)
+        experiment_id(connect(self.chosen[0].recipe.tracking_uri), self.study.name)
         devices: SimpleQueue[str | None] = SimpleQueue()
         for worker in range(self.workers):
             devices.put(_device(worker))
         failed: list[str] = []
 
-        def convert(variant: str, seed: int, recipe: dict[str, Any]) -> None:
+        def convert(each: StudyConversion) -> None:
             device = devices.get()
             try:
-                if not self._stopped and not self._convert(recipe, device):
-                    failed.append(f"{variant}, seed {seed}")
+                if not self._stopped and not self._convert(each, device):
+                    failed.append(f"{each.variant}, seed {each.seed}")
             finally:
                 devices.put(device)
 
         with ThreadPoolExecutor(self.workers) as pool:
             try:
-                for each in [pool.submit(convert, *each) for each in self.chosen]:
-                    each.result()
+                for future in [pool.submit(convert, each) for each in self.chosen]:
+                    future.result()
             except BaseException:
                 self._stop()
                 raise
         return failed
 
-    def _check_recipes(self) -> None:
-        parser = recipe_parser()
-        for variant, _, recipe in self.chosen:
-            try:
-                read_recipe(parser, parser.parse_args(["-c", yaml.safe_dump(recipe), *self.options]))
-            except (ArgumentError, UserError) as error:
-                raise UserError(f"variant {variant!r}: {error}") from error
-
-    def _convert(self, recipe: dict[str, Any], device: str | None) -> bool:
-        name = recipe["name"]
-        file = self.folder / f"{name}.yaml"
-        text = yaml.safe_dump(recipe, sort_keys=False) + (f"# {shlex.join(self.options)}\n" if self.options else "")
-        begun = file.exists() and file.read_text("utf-8") == text and (self.folder / name / "progress.json").exists()
-        if begun and "report" in json.loads((self.folder / name / "progress.json").read_text()):
+    def _convert(self, each: StudyConversion, device: str | None) -> bool:
+        name = each.recipe.name
+        folder, file, log = (self.folder / f"{name}{ending}" for ending in ("", ".yaml", ".log"))
+        if is_claimed(folder):
+            self._say(f"{name}: another process runs it, waits for that")
+            while is_claimed(folder) and not self._stopped:
+                time.sleep(1)
+        if is_finished(folder) and not changed_fields(folder, each.plain):
             return self._say(f"{name}: done before")
-        write_atomically(file, text)
+        write_atomically(file, yaml.safe_dump(each.fields, sort_keys=False))
         command = [sys.executable, "-m", "pl_attnedit.cli", "convert", "-c", str(file), "--runs", str(self.folder)]
         environment = dict(os.environ) if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
-        log = self.folder / f"{name}.log"
         with log.open("ab") as out:
+            begin = out.tell()
             with self._lock:
                 if self._stopped:
                     return True
@@ -220,7 +251,7 @@ class StudyRun:
             self._processes.discard(process)
         if status == 0 or self._stopped:
             return self._say(f"{name}: {'done' if status == 0 else 'stopped'}")
-        lines = log.read_text("utf-8", "replace").strip().splitlines()
+        lines = log.read_bytes()[begin:].decode("utf-8", "replace").strip().splitlines()
         self._say(f"{name}: failed, {lines[-1] if lines else f'status {status}'} ({log})")
         return False
 
@@ -236,13 +267,27 @@ class StudyRun:
         return True
 
     def results(self) -> dict[str, Any]:
-        """What the finished conversions found: the study, and one row for each variant; see `rows`."""
+        """What all finished conversions found: the study, and one row for each variant; see `rows`.
+
+        Raises:
+            UserError: a summary that cannot be read.
+        """
         found: dict[str, list[dict[str, Any]]] = {}
-        for variant, seed, recipe in self.chosen:
-            summary = self.folder / recipe["name"] / "summary.json"
-            if summary.exists():
-                found.setdefault(variant, []).append({"seed": seed, **json.loads(summary.read_text())})
-        return {"study": asdict(self.study) | {"base": Path(self.study.base).name}, "rows": rows(found)}
+        for each in self.conversions:
+            summary = self.folder / each.recipe.name / "summary.json"
+            if not summary.exists():
+                continue
+            if changed := changed_fields(summary.parent, each.plain):
+                self._say(f"{each.recipe.name}: left out, holds another recipe ({', '.join(changed)} differ)")
+                continue
+            try:
+                found.setdefault(each.variant, []).append({"seed": each.seed, **json.loads(summary.read_text())})
+            except ValueError as error:
+                raise invalid("summary", str(summary), f"is broken ({error}); remove its folder") from error
+        first = next(iter(self.study.variants))
+        if found and first not in found:
+            self._say(f"{first}: has no result yet, so there are no ratios to it")
+        return {"study": asdict(self.study) | {"base": Path(self.study.base).name}, "rows": rows(found, first)}
 
 
 def _device(worker: int) -> str | None:
@@ -257,30 +302,32 @@ def _device(worker: int) -> str | None:
     return visible[worker % len(visible)] if len(visible) > 1 else None
 
 
-def rows(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def rows(found: Mapping[str, Sequence[Mapping[str, Any]]], first: str) -> list[dict[str, Any]]:
     """One row for each variant, from the summaries of its conversions.
 
     Keys: variant, seeds, tokens of each stage, KV budget, the mean of `FIGURES`, `kl` of each seed, and `ratio`: the KL over
-    the first variant's, geometric means over seeds, with its 95% interval `ratio_low` to `ratio_high`. The interval is
-    Student's on the logarithm, its deviation pooled over the variants that have several seeds; None without any.
+    that of the variant `first`, geometric means over seeds, with its 95% interval `ratio_low` to `ratio_high`. The interval
+    is Student's on the logarithm, its deviation pooled over the variants that have several seeds. None where there is none:
+    `first` not among them, a KL of 0, no variant with several seeds.
     """
-    logs = {name: np.log([each["kl_after_stage2"] for each in of_it]) for name, of_it in found.items()}
+    kls = {name: [each["kl_after_stage2"] for each in of_it] for name, of_it in found.items()}
+    logs = {name: np.log(values) for name, values in kls.items() if min(values) > 0}
     freedom = sum(len(values) - 1 for values in logs.values())
     squares = sum(float(((values - values.mean()) ** 2).sum()) for values in logs.values())
     table = []
     for name, of_it in found.items():
-        first = logs[next(iter(logs))]
-        distance = float(logs[name].mean() - first.mean())
         row: dict[str, Any] = {"variant": name, "seeds": [each["seed"] for each in of_it]}
         row |= {stage: of_it[0][stage] for stage in ("tokens_stage1", "tokens_stage2")}
         row["kv_budget"] = of_it[0]["kv_bytes_per_token_student"] / of_it[0]["kv_bytes_per_token_teacher"]
         row |= {key: float(np.mean([each[key] for each in of_it])) for key in FIGURES}
-        row |= {"kl": [each["kl_after_stage2"] for each in of_it], "ratio": float(np.exp(distance))}
-        row |= {"ratio_low": None, "ratio_high": None}
-        if freedom and logs[name] is not first:
-            error = (squares / freedom * (1 / len(of_it) + 1 / len(first))) ** 0.5
-            reach = float(stats.t.ppf(0.975, freedom)) * error
-            row |= {"ratio_low": float(np.exp(distance - reach)), "ratio_high": float(np.exp(distance + reach))}
+        row |= {"kl": kls[name], "ratio": None, "ratio_low": None, "ratio_high": None}
+        if name in logs and first in logs:
+            distance = float(logs[name].mean() - logs[first].mean())
+            row["ratio"] = float(np.exp(distance))
+            if freedom and name != first:
+                error = (squares / freedom * (1 / len(of_it) + 1 / len(logs[first]))) ** 0.5
+                reach = float(stats.t.ppf(0.975, freedom)) * error
+                row |= {"ratio_low": float(np.exp(distance - reach)), "ratio_high": float(np.exp(distance + reach))}
         table.append(row)
     return table
 
@@ -299,6 +346,8 @@ def study_table(results: Mapping[str, Any]) -> str:
 
 
 def ratio_text(row: Mapping[str, Any]) -> str:
-    """The ratio to the first variant with its interval, where there is one."""
+    """The ratio to the first variant with its interval, where there are such."""
+    if row["ratio"] is None:
+        return "-"
     interval = "" if row["ratio_low"] is None else f" [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
     return f"{row['ratio']:.2f}{interval}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.compare import compare_runs, format_rows
-from pl_attnedit.eval.files import write_atomically
+from pl_attnedit.eval.files import check_output, write_atomically
 from pl_attnedit.tracking.client import EXPERIMENT
 
 
@@ -19,15 +19,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--experiment", default=EXPERIMENT, help=f"MLflow experiment (default {EXPERIMENT})")
     parser.add_argument("--format", choices=["text", "markdown", "csv", "json"], help="default: by the ending of FILE")
     parser.add_argument(
-        "-o", "--out", metavar="FILE", help="write the table there (.md, .csv, .json) instead of printing"
+        "-o", "--out", metavar="FILE", help="write the table there (.md, .csv, .json, .txt) instead of printing"
     )
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     options = parser.parse_args(list(arguments))
     if options.runs and options.filter:
         raise invalid("--filter", options.filter, "goes without run ids")
+    endings = {".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "text"}
+    style = options.format or "text"
+    if options.out is not None:
+        check_output("--out", options.out)
+        style = options.format or endings.get(Path(options.out).suffix.lower())
+        if style is None:
+            raise invalid("--out", options.out, f"must end in {' or '.join(endings)}, or needs --format")
     rows = compare_runs(options.runs or options.filter, options.tracking_uri, options.experiment)
-    endings = {".md": "markdown", ".csv": "csv", ".json": "json"}
-    style = options.format or endings.get(Path(options.out or "").suffix, "text")
     if options.out:
         print(write_atomically(options.out, format_rows(rows, style)))
     else:

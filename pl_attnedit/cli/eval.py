@@ -18,7 +18,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="pl-attnedit eval", description="Evaluate a converted model against its teacher.")
     parser.add_argument(
         "student",
-        help="folder of a converted model, e.g. runs/quickstart/student, or one that export wrote; or a .ckpt of fit",
+        help="folder of a converted model, e.g. runs/quickstart/student, or one that export wrote in the format deepseek_v3 "
+        "(not step3p7); or a .ckpt of fit",
     )
     parser.add_argument("--teacher", required=True, help="hub name, folder, GGUF file or package:NAME")
     parser.add_argument(
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.task_folder and not options.tasks:
         raise invalid("--task-folder", options.task_folder, "needs --tasks")
     options.device = str(torch_device(options.device))
+    if options.log_to is not None:
+        _check_run(options.log_to, options.tracking_uri)
     result = _by_suite(options) if options.suite else _by_tasks(options)
     if options.log_to:
         _log(result, options.log_to, options.tracking_uri, options.out)
@@ -105,6 +108,7 @@ def _by_tasks(options: Namespace) -> EvaluationResult:
         data.setup("validate")
         sizes = {"n_documents": options.documents, "n_cloze": options.cloze}
         given = {name: size for name, size in sizes.items() if size is not None}
+        given |= {"tokenizer": tokenizer, "max_length": seq_len}
         folder = build_offline_tasks(data.held_out_texts(), options.out / "tasks", **given)
     return evaluate_pair(
         teacher.to(options.device),
@@ -119,6 +123,19 @@ def _by_tasks(options: Namespace) -> EvaluationResult:
         teacher_fingerprint=teacher_fingerprint(resolve_teacher(options.teacher)),
         student_fingerprint=student_fingerprint(options.student),
     )
+
+
+def _check_run(run_id: str, tracking_uri: str | None) -> None:
+    """An unknown run is an error before the work."""
+    from mlflow.exceptions import MlflowException
+
+    from pl_attnedit.tracking import connect
+
+    client = connect(tracking_uri, create=False)
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        raise invalid("--log-to", run_id, f"must be a run in this MLflow store ({error})") from error
 
 
 def _log(result: EvaluationResult, run_id: str, tracking_uri: str | None, out: Path) -> None:

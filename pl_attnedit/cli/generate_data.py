@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pl_attnedit.cli.devices import torch_device
 from pl_attnedit.errors import invalid
+from pl_attnedit.eval.files import check_output
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.tokens < 1:
         raise invalid("--tokens", options.tokens, "must be at least 1")
 
+    check_output("--output", options.output)
     from pl_attnedit.data.generated import Sampling, TeacherWriter, generate_data
     from pl_attnedit.teachers.source import load_teacher
 

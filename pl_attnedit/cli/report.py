@@ -43,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     group.add_argument("--timeout", metavar="TIME", help="an evaluation that takes longer has failed (default 1d)")
     options = parser.parse_args(list(arguments))
+    if options.runs and options.filter:
+        raise invalid("--filter", options.filter, "goes without run ids")
     scheduled = options.watch or options.once
     for name in ("every", "suite", "text", "bigbench", "device", "retry", "timeout"):
         if getattr(options, name) is not None and not (options.watch if name == "every" else scheduled):

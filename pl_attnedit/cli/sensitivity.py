@@ -6,13 +6,13 @@ import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pl_attnedit.cli.devices import torch_device
 from pl_attnedit.errors import invalid
+from pl_attnedit.eval.files import check_output, write_atomically
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -47,13 +47,9 @@ def main(arguments: Sequence[str]) -> int:
         options.target = yaml.safe_load(options.target)
     except yaml.YAMLError as error:
         raise invalid("--target", options.target, f"is no YAML: {str(error).splitlines()[0]}") from error
-    if Path(options.output).is_dir():
-        raise invalid("--output", options.output, "is a folder, must be a file")
+    check_output("--output", options.output)
     result = _measure(options)
     print(_table(result))
-
-    from pl_attnedit.eval.files import write_atomically
-
     print(write_atomically(options.output, json.dumps(result, indent=2, allow_nan=False) + "\n"))
     return 0
 
@@ -61,12 +57,14 @@ def main(arguments: Sequence[str]) -> int:
 def _measure(options: Any) -> dict[str, Any]:
     from pl_attnedit.distillation.settings import parse_targets, plain_targets
     from pl_attnedit.eval.sensitivity import UntrainedPlans, cached_by_letter, single_edits
+    from pl_attnedit.modeling import EditPlan
     from pl_attnedit.modeling.kv import kv_context
     from pl_attnedit.modeling.sensitivity import Sensitivity
     from pl_attnedit.teachers.source import load_teacher
 
     parsed = parse_targets(options.target)
     targets = parsed if isinstance(parsed, dict) else {"S": parsed}
+    EditPlan("", targets)  # checks the letters
     device = torch_device(options.device)
     teacher, tokenizer = load_teacher(options.teacher, dtype=options.dtype)
     teacher.to(device)
@@ -124,6 +122,8 @@ def _plans(plans: Any, columns: dict[str, Any], cached: dict[str, Any], budget: 
 
 
 def _table(result: dict[str, Any]) -> str:
+    from pl_attnedit.eval.formatting import with_error
+
     columns = result["layers"]
     heads = [f"{letter}: {'KL':>7} {'+-':>8} {'NLL diff':>9}" for letter in columns]
     lines = ["layer  " + "   ".join(heads)]
@@ -135,7 +135,7 @@ def _table(result: dict[str, Any]) -> str:
             row = result[name]
             lines.append(
                 f"{name.replace('_', ' ')}: KV budget {row['kv_budget']:.1%} at {result['context']} tokens, untrained KL "
-                f"{row['kl']:.4f} +- {_error(row)}, top-1 agreement {row['top1']:.1%}\npattern: {row['pattern']}"
+                f"{with_error(row['kl'], row['kl_error'])}, top-1 agreement {row['top1']:.1%}\npattern: {row['pattern']}"
             )
     return "\n".join(lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ def main(arguments: Sequence[str]) -> int:
         "Options after -- go to every `pl-attnedit convert`.",
     )
     parser.add_argument("study", help="YAML with name, base (a recipe), variants, change, seeds; see configs/studies")
-    parser.add_argument("--only", nargs="+", help="only variants whose name contains one of these")
+    parser.add_argument("--only", nargs="+", help="run only variants whose name contains one of these")
     parser.add_argument("--workers", type=int, default=1, help="conversions at a time, GPUs taken in turn (default 1)")
     parser.add_argument("--runs", default="runs", help="folder of the run folders (default runs)")
-    parser.add_argument("--no-run", action="store_true", help="only compare what is done")
+    parser.add_argument("--no-run", action="store_true", help="only compare what is done, of all variants")
     parser.add_argument("-o", "--output", help="for the comparison (default RUNS/STUDY/study.json)")
     given = list(arguments)
     split = given.index("--") if "--" in given else len(given)
@@ -28,15 +27,18 @@ def main(arguments: Sequence[str]) -> int:
     if options.workers < 1:
         raise invalid("--workers", options.workers, "must be at least 1")
 
-    from pl_attnedit.eval.files import write_atomically
+    from pl_attnedit.eval.files import check_output, write_atomically
+    from pl_attnedit.eval.formatting import json_text
     from pl_attnedit.study import StudyRun, read_study, study_table
 
+    if options.output:
+        check_output("--output", options.output)
     run = StudyRun(read_study(options.study), Path(options.runs), passed_on, options.workers, options.only)
     failed = [] if options.no_run else run.run()
     results = run.results()
     if results["rows"]:
         print(study_table(results))
-        print(write_atomically(options.output or run.folder / "study.json", json.dumps(results, indent=2) + "\n"))
+        print(write_atomically(options.output or run.folder / "study.json", json_text(results)))
     elif not failed:
         raise UserError(f"study {run.study.name}: none of its conversions is done")
     for each in failed:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +29,7 @@ from pl_attnedit.eval.locks import claim
 
 SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
 FRUITLESS_BATCHES = 20  # in a row, after which we give up: nothing new will come
+T = TypeVar("T")
 _MARK = "\ue000"  # stands for the user's message; no template contains it
 
 
@@ -206,14 +207,15 @@ def generate_data(
 def _write_parts(
     writer: TeacherWriter, name: str, path: Path, parts: Path, tokens: int, report: Callable[[int, int], None]
 ) -> tuple[int, int]:
-    _settle(parts, {"teacher": name, **asdict(writer.sampling)})
+    teacher = {"teacher": name, "dtype": str(writer.teacher.dtype), "device": writer.teacher.device.type}
+    _settle(parts, {**teacher, **asdict(writer.sampling), "prompts_content": document_hash("\n".join(writer.lines))})
     source = f"{name} {writer.mode}"
     seen: set[int] = set()
     found = number = fruitless = 0
     while found < tokens:
         part = parts / f"{number:06}.parquet"
         if part.exists():
-            texts = pq.read_table(part)["text"].to_pylist()
+            texts = _read(part, lambda file: pq.read_table(file)["text"].to_pylist())
         else:
             hashes = {document_hash(text): text for text in writer.write(number) if text.strip()}
             texts = [text for key, text in hashes.items() if key not in seen]
@@ -238,6 +240,8 @@ def _lines(path: str) -> list[str]:
         lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
     except OSError as error:
         raise invalid("prompts", path, f"must be auto, chat, none or a text file ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise invalid("prompts", path, f"must be UTF-8 text: byte {error.start} is none") from error
     if not any(lines):
         raise invalid("prompts", path, "has no line with text")
     return [line for line in lines if line]
@@ -247,17 +251,25 @@ def _settle(parts: Path, settings: dict[str, Any]) -> None:
     """The parts belong to one setting; those without any text to none."""
     known = parts / "settings.json"
     files = list(parts.glob("*.parquet"))
-    if known.exists() and not any(pq.read_metadata(file).num_rows for file in files):
+    if known.exists() and not any(_read(file, pq.read_metadata).num_rows for file in files):
         for file in files:
             file.unlink()
         known.unlink()
     if not known.exists():
         write_atomically(known, json.dumps(settings, indent=2) + "\n")
-    elif (before := json.loads(known.read_text())) != settings:
+    elif (before := _read(known, lambda file: dict(json.loads(file.read_text("utf-8"))))) != settings:
         changed = ", ".join(key for key in settings if before.get(key) != settings[key])
         raise invalid(
             "output", str(parts), f"was begun with other settings ({changed} differ); remove it, or repeat them"
         )
+
+
+def _read(file: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a file among the parts; `UserError` where the file is broken."""
+    try:
+        return read(file)
+    except (ValueError, TypeError, KeyError, OSError) as error:  # Arrow's and JSON's own are ValueErrors
+        raise invalid("output", str(file), f"is broken ({error}); remove {file.parent} to begin anew") from error
 
 
 def _table(texts: list[str], source: str) -> pa.Table:

@@ -86,6 +86,8 @@ def document_hash(document: Document) -> int:
 
 def _local_files(name: str) -> list[Path]:
     """The files that a path, folder or glob stands for; empty where the name is none of these."""
+    if not name.strip():  # a path that would be the working folder
+        raise invalid("source", name, f"must not be empty; allowed: {ALLOWED}")
     path = Path(name).expanduser()
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)

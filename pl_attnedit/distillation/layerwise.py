@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,12 @@ from pl_attnedit.distillation.pairs import Batch, Pairs
 from pl_attnedit.errors import invalid
 
 Supervised = Literal["attention", "block"]
+
+
+def check_trained_layers(chosen: Sequence[int] | None, edited: Sequence[int]) -> None:
+    """`UserError` unless the chosen layers are some of the edited ones; None = all."""
+    if chosen is not None and (not chosen or set(chosen) - set(edited)):
+        raise invalid("train_layers", chosen, f"must be some of the edited layers {list(edited)}")
 
 
 class LayerwiseDistillation(DistillationModule):
@@ -60,9 +67,8 @@ class LayerwiseDistillation(DistillationModule):
 
     def prepare_training(self) -> None:
         edited = list(self.layer_modules())
+        check_trained_layers(self.hparams["train_layers"], edited)
         self.trained_layers = edited if self.hparams["train_layers"] is None else self.hparams["train_layers"]
-        if not self.trained_layers or set(self.trained_layers) - set(edited):
-            raise invalid("train_layers", self.trained_layers, f"must be some of the edited layers {edited}")
         self.register_trained({index: self.layer_modules()[index] for index in self.trained_layers})
         if self.deals_out_layers:
             layers = self.teacher.config.num_hidden_layers

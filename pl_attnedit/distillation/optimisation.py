@@ -16,6 +16,12 @@ from pl_attnedit.distillation.step_graph import StepGraph
 from pl_attnedit.errors import invalid
 
 
+def check_cuda_graph(device_type: str, world_size: int, activation_checkpointing: bool) -> None:
+    """`UserError` where a step cannot be recorded."""
+    if device_type != "cuda" or world_size > 1 or activation_checkpointing:
+        raise invalid("cuda_graph", True, "is for one NVIDIA GPU and no activation_checkpointing: leave it out")
+
+
 class OptimisedModule(LightningModule):
     """Base of `DistillationModule`, whose `hparams` say how fast and whether by a CUDA graph."""
 
@@ -38,12 +44,8 @@ class OptimisedModule(LightningModule):
         if not self.hparams["cuda_graph"]:
             return self.pairs(self.step_of, batch)
         if self._step_graph is None:
-            if (
-                self.device.type != "cuda"
-                or self.trainer.world_size > 1
-                or self.hparams.get("activation_checkpointing")
-            ):
-                raise invalid("cuda_graph", True, "is for one NVIDIA GPU and no activation_checkpointing: leave it out")
+            recomputes = self.hparams.get("activation_checkpointing", False)
+            check_cuda_graph(self.device.type, self.trainer.world_size, recomputes)
             trained = [p for p in self.parameters() if p.requires_grad]
             self._step_graph = StepGraph(partial(self.pairs, self.step_of), trained)
         return self._step_graph(batch, key)

@@ -179,7 +179,10 @@ def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedM
     except (OSError, SafetensorError, RuntimeError) as error:
         raise invalid("path", str(path), f"its weights cannot be read ({error})") from error
     except ValueError as error:  # a class without a language-model head of text alone
-        raise invalid("path", str(path), f"cannot be loaded as a causal language model ({error})") from error
+        reason = str(error).splitlines()[0]  # the others name all classes that have one
+        if config.model_type == "step3p7":
+            reason = "exports in the format step3p7 cannot, those in deepseek_v3 can; give the student itself"
+        raise invalid("path", str(path), f"cannot be loaded as a causal language model ({reason})") from error
     model, found = loaded
     wrong = sorted([*found["missing_keys"], *found["unexpected_keys"]])
     if wrong:  # Hugging Face only warns, and fills in random weights

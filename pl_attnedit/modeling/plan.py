@@ -21,7 +21,7 @@ class EditPlan:
 
     def __post_init__(self) -> None:
         for letter in self.targets:
-            if len(letter) != 1 or letter == FULL:
+            if not isinstance(letter, str) or len(letter) != 1 or letter == FULL:
                 raise invalid("targets", letter, f"each key is one letter other than {FULL}, which is the full layer")
         for letter in self.letters:
             if letter != FULL and letter not in self.targets:

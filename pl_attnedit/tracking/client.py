@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from contextlib import closing
+import tempfile
+from contextlib import closing, suppress
 from pathlib import Path
 
 import requests
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from pl_attnedit.errors import UserError, invalid
@@ -55,8 +56,12 @@ def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
     return uri
 
 
-def connect(tracking_uri: str | None = None) -> MlflowClient:
+def connect(tracking_uri: str | None = None, *, create: bool = True) -> MlflowClient:
     """A client that has reached its server or opened its database once.
+
+    Args:
+        tracking_uri: see `resolve_tracking_uri`.
+        create: make a database that does not exist yet; without it, that is an error.
 
     Raises:
         UserError: nobody answers, the answer is no MLflow server's, or the database cannot be opened. Takes at
@@ -69,7 +74,7 @@ def connect(tracking_uri: str | None = None) -> MlflowClient:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         if uri.startswith("sqlite:"):
-            _open_sqlite(uri)
+            _open_sqlite(uri, create)
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except (*UNREACHABLE, OSError) as error:
@@ -78,13 +83,29 @@ def connect(tracking_uri: str | None = None) -> MlflowClient:
     return client
 
 
-def _open_sqlite(uri: str) -> None:
+def _open_sqlite(uri: str, create: bool) -> None:
     """Fail at once where MLflow would retry for minutes: not a database, or a place that cannot be written."""
-    database = make_url(uri).database
+    url = make_url(uri)
+    database = url.database
     if not database or database == ":memory:":
         raise UserError(f"tracking_uri = {uri!r}: name a database file, e.g. {DEFAULT_TRACKING_URI}")
-    Path(database).parent.mkdir(parents=True, exist_ok=True)
+    if not Path(database).exists():
+        if not create:
+            raise UserError(f"tracking_uri = {uri!r}: there is no {database} here; nothing has been tracked in it yet")
+        _make_sqlite(url)
     with closing(sqlite3.connect(database, timeout=10)) as connection:
         connection.execute("PRAGMA schema_version")
     if not os.access(database, os.W_OK):
         raise PermissionError(f"{database} is not writable")
+
+
+def _make_sqlite(url: URL) -> None:
+    """MLflow's tables in a file beside it, which then gets its name: neither a kill nor a second process meanwhile leaves or
+    finds a database that is half made."""
+    final = Path(str(url.database))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
+        new = Path(folder) / final.name
+        MlflowClient(url.set(database=str(new)).render_as_string(hide_password=False)).search_experiments(max_results=1)
+        with suppress(FileExistsError):  # another process was quicker
+            os.link(new, final)

@@ -114,6 +114,16 @@ def parsed(path: Path) -> Any:
     return recipe_parser().parse_args(["-c", str(path)])
 
 
+def test_sequences_too_short_for_the_tasks_end_before_the_training(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "-c", str(recipe()), "--data.seq_len", "8"]) == 2
+    errors = capsys.readouterr().err
+    assert "max_length = 8: sequences must have at least" in errors
+    assert "== init" not in errors
+
+
 def test_a_folder_has_one_process_and_one_purpose(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

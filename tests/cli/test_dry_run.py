@@ -13,10 +13,11 @@ import torch
 from pl_attnedit import dry_run as module
 from pl_attnedit.cli import main
 from pl_attnedit.data import TextDataModule
-from pl_attnedit.dry_run import device_count, dry_run
+from pl_attnedit.dry_run import dry_run
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.shapes import config_of
 from pl_attnedit.recipe import Recipe, StageRecipe
+from pl_attnedit.recipe_checks import device_count
 
 LATENT = {"type": "mla", "kv_lora_rank": 512, "qk_rope_head_dim": 64}
 WINDOW = {"type": "gate_swa", "window": 512, "sinks": 4}
@@ -97,6 +98,31 @@ def test_printed_and_nothing_written(
         ({"data": {"seq_len": 1024}}, "seq_len = 1024: must be at most 512, the context of the model"),
         ({"targets": {"S": LATENT}}, "kv_lora_rank = 512: must be at most the hidden size 32"),
         ({"pattern": "F"}, "pattern = 'F': edits no layer"),
+        ({"trainer": {"devices": 0}}, "trainer.devices = 0: must be how many"),
+        ({"trainer": {"devices": "foo"}}, "trainer.devices = 'foo': must be how many"),
+        ({"trainer": {"num_nodes": None}}, "trainer.num_nodes = None: must be at least 1"),
+        ({"trainer": {"precision": "bogus"}}, "trainer.precision = 'bogus': must be one of"),
+        ({"trainer": {"accelerator": "bogus"}}, "trainer.accelerator = 'bogus': must be one of"),
+        ({"trainer": {"strategy": "layers"}}, "trainer.strategy = 'layers': is for stage 1 alone"),
+        ({"dtype": "bogus"}, "dtype = 'bogus': must be a torch dtype"),
+        ({"seed": -1}, "seed = -1: must be from 0"),
+        ({"experiment": ""}, "experiment = '': must be a name"),
+        ({"calibration_tokens": -5}, "calibration_tokens = -5: must be at least 1"),
+        (
+            {"stage1": {"steps": 1, "learning_rate": 1.0, "options": {"train_layers": [99]}}},
+            "train_layers = [99]: must be",
+        ),
+        (
+            {"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"train": "bogus"}}},
+            "stage2.options.train = 'bogus'",
+        ),
+        ({"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"feature_weight": "abc"}}}, "is of the wrong kind"),
+        ({"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"feature_weight": None}}}, "leave it out for 0.0"),
+        (
+            {"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"weight_decay": -1}}},
+            "weight_decay = -1.0: must be",
+        ),
+        ({"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"cuda_graph": True}}}, "is for one NVIDIA GPU"),
     ],
 )
 def test_mistakes(
@@ -112,6 +138,8 @@ def test_mistakes(
         ({"devices": 8}, 8),
         ({"devices": [0, 3]}, 2),
         ({"devices": "4"}, 4),
+        ({"devices": "0,3"}, 2),
+        ({"devices": "0,"}, 1),
         ({"devices": -1, "accelerator": "cpu"}, 1),
         ({}, max(torch.accelerator.device_count(), 1)),
     ],

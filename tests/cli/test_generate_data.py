@@ -21,3 +21,10 @@ def test_file_serves_as_a_source(
     assert str(path) in capsys.readouterr().out
     assert main(["generate-data", *arguments, "-o", str(path)]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "data.parquet"
+    assert main(["generate-data", "--teacher", "./none", "--tokens", "600", "-o", str(path)]) == 2
+    assert f"--output = '{path}': cannot be written" in capsys.readouterr().err

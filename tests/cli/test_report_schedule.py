@@ -74,6 +74,7 @@ def test_a_checkpoint_is_found_evaluated_and_reported_once(
         (["--once", "--suite", "none"], "suite = 'none': must be one of fidelity"),
         (["--once"], "experiment = 'pl_attnedit': does not exist"),
         (["--once", "--watch"], "not allowed with"),
+        (["abc", "--filter", "tags.x = 'y'"], "--filter = \"tags.x = 'y'\": goes without run ids"),
     ],
 )
 def test_mistakes(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

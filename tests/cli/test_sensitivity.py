@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ def test_several_targets_without_a_budget(measure: Run) -> None:
     assert "plan" not in found
     mixed = measure(target, "--budget", "0.4", "--context", "64")
     assert set(mixed["plan"]["pattern"]) <= set("SMF")
+    assert re.search(r"untrained KL [\d.]+ ± [\d.]+, top-1", mixed["printed"])
+    single = measure("{type: gate_swa, window: 8}", "--budget", "0.4", "--context", "64", "--batch-size", "4")
+    assert re.search(r"untrained KL [\d.]+, top-1", single["printed"])
     assert "evenly_spread" not in mixed
 
 
@@ -79,6 +83,10 @@ def test_several_targets_without_a_budget(measure: Run) -> None:
         (["--device", "abacus"], "--device = 'abacus': cannot be used"),
         (["--dtype", "float99"], "dtype = 'float99': must be auto, or one such as"),
         (["-o", "."], "--output = '.': is a folder"),
+        (["-o", "file/s.json"], "--output = 'file/s.json': cannot be written"),
+        (["--target", "{F: {type: gate_swa, window: 8}}"], "targets = 'F': each key is one letter other than F"),
+        (["--target", "{SS: {type: gate_swa, window: 8}}"], "targets = 'SS': each key is one letter"),
+        (["--target", "{1: {type: gate_swa, window: 8}}"], "targets = 1: each key is one letter"),
     ],
 )
 def test_mistakes(
@@ -91,6 +99,7 @@ def test_mistakes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
     arguments = ["--teacher", teacher_folder(), "--target", "{type: gate_swa, window: 8}", "--source", tiny_corpus]
     assert main(["sensitivity", *arguments, "--seq-len", "32", *options]) == 2
     assert message in capsys.readouterr().err

@@ -43,7 +43,7 @@ def same_end(run: ForkedFit, unbroken: ForkedFit) -> bool:
     return same(run.result(last), unbroken.result(last))
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_to_all_processes_saves_and_says_how_to_go_on(
     signum: int,
     status: int,

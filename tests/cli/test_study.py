@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,12 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from pl_attnedit.cli import main
-from pl_attnedit.conversion import check_plan
-from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.shapes import config_of
+from pl_attnedit.eval.locks import claim
 from pl_attnedit.recipe import read_recipe, recipe_parser
+from pl_attnedit.recipe_checks import check_recipe
+from pl_attnedit.run_folder import LOCK
 from pl_attnedit.study import StudyRun, merged, read_study, rows
 
 Make = Callable[..., Any]
@@ -43,8 +45,8 @@ def test_variants_run_fail_are_stopped_and_compared(
     study: Make, start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variants = {
-        "broken": {"targets": {"S": {"type": "gate_swa", "window": 0}}},
         "as it is": {},
+        "broken": {"data": {"source": "missing.txt"}},
         "no stage 1": {"stage1": {"steps": 0}},
         "endless": {"stage1": {"steps": 100000}},
     }
@@ -58,18 +60,26 @@ def test_variants_run_fail_are_stopped_and_compared(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "broken-0: failed" in errors
-    assert "window = 0" in errors
+    assert "missing.txt" in errors
     assert "endless-0: stopped" in errors
     assert list((folder / "endless-0" / "stage1").glob("*.ckpt"))  # its conversion has ended in order
 
     done = StudyRun(read_study(path), tmp_path / "runs", only=["it is", "stage 1"])
-    assert done.run() == []  # nothing is started again
-    assert capsys.readouterr().err.count("done before") == 2
-    changed = StudyRun(read_study(path), tmp_path / "runs", ["--seed", "7"], only=["it is"])
-    assert changed.run() == ["as it is, seed 0"]  # of another recipe than what is there: said, not taken for done
-    assert "another recipe" in capsys.readouterr().err
+    elsewhere = claim(folder / "as_it_is-0" / LOCK)  # as of a process that was started by a study that is dead
+    assert elsewhere is not None
+    threading.Timer(1.0, elsewhere.close).start()
+    assert done.run() == []  # nothing is started again, or beside it
+    errors = capsys.readouterr().err
+    assert errors.count("done before") == 2
+    assert "as_it_is-0: another process runs it, waits for that" in errors
+    for again in range(2):  # of another recipe than what is there: said, not taken for done, nor the second time
+        changed = StudyRun(read_study(path), tmp_path / "runs", ["--stage2.steps", "7"], only=["it is"])
+        assert changed.run() == ["as it is, seed 0"], again
+        assert "another recipe" in capsys.readouterr().err
+        assert changed.results()["rows"] == []
+        assert "as_it_is-0: left out, holds another recipe (stage2 differ)" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
-    assert main(["study", str(path), "--no-run", "--only", "it is", "stage 1", "-o", "study.json"]) == 0
+    assert main(["study", str(path), "--no-run", "--only", "it is", "-o", "study.json"]) == 0  # compares all
     first, without = json.loads((tmp_path / "study.json").read_text())["rows"]
     assert (first["variant"], first["seeds"], without["variant"]) == ("as it is", [0], "no stage 1")
     assert (first["tokens_stage1"], without["tokens_stage1"]) == (64, 0)
@@ -92,11 +102,16 @@ def test_ratios_cover_the_truth() -> None:
         return [{"seed": i, "kl_after_stage2": level * np.exp(0.05 * rng.normal()), **kept} for i in range(seeds)]
 
     for _ in range(draws):
-        found = rows({"first": summaries(0.1, 2), "other": summaries(0.08, 1), "third": summaries(0.2, 3)})
+        found = rows({"first": summaries(0.1, 2), "other": summaries(0.08, 1), "third": summaries(0.2, 3)}, "first")
         inside += found[1]["ratio_low"] < 0.8 < found[1]["ratio_high"]
     assert abs(inside / draws - 0.95) < 0.012
-    alone = rows({"first": summaries(0.1, 1), "other": summaries(0.1, 1)})
+    alone = rows({"first": summaries(0.1, 1), "other": summaries(0.1, 1)}, "first")
     assert alone[1]["ratio_low"] is None
+    without = rows({"other": summaries(0.1, 1), "third": summaries(0.1, 2)}, "first")
+    assert [row["ratio"] for row in without] == [None, None]  # not to whatever happens to be there
+    none = rows({"first": summaries(0.1, 2), "equal": summaries(0.0, 2), "other": summaries(0.1, 1)}, "first")
+    assert none[1]["ratio"] is None
+    assert none[2]["ratio_low"] > 0
 
 
 def test_fields_are_merged_one_by_one() -> None:
@@ -118,6 +133,8 @@ def test_fields_are_merged_one_by_one() -> None:
         ({"seeds": [1, 1]}, "different numbers"),
         ({"sedes": [1]}, "known are name"),
         ({"name": None}, "must be a name"),
+        ({"name": ""}, "must be a name"),
+        ({"base": 123}, "must be the file of a recipe"),
         ({"name": ".."}, "must be a name"),
         ({"variants": {"a b": {}, "a_b": {}}}, "variants = 'a b': would be the same run as 'a_b'"),
         ({"change": 3}, "change = 3: must be fields"),
@@ -139,7 +156,7 @@ def test_a_study_of_ours_fits_its_teacher(path: Path, tmp_path: Path) -> None:
         settings.append({**fields, "name": ""})
         fields["teacher"] = str(tmp_path)
         recipe, _ = read_recipe(parser, parser.parse_object(fields))
-        check_plan(recipe, parse_targets(recipe.targets))
+        check_recipe(recipe)
         names.append(recipe.name)
     assert len(set(names)) == len(names) >= len(study.variants)
     assert all(one != other for i, one in enumerate(settings) for other in settings[:i])
@@ -152,7 +169,21 @@ def test_mistakes_of_the_command(study: Make, tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "empty.yaml").write_text("")
     assert main(["study", str(study(base="empty.yaml"))]) == 2
     assert main(["study", str(study(variants={"fine": {}, "odd": {"targets": 3}})), "--runs", str(tmp_path)]) == 2
-    assert main(["study", str(study()), "--no-run", "--runs", str(tmp_path)]) == 2
+    odd = {"stage2": {"steps": 2, "options": {"train": "bogus"}}}
+    assert main(["study", str(study(variants={"fine": {}, "other": odd})), "--runs", str(tmp_path)]) == 2
+    windowless = {"targets": {"S": {"type": "gate_swa", "window": 0}}}
+    assert main(["study", str(study(variants={"fine": {}, "third": windowless})), "--runs", str(tmp_path)]) == 2
     errors = capsys.readouterr().err
+    for taken in (["--seed", "3"], ["--name", "same"], ["--runs", "elsewhere"], ["--dry-run"], ["--experiment", "e"]):
+        assert main(["study", str(study()), "--runs", str(tmp_path), "--", *taken]) == 2
+        assert f"options after --: {taken[0].strip('-').replace('-', '_')} cannot" in capsys.readouterr().err, taken
+    assert not list(tmp_path.glob("**/*.log"))  # nothing has begun
+    (tmp_path / "latin.yaml").write_bytes("name: ü".encode("latin-1"))
+    assert main(["study", str(tmp_path / "latin.yaml")]) == 2
+    assert main(["study", str(study()), "--no-run", "--runs", str(tmp_path)]) == 2
+    errors += capsys.readouterr().err
     assert all(text in errors for text in ("cannot be read", "part of one of: as it is", "--workers", "none of its"))
     assert all(text in errors for text in ("must be the file of a recipe", "variant 'odd': "))
+    assert all(
+        text in errors for text in ("variant 'other': stage2.options.train = 'bogus'", "variant 'third': window = 0")
+    )

@@ -99,6 +99,45 @@ def test_interrupted_run_goes_on_and_gives_the_same_file(
     assert len(data.train_sequences) >= 2
 
 
+def begun(writer: TeacherWriter, path: Path) -> Path:
+    """The folder of a run that was stopped after its first batch."""
+
+    def stop(documents: int, tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_data(writer, "tiny", path, 200, stop)
+    return path.with_name(path.name + ".parts")
+
+
+def test_a_run_is_of_one_dtype_and_of_the_same_prompts(writer: Write, tmp_path: Path) -> None:
+    prompts, path = tmp_path / "prompts.txt", tmp_path / "x.parquet"
+    prompts.write_text("the model\n")
+    begun(writer(prompts=str(prompts)), path)
+    prompts.write_text("the other\n")
+    with pytest.raises(UserError, match=r"\(prompts_content differ\)"):
+        generate_data(writer(prompts=str(prompts)), "tiny", path, 200)
+    prompts.write_text("the model\n")
+    coarse = writer(prompts=str(prompts))
+    coarse.teacher.bfloat16()
+    with pytest.raises(UserError, match=r"\(dtype differ\)"):
+        generate_data(coarse, "tiny", path, 200)
+
+
+@pytest.mark.parametrize("name", ["000000.parquet", "settings.json"])
+def test_a_broken_part_is_named(name: str, writer: Write, tmp_path: Path) -> None:
+    parts = begun(writer(prompts="none"), tmp_path / "x.parquet")
+    (parts / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"output = '{parts / name}': is broken .*; remove {parts} to begin anew"):
+        generate_data(writer(prompts="none"), "tiny", tmp_path / "x.parquet", 200)
+
+
+def test_prompts_that_are_no_utf8(writer: Write, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.txt': must be UTF-8 text: byte 2 is none"):
+        writer(prompts=str(tmp_path / "latin.txt"))
+
+
 def test_nothing_new_is_an_error(writer: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generated, "FRUITLESS_BATCHES", 2)
     always_the_same = writer(prompts="none", temperature=1e-4)

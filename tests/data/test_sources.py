@@ -48,6 +48,14 @@ def test_weights_are_positive_numbers() -> None:
             Source("builtin:", weight=weight)
 
 
+def test_no_name_is_not_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    for name in ("", " "):
+        with pytest.raises(UserError, match=f"source = '{name}': must not be empty"):
+            open_source(name)
+
+
 def test_columns_of_jsonl_and_parquet(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
     rows = [{"text": "plain", "body": "other", "n": 1}, {"text": " ", "body": "more", "n": 2}]
     jsonl, parquet = write_jsonl(rows), str(tmp_path / "data.parquet")

@@ -187,6 +187,10 @@ def test_the_command_writes_what_the_file_is_called(
     assert {row["run_id"] for row in json.loads(capsys.readouterr().out)} == {ids[1], ids[2]}
     assert main(["compare", ids[0], "--filter", "tags.target = 'mla'", "--tracking-uri", uri]) == 2
     assert "--filter" in capsys.readouterr().err
+    for file, reason in ((tmp_path, "is a folder"), (tmp_path / "t.xyz", "must end in .md or .csv or .json or .txt")):
+        assert main(["compare", *ids, "--tracking-uri", uri, "-o", str(file)]) == 2
+        assert f"--out = '{file}': {reason}" in capsys.readouterr().err
+    assert main(["compare", *ids, "--tracking-uri", uri, "-o", str(tmp_path / "t.xyz"), "--format", "text"]) == 0
 
 
 def test_many_conversions(tmp_path: Path) -> None:

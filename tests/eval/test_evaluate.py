@@ -29,6 +29,7 @@ from pl_attnedit.eval.records import find_conversions
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.tasks import write_task
 from pl_attnedit.teachers.source import load_teacher
+from pl_attnedit.tracking import connect
 
 SUITE = {
     "name": "small",
@@ -139,6 +140,7 @@ def test_fidelity_alone(
 ) -> None:  # fmt: skip
     """A suite without any task, from the command line to the report; in another dtype it is measured anew."""
     uri, run_id = conversion
+    connect(f"sqlite:///{tmp_path}/m.db")
     (tmp_path / "suite.yaml").write_text("name: short\nmax_length: 64\nby_position: {sequences: 6, context: 64}\n")
     command = ["eval", str(saved), "--teacher", teacher_name, "--suite", str(tmp_path / "suite.yaml")]
     command += ["--text", tiny_corpus, "--out", str(tmp_path / "eval"), "--log-to", run_id, "--tracking-uri", uri]
@@ -183,11 +185,20 @@ def test_what_is_missing_is_said_before_anything_runs(
         ("--suite", "fast"): "suite = 'fast': must be one of",
         ("--task-folder", "x"): "--task-folder = 'x': needs --tasks",
         ("--batch-size", "many"): "--batch-size = 'many': must be a number or auto",
+        ("--seq-len", "2"): "max_length = 2: sequences must have at least",
+        ("--suite", str(tmp_path / "suite.yaml")): "max_length = 2: sequences must have at least",
+        ("--log-to", "zzz", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"): "--log-to = 'zzz': must be a run",
+        ("--log-to", "zzz", "--tracking-uri", f"sqlite:///{tmp_path}/none.db"): "there is no ",
     }
+    connect(f"sqlite:///{tmp_path}/m.db")
+    (tmp_path / "suite.yaml").write_text("name: short\nmax_length: 2\ntext: {documents: 2, document_chars: 99}\n")
     for options, message in cases.items():
         assert main([*command, *options]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()
+    nothing = ["eval", "none", "--teacher", "none", "--log-to", "zzz", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"]
+    assert main(nothing) == 2
+    assert "--log-to = 'zzz'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

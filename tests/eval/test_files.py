@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pl_attnedit.eval.files import write_atomically
+from pl_attnedit.errors import UserError
+from pl_attnedit.eval.files import check_output, write_atomically
 
 
 def test_replaces_the_old_file(tmp_path: Path) -> None:
@@ -28,3 +29,21 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_output("--out", tmp_path / "new" / "page.html")
+    for path, reason in ((tmp_path, "is a folder"), (tmp_path / "file" / "page.html", "file: Not a directory")):
+        with pytest.raises(UserError, match=rf"--out = '{path}': .*{reason}"):
+            check_output("--out", path)
+    with pytest.raises(UserError, match=f"output = '{tmp_path}': is a folder"):
+        write_atomically(tmp_path, "text")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(UserError, match="Permission denied"):
+        check_output("--out", tmp_path / "page.html")

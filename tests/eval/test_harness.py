@@ -124,6 +124,7 @@ def test_models_keep_their_mode(
     ("change", "message"),
     [
         ({"tasks": ["hellaswag"]}, f"tasks = 'hellaswag'.*{CLOZE_TASK}"),
+        ({"max_length": 2, "tasks": [CLOZE_TASK]}, "max_length = 2: sequences must have at least"),
         ({"max_length": 0}, "max_length = 0: must be at least 1"),
         ({"max_length": 257}, "max_length = 257: must be at most the teacher's context of 256"),
         ({"batch_size": 0}, "batch_size = 0"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerFast
 
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.tasks import (
@@ -92,6 +93,18 @@ def test_too_little_text(documents_: list[str], tmp_path: Path) -> None:
     # The last one is long, but all its continuations are the same.
     with pytest.raises(UserError, match=r"documents = .* texts.*too short"):
         build_offline_tasks(documents_, tmp_path, **SIZES)
+
+
+def test_sequences_shorter_than_a_choice(
+    documents: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    questions = read(build_offline_tasks(documents, tmp_path / "long", **SIZES), CLOZE_TASK)
+    with pytest.raises(UserError, match=r"max_length = 8: sequences must have at least \d+ tokens") as error:
+        build_offline_tasks(documents, tmp_path / "new", **SIZES, tokenizer=tokenizer, max_length=8)
+    assert not (tmp_path / "new").exists()
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    assert least == max(len(tokenizer(f" {c}")["input_ids"]) for question in questions for c in question["choices"])
+    build_offline_tasks(documents, tmp_path / "new", **SIZES, tokenizer=tokenizer, max_length=least)
 
 
 @pytest.mark.parametrize(

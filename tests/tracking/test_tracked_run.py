@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from sqlalchemy.engine import make_url
 
 from pl_attnedit.errors import UserError
 from pl_attnedit.tracking import (
@@ -24,12 +25,26 @@ from pl_attnedit.tracking import (
     start_child,
     start_conversion,
 )
+from pl_attnedit.tracking.client import _make_sqlite
 from pl_attnedit.tracking.run import status_of
 from pl_attnedit.tracking.spool import Spool
 
 
 def new_run(database: str, name: str) -> str:
     return start_conversion(name, {}, client=connect(database), experiment=name)
+
+
+def test_a_database_is_whole_or_not_there(tmp_path: Path) -> None:
+    uri, path = f"sqlite:///{tmp_path}/new/runs.db", tmp_path / "new" / "runs.db"
+    with pytest.raises(UserError, match=r"there is no .*runs\.db here"):
+        connect(uri, create=False)
+    assert not path.parent.exists()
+    _make_sqlite(make_url(uri))
+    made = path.read_bytes()
+    _make_sqlite(make_url(uri))  # of a process that was slower; both wanted the same
+    assert path.read_bytes() == made
+    assert list(path.parent.iterdir()) == [path]
+    assert [each.name for each in connect(uri, create=False).search_experiments()] == ["Default"]
 
 
 def test_the_uri_is_the_argument_then_the_environment_then_a_database(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,109 @@
+"""Mistakes of a recipe that show without weights and without text: before a run folder exists, in a dry run, in a study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+from lightning.fabric.connector import _PRECISION_INPUT
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
+from transformers import PreTrainedConfig
+
+import pl_attnedit.strategies  # noqa: F401  # makes our strategies known
+from pl_attnedit.distillation import STAGES, DistillationModule
+from pl_attnedit.distillation.layerwise import check_trained_layers
+from pl_attnedit.distillation.optimisation import check_cuda_graph
+from pl_attnedit.distillation.settings import check_precision, parse_targets
+from pl_attnedit.errors import invalid
+from pl_attnedit.modeling import EditPlan
+from pl_attnedit.modeling.edit import check_init
+from pl_attnedit.recipe import Recipe, StageRecipe
+from pl_attnedit.teachers import family_of
+from pl_attnedit.teachers.source import teacher_config
+
+
+def check_recipe(recipe: Recipe) -> tuple[PreTrainedConfig, EditPlan]:
+    """The teacher's config and the edit plan.
+
+    Raises:
+        UserError: teacher, plan and targets do not fit, or a stage or the Trainer would refuse what it is given.
+    """
+    config = teacher_config(recipe.teacher)
+    family = family_of(config)
+    family.check(config)
+    plan = EditPlan.build(config.num_hidden_layers, parse_targets(recipe.targets), recipe.pattern, recipe.layers)
+    plan.require_edits()
+    for target in plan.targets.values():
+        target.check(family.attention_spec(config))
+    check_init(recipe.init, plan.targets.values())
+    _check_trainer(recipe.trainer)
+    for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
+        stage_module(recipe, name, stage, None)
+        check_trained_layers(stage.options.get("train_layers"), plan.edited_layers)
+        if stage.options.get("cuda_graph"):
+            device = "cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda"
+            check_cuda_graph(device, world_size(recipe.trainer), stage.options.get("activation_checkpointing", False))
+    return config, plan
+
+
+def stage_module(recipe: Recipe, name: str, stage: StageRecipe, init_from: str | None) -> DistillationModule:
+    """The module of a stage; it looks at its arguments now and at the teacher's weights only when it is set up."""
+    return STAGES[name](
+        teacher=recipe.teacher,
+        targets=recipe.targets,
+        pattern=recipe.pattern,
+        layers=recipe.layers,
+        init=recipe.init,
+        calibration_tokens=recipe.calibration_tokens,
+        init_from=init_from,
+        dtype=recipe.dtype,
+        learning_rate=stage.learning_rate,
+        warmup_steps=stage.warmup_steps,
+        **stage.options,
+    )
+
+
+def _check_trainer(trainer: Mapping[str, Any]) -> None:
+    """What a Trainer says itself only where the devices are."""
+    precision = trainer.get("precision")
+    if precision is not None:
+        known = [str(each) for kind in get_args(_PRECISION_INPUT) for each in get_args(kind)]
+        if str(precision) not in known:
+            raise invalid("trainer.precision", precision, f"must be one of {', '.join(known)}")
+        check_precision(str(precision))
+    for name, more, registered in (
+        ("accelerator", ("auto", "gpu"), AcceleratorRegistry.available_accelerators()),
+        ("strategy", ("auto",), StrategyRegistry.available_strategies()),
+    ):
+        given = trainer.get(name)
+        if isinstance(given, str) and given not in {*more, *registered}:
+            raise invalid(f"trainer.{name}", given, f"must be one of {', '.join(sorted({*more, *registered}))}")
+    if trainer.get("strategy") == "layers":
+        raise invalid("trainer.strategy", "layers", "is for stage 1 alone, run by `pl-attnedit fit`: use ddp or fsdp2")
+    world_size(trainer)
+
+
+def world_size(trainer: Mapping[str, Any]) -> int:
+    """Devices of all nodes."""
+    nodes = trainer.get("num_nodes", 1)
+    if type(nodes) is not int or nodes < 1:
+        raise invalid("trainer.num_nodes", nodes, "must be at least 1")
+    return device_count(trainer) * nodes
+
+
+def device_count(trainer: Mapping[str, Any]) -> int:
+    """Devices of one node. "auto" and -1 mean those of this machine."""
+    devices = trainer.get("devices", "auto")
+    if str(devices) in ("auto", "-1"):
+        return 1 if trainer.get("accelerator") == "cpu" else max(torch.accelerator.device_count(), 1)
+    chosen = devices.split(",") if isinstance(devices, str) and "," in devices else devices
+    if isinstance(chosen, list):
+        count = len([each for each in chosen if str(each).strip().isdigit()])
+        whole = count == len([each for each in chosen if str(each).strip()])  # "0," is device 0
+    else:
+        whole, count = str(devices).isdigit(), int(devices) if str(devices).isdigit() else 0
+    if not whole or count < 1:
+        raise invalid("trainer.devices", devices, "must be how many, which (0,1 or a list), or auto")
+    return count
