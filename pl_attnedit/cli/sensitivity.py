@@ -47,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         options.target = yaml.safe_load(options.target)
     except yaml.YAMLError as error:
         raise invalid("--target", options.target, f"is no YAML: {str(error).splitlines()[0]}") from error
+    if options.budget is not None and options.budget >= 1:
+        raise invalid("--budget", options.budget, "must be below 1: at 1 nothing is edited")
     check_output("--output", options.output)
     result = _measure(options)
     print(_table(result))

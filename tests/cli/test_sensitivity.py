@@ -73,6 +73,7 @@ def test_several_targets_without_a_budget(measure: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--budget", "1"], "--budget = 1.0: must be below 1"),
         (["--budget", "0.01"], "budget = 0.01: must be from 0.0137, all layers edited, to 1"),
         (["--budget", "0.5", "--context", "1024"], "--context = 1024: must be at most 512"),
         (["--tokens", "0"], "--tokens = 0: must be at least 1"),
