@@ -30,7 +30,6 @@ from pl_attnedit.callbacks import (
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import STAGES, DistillationModule
 from pl_attnedit.distillation.base import TeacherHidden
-from pl_attnedit.distillation.optimisation import check_cuda_graph
 from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.distillation.sharding import whole_state_dict
 from pl_attnedit.errors import UserError
@@ -45,7 +44,7 @@ from pl_attnedit.memory import release_memory
 from pl_attnedit.modeling import load
 from pl_attnedit.modeling.kv import kv_context, measure_cache
 from pl_attnedit.recipe import Recipe, StageRecipe
-from pl_attnedit.recipe_checks import check_recipe, stage_module
+from pl_attnedit.recipe_checks import check_graphs, check_recipe, stage_module
 from pl_attnedit.run_folder import RunFolder
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
@@ -77,10 +76,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     resolve_tracking_uri(recipe.tracking_uri)
     data.setup()
     trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
-    for options in (recipe.stage1.options, recipe.stage2.options):
-        if options.get("cuda_graph"):
-            recomputes = options.get("activation_checkpointing", False)
-            check_cuda_graph(trainer.strategy.root_device.type, trainer.world_size, recomputes)
+    check_graphs(recipe, trainer.strategy.root_device.type, trainer.world_size)
     folder = RunFolder(Path(recipe.runs) / recipe.name, plain, follows=not trainer.is_global_zero)
     if not trainer.is_global_zero:
         Conversion(recipe, data, folder, None, plain).follow()

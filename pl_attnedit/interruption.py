@@ -57,10 +57,25 @@ class SignalWatch:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.received = self.received or signum
+        _leave_terminal(signum)
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             # not print: the signal may have come in the middle of one
             os.write(2, b"\nThe running step is finished, then a checkpoint is written. Ctrl-C again exits at once.\n")
+
+
+def _leave_terminal(signum: int) -> None:
+    """After SIGHUP: what is still said goes nowhere where the terminal has gone, instead of failing."""
+    if signum != signal.SIGHUP:
+        return
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a shell repeats it
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
 
 
 @contextmanager
@@ -71,6 +86,7 @@ def termination_as_exception() -> Iterator[None]:
     """
 
     def end(signum: int, frame: FrameType | None) -> None:
+        _leave_terminal(signum)
         raise Interrupted(signum)
 
     before: dict[int, Any] = {}

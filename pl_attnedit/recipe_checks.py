@@ -42,10 +42,14 @@ def check_recipe(recipe: Recipe) -> tuple[PreTrainedConfig, EditPlan]:
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         stage_module(recipe, name, stage, None)
         check_trained_layers(stage.options.get("train_layers"), plan.edited_layers)
-        if stage.options.get("cuda_graph"):
-            device = "cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda"
-            check_cuda_graph(device, world_size(recipe.trainer), stage.options.get("activation_checkpointing", False))
     return config, plan
+
+
+def check_graphs(recipe: Recipe, device_type: str, processes: int) -> None:
+    """`UserError` where a stage is to record its steps and cannot on these devices."""
+    for stage in (recipe.stage1, recipe.stage2):
+        if stage.steps and stage.options.get("cuda_graph"):
+            check_cuda_graph(device_type, processes, stage.options.get("activation_checkpointing", False))
 
 
 def stage_module(recipe: Recipe, name: str, stage: StageRecipe, init_from: str | None) -> DistillationModule:
@@ -78,9 +82,10 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         ("strategy", ("auto",), StrategyRegistry.available_strategies()),
     ):
         given = trainer.get(name)
-        if isinstance(given, str) and given not in {*more, *registered}:
+        if isinstance(given, str) and given.lower() not in {*more, *registered}:
             raise invalid(f"trainer.{name}", given, f"must be one of {', '.join(sorted({*more, *registered}))}")
-    if trainer.get("strategy") == "layers":
+    strategy = trainer.get("strategy")
+    if strategy == "layers" or getattr(strategy, "deals_out_layers", False):
         raise invalid("trainer.strategy", "layers", "is for stage 1 alone, run by `pl-attnedit fit`: use ddp or fsdp2")
     world_size(trainer)
 
@@ -103,7 +108,8 @@ def device_count(trainer: Mapping[str, Any]) -> int:
         count = len([each for each in chosen if str(each).strip().isdigit()])
         whole = count == len([each for each in chosen if str(each).strip()])  # "0," is device 0
     else:
-        whole, count = str(devices).isdigit(), int(devices) if str(devices).isdigit() else 0
+        whole = str(devices).strip().isdigit()
+        count = int(devices) if whole else 0
     if not whole or count < 1:
         raise invalid("trainer.devices", devices, "must be how many, which (0,1 or a list), or auto")
     return count

@@ -227,10 +227,7 @@ class StudyRun:
     def _convert(self, each: StudyConversion, device: str | None) -> bool:
         name = each.recipe.name
         folder, file, log = (self.folder / f"{name}{ending}" for ending in ("", ".yaml", ".log"))
-        if is_claimed(folder):
-            self._say(f"{name}: another process runs it, waits for that")
-            while is_claimed(folder) and not self._stopped:
-                time.sleep(1)
+        self._await_others(name, folder)
         if is_finished(folder) and not changed_fields(folder, each.plain):
             return self._say(f"{name}: done before")
         write_atomically(file, yaml.safe_dump(each.fields, sort_keys=False))
@@ -251,9 +248,17 @@ class StudyRun:
             self._processes.discard(process)
         if status == 0 or self._stopped:
             return self._say(f"{name}: {'done' if status == 0 else 'stopped'}")
+        if is_claimed(folder):  # by a process that began meanwhile and was quicker
+            return self._convert(each, device)
         lines = log.read_bytes()[begin:].decode("utf-8", "replace").strip().splitlines()
         self._say(f"{name}: failed, {lines[-1] if lines else f'status {status}'} ({log})")
         return False
+
+    def _await_others(self, name: str, folder: Path) -> None:
+        if is_claimed(folder):
+            self._say(f"{name}: another process runs it, waits for that")
+            while is_claimed(folder) and not self._stopped:
+                time.sleep(1)
 
     def _stop(self) -> None:
         with self._lock:

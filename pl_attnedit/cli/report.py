@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         "schedule", "Before the report is written, students and checkpoints that the suite has not seen are evaluated."
     )
     rounds = group.add_mutually_exclusive_group()
-    rounds.add_argument("--watch", action="store_true", help="round after round, until SIGTERM or Ctrl-C")
+    rounds.add_argument("--watch", action="store_true", help="round after round, until SIGTERM, SIGHUP or Ctrl-C")
     rounds.add_argument("--once", action="store_true", help="one round; status 1 where an evaluation failed")
     group.add_argument("--every", metavar="TIME", help="from round to round, e.g. 30m, 6h, 1d (default 6h)")
     group.add_argument("--suite", help="as in `pl-attnedit eval` (default quick)")

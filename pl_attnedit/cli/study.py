@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         print(study_table(results))
         print(write_atomically(options.output or run.folder / "study.json", json_text(results)))
     elif not failed:
-        raise UserError(f"study {run.study.name}: none of its conversions is done")
+        raise UserError(f"study {run.study.name}: none of its conversions is done (with these options after --)")
     for each in failed:
         print(f"failed: {each}")
     return 1 if failed else 0

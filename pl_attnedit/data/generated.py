@@ -257,11 +257,12 @@ def _settle(parts: Path, settings: dict[str, Any]) -> None:
         known.unlink()
     if not known.exists():
         write_atomically(known, json.dumps(settings, indent=2) + "\n")
-    elif (before := _read(known, lambda file: dict(json.loads(file.read_text("utf-8"))))) != settings:
-        changed = ", ".join(key for key in settings if before.get(key) != settings[key])
-        raise invalid(
-            "output", str(parts), f"was begun with other settings ({changed} differ); remove it, or repeat them"
-        )
+    else:
+        before = _read(known, lambda file: dict(json.loads(file.read_text("utf-8"))))
+        if changed := ", ".join(key for key in settings if before.get(key, settings[key]) != settings[key]):
+            raise invalid(
+                "output", str(parts), f"was begun with other settings ({changed} differ); remove it, or repeat them"
+            )
 
 
 def _read(file: Path, read: Callable[[Path], T]) -> T:

@@ -6,13 +6,13 @@ import logging
 import os
 import sqlite3
 import tempfile
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import requests
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from pl_attnedit.errors import UserError, invalid
@@ -85,27 +85,31 @@ def connect(tracking_uri: str | None = None, *, create: bool = True) -> MlflowCl
 
 def _open_sqlite(uri: str, create: bool) -> None:
     """Fail at once where MLflow would retry for minutes: not a database, or a place that cannot be written."""
-    url = make_url(uri)
-    database = url.database
+    database = make_url(uri).database
     if not database or database == ":memory:":
         raise UserError(f"tracking_uri = {uri!r}: name a database file, e.g. {DEFAULT_TRACKING_URI}")
-    if not Path(database).exists():
+    if not Path(database).exists() and not database.startswith("file:"):  # that is SQLite's own kind of address
         if not create:
             raise UserError(f"tracking_uri = {uri!r}: there is no {database} here; nothing has been tracked in it yet")
-        _make_sqlite(url)
+        _make_sqlite(uri, Path(database))
     with closing(sqlite3.connect(database, timeout=10)) as connection:
         connection.execute("PRAGMA schema_version")
     if not os.access(database, os.W_OK):
         raise PermissionError(f"{database} is not writable")
 
 
-def _make_sqlite(url: URL) -> None:
+def _make_sqlite(uri: str, final: Path) -> None:
     """MLflow's tables in a file beside it, which then gets its name: neither a kill nor a second process meanwhile leaves or
     finds a database that is half made."""
-    final = Path(str(url.database))
     final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
+    # MLflow keeps the file open, which some file systems do not let be removed
+    with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent, ignore_cleanup_errors=True) as folder:
         new = Path(folder) / final.name
-        MlflowClient(url.set(database=str(new)).render_as_string(hide_password=False)).search_experiments(max_results=1)
-        with suppress(FileExistsError):  # another process was quicker
-            os.link(new, final)
+        MlflowClient(uri.replace(str(final), str(new), 1)).search_experiments(max_results=1)
+        try:
+            os.link(new, final)  # unlike a rename, not over that of a process that was quicker
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            if not final.exists():
+                os.replace(new, final)

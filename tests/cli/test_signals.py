@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import forked_runs
 import pytest
 import torch
+from fixtures_stages import subprocess_environment
 from forked_runs import ForkedFit, same
 
 from pl_attnedit.cli import main
@@ -36,6 +39,20 @@ def unbroken(fit_config: Make, tmp_path: Path) -> ForkedFit:
     run.start()
     assert run.end() == 0, run.output()
     return run
+
+
+def test_a_terminal_that_goes_away_ends_it_in_order(tmp_path: Path, session_cache: Path) -> None:
+    """Its SIGHUP comes when there is nothing left to write to."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        command = [sys.executable, "-m", "pl_attnedit.cli", "report", "--watch"]
+        os.execve(command[0], command, subprocess_environment(session_cache))
+    said = b""
+    while b"next round in" not in said:
+        said += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def same_end(run: ForkedFit, unbroken: ForkedFit) -> bool:

@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from sqlalchemy.engine import make_url
 
 from pl_attnedit.errors import UserError
 from pl_attnedit.tracking import (
@@ -35,13 +34,13 @@ def new_run(database: str, name: str) -> str:
 
 
 def test_a_database_is_whole_or_not_there(tmp_path: Path) -> None:
-    uri, path = f"sqlite:///{tmp_path}/new/runs.db", tmp_path / "new" / "runs.db"
+    uri, path = f"sqlite:///{tmp_path}/a:ü b/runs.db", tmp_path / "a:ü b" / "runs.db"
     with pytest.raises(UserError, match=r"there is no .*runs\.db here"):
         connect(uri, create=False)
     assert not path.parent.exists()
-    _make_sqlite(make_url(uri))
+    _make_sqlite(uri, path)
     made = path.read_bytes()
-    _make_sqlite(make_url(uri))  # of a process that was slower; both wanted the same
+    _make_sqlite(uri, path)  # of a process that was slower; both wanted the same
     assert path.read_bytes() == made
     assert list(path.parent.iterdir()) == [path]
     assert [each.name for each in connect(uri, create=False).search_experiments()] == ["Default"]
