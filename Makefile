@@ -26,8 +26,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 quickstart: setup  ## convert a real model on this machine, evaluate it against its teacher, write the report
 	$(BIN)/pl-attnedit convert -c configs/quickstart.yaml
 
-test: setup  ## run the tests
-	$(BIN)/python -m pytest
+test: setup  ## run the tests, in two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: setup  ## run the slow and opt-in tests too
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -48,7 +49,7 @@ PARTICULAR: dict[str, dict[str, Any]] = {
 def build_teacher(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model in eval mode whose norms, QK-norms and biases are not the trivial ones of a fresh model."""
     classes = FAMILIES[family]
-    config = classes.config_class(**{**BASE, **PARTICULAR[family], **overrides})
+    config = classes.config_class(**{**BASE, **deepcopy(PARTICULAR[family]), **overrides})
     config._attn_implementation = "sdpa"
     torch.manual_seed(seed)
     model = classes.model_class(config)
