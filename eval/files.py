@@ -11,9 +11,7 @@ from pl_attnedit.errors import invalid
 
 def check_output(field: str, path: str | Path) -> None:
     """Raises `UserError` where no file can be written to `path`, before work whose result goes there. Leaves nothing."""
-    path = Path(path)
-    if path.is_dir():
-        raise invalid(field, str(path), "is a folder, must be a file")
+    path = _no_folder(field, path)
     there = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
@@ -22,15 +20,20 @@ def check_output(field: str, path: str | Path) -> None:
         raise invalid(field, str(path), f"cannot be written ({there}: {error.strerror})") from error
 
 
+def _no_folder(field: str, path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise invalid(field, str(path), "is a folder, must be a file")
+    return path
+
+
 def write_atomically(path: str | Path, text: str) -> Path:
     """Write `text` to `path` as UTF-8 in one step: a reader or a kill in between sees the old file or the new one.
 
     Raises:
         UserError: `path` is a folder.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise invalid("output", str(path), "is a folder, must be a file")
+    path = _no_folder("output", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -30,7 +30,6 @@ from pl_attnedit.callbacks import (
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import STAGES, DistillationModule
 from pl_attnedit.distillation.base import TeacherHidden
-from pl_attnedit.distillation.settings import parse_targets
 from pl_attnedit.distillation.sharding import whole_state_dict
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.card import write_card
@@ -70,9 +69,8 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
         plain: the resolved recipe as plain data, for the run folder and MLflow.
     """
     # mistakes are errors before a run folder exists
-    targets = parse_targets(recipe.targets)
     data = TextDataModule(tokenizer=recipe.teacher, **data_options)
-    check_recipe(recipe)
+    _, plan = check_recipe(recipe)
     resolve_tracking_uri(recipe.tracking_uri)
     data.setup()
     trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
@@ -84,7 +82,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     if folder.done("report"):
         Conversion.say(f"{recipe.name}: done before")
         return json.loads((folder.path / "summary.json").read_text())
-    kinds = {t.type for t in (targets.values() if isinstance(targets, dict) else [targets])}
+    kinds = {target.type for target in plan.targets.values()}
     tags = {
         "teacher": recipe.teacher,
         "target": "+".join(sorted(kinds)),

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -43,17 +43,12 @@ class SignalWatch:
     def begin(self, *signals: int) -> None:
         """Only in the main thread; elsewhere Python has no signals, and this does nothing."""
         self.received = None
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for signum in {*signals}:
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                self._before[signum] = signal.signal(signum, self._note)
+        self._before = _handle({*signals}, self._note)
 
     def end(self) -> None:
         """Puts back what handled the signals before."""
-        while self._before:
-            signum, handler = self._before.popitem()
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        _put_back(self._before)
+        self._before = {}
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.received = self.received or signum
@@ -62,6 +57,19 @@ class SignalWatch:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             # not print: the signal may have come in the middle of one
             os.write(2, b"\nThe running step is finished, then a checkpoint is written. Ctrl-C again exits at once.\n")
+
+
+def _handle(signals: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Sets the handler of those signals that are not ignored, in the main thread alone. Returns what handled them before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    handled = [signum for signum in signals if signal.getsignal(signum) is not signal.SIG_IGN]
+    return {signum: signal.signal(signum, handler) for signum in handled}
+
+
+def _put_back(before: Mapping[int, Any]) -> None:
+    for signum, handler in before.items():
+        signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
 
 def _leave_terminal(signum: int) -> None:
@@ -89,16 +97,11 @@ def termination_as_exception() -> Iterator[None]:
         _leave_terminal(signum)
         raise Interrupted(signum)
 
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for ending in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(ending) is not signal.SIG_IGN:
-                before[ending] = signal.signal(ending, end)
+    before = _handle({signal.SIGTERM, signal.SIGHUP}, end)
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        _put_back(before)
 
 
 def ignore_signals(worker: int = 0) -> None:

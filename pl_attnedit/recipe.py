@@ -13,7 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.pytorch import Callback, Trainer
 
 from pl_attnedit.data import TextDataModule
-from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, ModelDistillation
+from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling.edit import Init
 from pl_attnedit.tracking.client import EXPERIMENT
@@ -138,26 +138,13 @@ _OURS_OF_TRAINER = {
 }
 
 
-def _stage_options(module: type) -> set[str]:
-    """Arguments of a stage's module that the recipe has no field of its own for."""
-    names = {
-        name
-        for cls in module.__mro__[:-1]
-        if issubclass(cls, DistillationModule)
-        for name in inspect.signature(cls).parameters
-    }
-    ours = {field.name for cls in (Recipe, StageRecipe) for field in fields(cls)}
-    return names - ours - {"self", "args", "kwargs", "init_from"}
-
-
 def _typed_options(field: str, given: dict[str, Any], module: type) -> dict[str, Any]:
     """The options, each of the type that the stage declares; what values it takes, it says itself when it is made."""
-    known = _stage_options(module)
-    _check_names(field, given, known)
     parser = ArgumentParser(exit_on_error=False)
-    others = {name for cls in module.__mro__[:-1] for name in inspect.signature(cls).parameters} - known
-    parser.add_class_arguments(module, skip=others, instantiate=False)
-    typed, defaults = {}, parser.get_defaults()
+    ours = {field.name for cls in (Recipe, StageRecipe) for field in fields(cls)}  # those have fields of their own
+    parser.add_class_arguments(module, skip={*ours, "init_from"}, instantiate=False)
+    typed, defaults = {}, parser.get_defaults().as_dict()
+    _check_names(field, given, set(defaults))
     for name, value in given.items():
         if value is None and defaults[name] is not None:
             raise invalid(f"{field}.{name}", value, f"must have a value; leave it out for {defaults[name]}")

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from jsonargparse import ArgumentParser
 from scipy import stats
 
 from pl_attnedit.errors import UserError, invalid
@@ -170,15 +171,15 @@ class StudyRun:
     ) -> None:
         self.folder, self.options, self.workers = runs / study.name, list(options), workers
         self.study = study
-        self.conversions = [self._conversion(*each) for each in study.recipes()]
+        parser = recipe_parser()
+        self.conversions = [self._conversion(parser, *each) for each in study.recipes()]
         self.chosen = [each for each in self.conversions if only is None or any(part in each.variant for part in only)]
         if not self.chosen:
             raise invalid("only", only, f"must be part of one of: {'; '.join(study.variants)}")
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._lock, self._stopped = threading.Lock(), False
 
-    def _conversion(self, variant: str, seed: int, fields: dict[str, Any]) -> StudyConversion:
-        parser = recipe_parser()
+    def _conversion(self, parser: ArgumentParser, variant: str, seed: int, fields: dict[str, Any]) -> StudyConversion:
         try:
             config = parser.parse_args(["-c", yaml.safe_dump(fields), *self.options])
             recipe, _ = read_recipe(parser, config)

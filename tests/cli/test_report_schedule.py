@@ -72,7 +72,7 @@ def test_a_checkpoint_is_found_evaluated_and_reported_once(
         (["--once", "--every", "6h"], "--every: needs --watch"),
         (["--suite", "quick"], "--suite: needs --watch or --once"),
         (["--once", "--suite", "none"], "suite = 'none': must be one of fidelity"),
-        (["--once"], "there is no "),  # database yet
+        (["--once"], "mlflow.db here; nothing has been tracked in it yet"),
         (["--once", "--watch"], "not allowed with"),
         (["abc", "--filter", "tags.x = 'y'"], "--filter = \"tags.x = 'y'\": goes without run ids"),
     ],

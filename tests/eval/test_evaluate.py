@@ -188,7 +188,12 @@ def test_what_is_missing_is_said_before_anything_runs(
         ("--seq-len", "2"): "max_length = 2: sequences must have at least",
         ("--suite", str(tmp_path / "suite.yaml")): "max_length = 2: sequences must have at least",
         ("--log-to", "zzz", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"): "--log-to = 'zzz': must be a run",
-        ("--log-to", "zzz", "--tracking-uri", f"sqlite:///{tmp_path}/none.db"): "there is no ",
+        (
+            "--log-to",
+            "zzz",
+            "--tracking-uri",
+            f"sqlite:///{tmp_path}/none.db",
+        ): "none.db here; nothing has been tracked",
     }
     connect(f"sqlite:///{tmp_path}/m.db")
     (tmp_path / "suite.yaml").write_text("name: short\nmax_length: 2\ntext: {documents: 2, document_chars: 99}\n")

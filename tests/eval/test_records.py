@@ -11,6 +11,7 @@ import pytest
 from fake_conversions import fake_evaluation
 from mlflow.exceptions import MlflowException
 
+from pl_attnedit.errors import UserError
 from pl_attnedit.eval.records import find_conversions, load_json, log_evaluation
 from pl_attnedit.tracking import TrackedRun, connect, metric_history, start_child
 
@@ -86,3 +87,8 @@ def test_the_latest_evaluation_of_each_suite_counts(store: tuple[str, list[str]]
     finally:
         for run_id in added:
             client.delete_run(run_id)
+
+
+def test_an_experiment_that_is_not_there(store: tuple[str, list[str]]) -> None:
+    with pytest.raises(UserError, match="experiment = 'nothing': does not exist in this MLflow store"):
+        find_conversions(None, store[0], "nothing")
