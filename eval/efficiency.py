@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
 from pl_attnedit.errors import invalid
+from pl_attnedit.eval.bench.flops import is_mixture
 from pl_attnedit.eval.bench.timing import current_bytes, peak_bytes, reset_peak, synchronize
 from pl_attnedit.modeling.kv import WithoutScores, cache_bytes
 
@@ -102,7 +103,8 @@ def largest_batch(model: PreTrainedModel, context: int, budget_bytes: int) -> di
         whether it was really run.
 
     Raises:
-        UserError: a context beyond the model's limit, a budget beyond the device's memory.
+        UserError: a context beyond the model's limit, a budget beyond the device's memory, off CUDA a mixture of experts
+            in another dtype than bfloat16.
     """
     _check({"model": model}, contexts=[context], budget_bytes=[budget_bytes])
     run = model.device.type == "cuda"
@@ -323,6 +325,8 @@ def _check(models: Mapping[str, PreTrainedModel], **numbers: Sequence[int]) -> N
 
 
 def _without_content(model: PreTrainedModel) -> PreTrainedModel:
+    if model.dtype != torch.bfloat16 and any(is_mixture(layer.mlp) for layer in model.model.layers):
+        raise invalid("dtype", model.dtype, "without content a mixture of experts runs in torch.bfloat16 alone")
     with torch.device("meta"):
         return type(model)(model.config).to(model.dtype).eval()  # type: ignore[arg-type]
 

@@ -13,10 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.callbacks import (
     NaNGuard,
@@ -38,15 +36,16 @@ from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.harness import evaluate_pair
 from pl_attnedit.eval.records import log_evaluation
 from pl_attnedit.eval.report import write_report
+from pl_attnedit.eval.students import load_pair
 from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
 from pl_attnedit.memory import release_memory
 from pl_attnedit.modeling import load
-from pl_attnedit.modeling.kv import kv_context, measure_cache
+from pl_attnedit.modeling.kv import fill_cache, kv_context, on_meta
 from pl_attnedit.recipe import Recipe, StageRecipe
 from pl_attnedit.recipe_checks import check_graphs, check_recipe, stage_module
 from pl_attnedit.run_folder import RunFolder
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
-from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
+from pl_attnedit.teachers.source import resolve_teacher, teacher_config, teacher_fingerprint
 from pl_attnedit.tracking import (
     ConversionRuns,
     TrackedRun,
@@ -214,31 +213,31 @@ class Conversion:
 
     def leave_out(self, name: str, start: str) -> dict[str, float]:
         """What a stage of no steps hands on: the student it got, and that one's figures."""
-        if not self.follows:
-            copy = partial(shutil.copytree, self.folder.path / start, dirs_exist_ok=True)
-            self.folder.save_folder(RESULTS[name], copy)
-            self.runs.run(name).finish()
+        if self.follows:  # they know no figures
+            return {}
+        copy = partial(shutil.copytree, self.folder.path / start, dirs_exist_ok=True)
+        self.folder.save_folder(RESULTS[name], copy)
+        self.runs.run(name).finish()
         return {**self.folder.progress["init" if name == "stage1" else "stage1"], "tokens": 0}
 
     def measure(self) -> dict[str, Any]:
-        """Cached bytes per token of teacher and student on their real caches."""
-        teacher, _ = self.load_teacher()
+        """Cached bytes per token of teacher and student on their real caches, both in the student's dtype."""
         student: Any = load(self.folder.path / "student")
         context = kv_context(student)
+        configs = {"teacher": teacher_config(self.recipe.teacher), "student": student.config}
+        found = {name: next(fill_cache(on_meta(each, student.dtype), context)) for name, each in configs.items()}
         return {
             "kv_context": context,
-            "kv_bytes_per_token_teacher": measure_cache(teacher, context) / context,
-            "kv_bytes_per_token_student": measure_cache(student, context) / context,
+            **{f"kv_bytes_per_token_{name}": sum(layers) / context for name, layers in found.items()},
             "pattern": student.edit_plan.pattern,
         }
 
     def evaluate(self) -> dict[str, Any]:
         """Teacher and student answer the same tasks; the result goes to MLflow and into the run folder."""
-        teacher, tokenizer = self.load_teacher()
-        student: Any = load(self.folder.path / "student")
+        teacher, student, tokenizer = load_pair(self.folder.path / "student", self.recipe.teacher)
         device = self.trainer("evaluation", None).strategy.root_device
         for model in (teacher, student):
-            model.to(device)  # type: ignore[arg-type]
+            model.to(device)
         out = self.folder.path / "eval"
         result = evaluate_pair(
             teacher,
@@ -349,9 +348,6 @@ class Conversion:
         module.teacher_hidden = self._teacher_hidden
         [found] = trainer.validate(module, self.data, verbose=False)
         return dict(found)
-
-    def load_teacher(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_teacher(self.recipe.teacher, dtype=getattr(torch, self.recipe.dtype))
 
 
 def build_trainer(options: dict[str, Any]) -> Trainer:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pl_attnedit.data import TextDataModule
+from pl_attnedit.distillation.settings import weight_dtype
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
 from pl_attnedit.eval.bench.memory import StageMemory, Step, init_memory, stage_memory, trained_parameters
@@ -33,7 +34,7 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     limit = config.max_position_embeddings
     if data.seq_len > limit:
         raise invalid("seq_len", data.seq_len, f"must be at most {limit}, the context of the model")
-    dtype, served = weight_dtype(recipe, None), weight_dtype(recipe, recipe.stage1.options.get("teacher_dtype"))
+    dtype, served = _dtype(recipe), _dtype(recipe, recipe.stage1)
     teacher, student = on_meta(config, served), on_meta(edited_config(config, plan), dtype)
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert here is not None
@@ -57,7 +58,7 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     if recipe.init in FROM_TEXT:
         result["memory"]["init"] = init_memory(teacher, student, data.batch_size, data.seq_len)
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
-        frozen = on_meta(config, weight_dtype(recipe, stage.options.get("teacher_dtype")))
+        frozen = on_meta(config, _dtype(recipe, stage))
         step = _step(name, stage, recipe, data, result["devices"])
         result["memory"][name] = stage_memory(frozen, student, step)
         tokens = stage.steps * stage.accumulate * result["devices"] * step.tokens
@@ -102,7 +103,7 @@ def _step(name: str, stage: StageRecipe, recipe: Recipe, data: TextDataModule, d
         activation_checkpointing=bool(options.get("activation_checkpointing", False)),
         devices=devices,
         sharded="fsdp" in str(recipe.trainer.get("strategy", "")),
-        itemsize=2 if _low(recipe) else weight_dtype(recipe, None).itemsize,
+        itemsize=2 if _low(recipe) else _dtype(recipe).itemsize,
         device_type="cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda",
     )
 
@@ -112,11 +113,11 @@ def _low(recipe: Recipe) -> bool:
     return str(recipe.trainer.get("precision", "")).startswith("bf16")
 
 
-def weight_dtype(recipe: Recipe, teacher_dtype: str | None) -> torch.dtype:
-    """Of the weights that train, or of the frozen ones where the stage gives them a dtype of their own."""
-    if teacher_dtype is not None:
-        return getattr(torch, teacher_dtype)
-    return torch.bfloat16 if recipe.trainer.get("precision") == "bf16-true" else getattr(torch, recipe.dtype)
+def _dtype(recipe: Recipe, frozen: StageRecipe | None = None) -> torch.dtype:
+    """Of the weights that train, or of a stage's frozen ones, which may have a dtype of their own."""
+    if frozen is not None and (own := frozen.options.get("teacher_dtype")) is not None:
+        return getattr(torch, own)
+    return weight_dtype(str(recipe.trainer.get("precision")), recipe.dtype)
 
 
 def dry_run_table(result: dict[str, Any]) -> str:

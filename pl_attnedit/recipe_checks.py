@@ -15,7 +15,7 @@ import pl_attnedit.strategies  # noqa: F401  # makes our strategies known
 from pl_attnedit.distillation import STAGES, DistillationModule
 from pl_attnedit.distillation.layerwise import check_trained_layers
 from pl_attnedit.distillation.optimisation import check_cuda_graph
-from pl_attnedit.distillation.settings import check_precision, parse_targets
+from pl_attnedit.distillation.settings import check_precision, parse_targets, weight_dtype
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling import EditPlan
 from pl_attnedit.modeling.edit import check_init
@@ -41,6 +41,7 @@ def check_recipe(recipe: Recipe) -> tuple[PreTrainedConfig, EditPlan]:
     _check_trainer(recipe.trainer)
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         stage_module(recipe, name, stage, None)
+        weight_dtype(str(recipe.trainer.get("precision")), recipe.dtype, stage.options.get("teacher_dtype"))
         check_trained_layers(stage.options.get("train_layers"), plan.edited_layers)
     return config, plan
 

@@ -19,7 +19,7 @@ from pl_attnedit.distillation.liger import use_liger
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 from pl_attnedit.distillation.optimisation import OptimisedModule
 from pl_attnedit.distillation.pairs import Batch, Pairs
-from pl_attnedit.distillation.settings import check_hyperparameters, check_precision, parse_targets, plain_targets
+from pl_attnedit.distillation.settings import check_hyperparameters, parse_targets, plain_targets, weight_dtype
 from pl_attnedit.distillation.sharding import data_parallel_mesh, shard, take_from
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, unshare_trunk
@@ -27,7 +27,7 @@ from pl_attnedit.modeling.edit import FROM_TEXT, Init, assemble, check_teacher, 
 from pl_attnedit.modeling.weights import copy_weights, default_dtype
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 
-TeacherHidden = dict[tuple[str, int], torch.Tensor]  # by data fingerprint and validation batch, in host memory
+TeacherHidden = dict[tuple[str, int], torch.Tensor]  # by text, dtype and validation batch, in host memory
 
 
 class DistillationModule(OptimisedModule):
@@ -47,7 +47,7 @@ class DistillationModule(OptimisedModule):
             `--ckpt_path`, which also restores optimiser, step and place in the data.
         dtype: dtype of all weights; the Trainer's `precision: bf16-true` sets it to bfloat16.
         teacher_dtype: dtype of the teacher and so of a shared trunk, where another than `dtype`: bfloat16 with
-            `precision: bf16-mixed` keeps only what trains in float32.
+            `precision: bf16-mixed` keeps only what trains in float32. Without mixed precision they must be the same.
         compiled: run the layers through torch.compile. Default: where there is a GPU for it. Not on an NPU.
         liger: run Liger's kernels in the trunk (extra `gpu`); worth it where compiled is false, see the README.
         cuda_graph: record a step as a CUDA graph and replay it, on one GPU: faster where a small model waits for launches,
@@ -142,9 +142,9 @@ class DistillationModule(OptimisedModule):
             self._prepare_for_shards()
 
     def _weight_dtype(self) -> torch.dtype:
-        precision = "32-true" if self._trainer is None else self.trainer.precision
-        check_precision(precision)
-        return torch.bfloat16 if precision == "bf16-true" else getattr(torch, self.hparams["dtype"])
+        if self._trainer is None:
+            return getattr(torch, self.hparams["dtype"])
+        return weight_dtype(self.trainer.precision, self.hparams["dtype"], self.hparams["teacher_dtype"])
 
     def _build(self, dtype: torch.dtype) -> None:
         hparams = self.hparams
@@ -176,9 +176,8 @@ class DistillationModule(OptimisedModule):
         self._held = (teacher, student)
         self.layer_nmse = LayerNMSE(len(plan.edited_layers))
         self.block = Block(0, 1, [0, teacher.config.num_hidden_layers])
-        if self._trainer is not None and self.trainer.strategy.root_device.type == "npu":
-            for metric in (self.fidelity, self.layer_nmse):  # NPUs have no float64 worth the name
-                metric.set_dtype(torch.float32)
+        if self._trainer is not None:
+            self._sum_exactly(self.trainer.strategy.root_device)
         self.prepare_training()
         self._shard()
 
@@ -252,7 +251,14 @@ class DistillationModule(OptimisedModule):
     def on_validation_start(self) -> None:
         self._place()
 
+    def _sum_exactly(self, device: torch.device) -> None:
+        """Sums of validation are float64, also where `bf16-true` has rounded their dtype; NPUs have none worth the name."""
+        for metric in (self.fidelity, self.layer_nmse):
+            assert metric is not None
+            metric.set_dtype(torch.float32 if device.type == "npu" else torch.float64)
+
     def _place(self) -> None:
+        self._sum_exactly(self.device)
         self.teacher.eval()
         for model in (self.teacher, self.student):
             rotary = model.model.rotary_emb.to(self.device)
@@ -275,10 +281,10 @@ class DistillationModule(OptimisedModule):
     # validation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        text = f"{getattr(data, 'fingerprint', '')} {len(batch['input_ids'])}"
-        key = (text, batch_idx) if hasattr(data, "fingerprint") and self.trainer.world_size == 1 else None
-        known = self.teacher_hidden.get(key) if batch_idx >= self.hparams["nmse_batches"] else None  # type: ignore[arg-type]
+        data, key = getattr(self.trainer, "datamodule", None), None
+        if hasattr(data, "fingerprint") and self.trainer.world_size == 1 and batch_idx >= self.hparams["nmse_batches"]:
+            key = (f"{data.fingerprint} {len(batch['input_ids'])} {self.teacher.dtype}", batch_idx)  # type: ignore[union-attr]
+        known = None if key is None else self.teacher_hidden.get(key)
         self.pairs(self._validate, batch, batch_idx, key, known)
 
     def _validate(self, batch: Batch, batch_idx: int, key: tuple[str, int] | None, known: torch.Tensor | None) -> None:
@@ -315,7 +321,7 @@ class DistillationModule(OptimisedModule):
 
     def on_validation_epoch_end(self) -> None:
         assert self.layer_nmse is not None
-        per_layer = self.layer_nmse.compute()
+        per_layer = self.layer_nmse.compute().reshape(-1)  # torchmetrics takes the dimension off a single layer's
         values = {f"val/{name}": value for name, value in self.fidelity.compute().items()}
         values |= {f"val/nmse/layer_{i:02d}": per_layer[k] for k, i in enumerate(self.layer_modules())}
         values["val/nmse"] = per_layer.mean()

@@ -98,8 +98,8 @@ class OptimisedModule(LightningModule):
         total = torch.stack(self._share_counted).sum()
         self._share_counted.clear()
         total = self.trainer.strategy.reduce(total, reduce_op="mean")
-        # the Trainer has divided by the former; where no token counts all gradients are zero
-        scale = self.trainer.accumulate_grad_batches / total.clamp(min=torch.finfo(total.dtype).tiny)
+        # the Trainer has divided by the former; where no token counts all gradients are zero, and stay so
+        scale = torch.where(total > 0, self.trainer.accumulate_grad_batches / total, 0.0)
         torch._foreach_mul_([local(p.grad) for p in self.parameters() if p.grad is not None], scale)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

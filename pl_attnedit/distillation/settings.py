@@ -41,10 +41,10 @@ def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
         raise invalid("init", hparams["init"], f"must be one of {', '.join(INITS)}")
     for name in ("dtype", "teacher_dtype"):
         dtype = hparams[name]
-        if not (
-            (name == "teacher_dtype" and dtype is None)
-            or getattr(getattr(torch, dtype, None), "is_floating_point", False)
-        ):
+        if dtype is None and name == "teacher_dtype":
+            continue
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise invalid(name, dtype, "must be a torch dtype such as float32 or bfloat16")
     if hparams["learning_rate"] <= 0:
         raise invalid("learning_rate", hparams["learning_rate"], "must be positive")
@@ -53,6 +53,20 @@ def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
     for name, least in (("warmup_steps", 0), ("weight_decay", 0), ("nmse_batches", 1), ("calibration_tokens", 1)):
         if hparams[name] < least:
             raise invalid(name, hparams[name], f"must be at least {least}")
+
+
+def weight_dtype(precision: str, dtype: str, teacher_dtype: str | None = None) -> torch.dtype:
+    """The dtype of the weights that train, `dtype` but under `bf16-true`.
+
+    Raises:
+        UserError: a precision that no stage trains in, or a frozen trunk of another dtype without mixed precision.
+    """
+    check_precision(precision)
+    found = torch.bfloat16 if precision == "bf16-true" else getattr(torch, dtype)
+    if teacher_dtype is not None and getattr(torch, teacher_dtype) != found and precision not in ("bf16-mixed", "bf16"):
+        name = str(found).removeprefix("torch.")
+        raise invalid("teacher_dtype", teacher_dtype, f"needs precision: bf16-mixed beside weights in {name}")
+    return found
 
 
 def check_precision(precision: str) -> None:

@@ -47,8 +47,8 @@ def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator
 
     Every attention module of the model runs as in its forward, on random input, with the cache that the model makes for
     itself; only the products of queries and keys are left out, which never reach a cache and take almost all of the time.
-    On the meta device (`on_meta`) it is exact at any context, in no time, and unlike `measure_cache` needs no feed-forward
-    parts: a mixture of experts cannot route tokens without content.
+    On the meta device (`on_meta`) it is exact at any context, in no time. Feed-forward parts do not run: a mixture of
+    experts cannot route tokens without content.
     """
     cache = DynamicCache(config=model.config)
     past = 0
@@ -75,21 +75,6 @@ class WithoutScores(TorchFunctionMode):
             query, _, value = args[:3]
             return value.new_zeros(*query.shape[:-1], value.shape[-1])
         return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def measure_cache(model: PreTrainedModel, context: int, batch: int = 1, extra_steps: int = 0) -> int:
-    """Bytes that `model` caches after a prefill of `context` tokens and `extra_steps` decoded ones.
-
-    Runs the model's own forward with its own cache on the meta device, where tensors have a shape, a dtype and a storage
-    size but no content: exact at any context, in no time.
-    """
-    with torch.device("meta"):
-        shadow = type(model)(model.config).to(model.dtype).eval()  # type: ignore[arg-type]
-        cache = DynamicCache(config=shadow.config)
-        for tokens in (context, *([1] * extra_steps)):
-            shadow.model(input_ids=torch.zeros(batch, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
-    return cache_bytes(cache)
 
 
 def on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> Any:

@@ -58,6 +58,8 @@ def fails(
         (["--stage2.options", "{final_lr_share: 5}"], ["final_lr_share = 5", "from 0 to 1"]),
         (["--stage2.options", "{cuda_graph: true}"], ["cuda_graph = True", "one NVIDIA GPU"]),
         (["--stage2.options", "{teacher_dtype: bogus}"], ["teacher_dtype = 'bogus'", "float32"]),
+        (["--stage1.options", "{teacher_dtype: bfloat16}"], ["teacher_dtype = 'bfloat16'", "bf16-mixed"]),
+        (["--dtype", "Tensor"], ["dtype = 'Tensor'", "float32"]),
         (["--stage1.options", "{train_layers: [99]}"], ["train_layers = [99]", "edited layers"]),
         (["--stage2.warmup_steps", "-5"], ["warmup_steps = -5", "at least 0"]),
         (["--seed", "-1"], ["seed = -1"]),

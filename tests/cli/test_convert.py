@@ -15,8 +15,11 @@ from mlflow.tracking import MlflowClient
 
 import pl_attnedit
 from pl_attnedit.cli import main
+from pl_attnedit.conversion import Conversion
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.dry_run import dry_run
 from pl_attnedit.errors import UserError
-from pl_attnedit.recipe import as_plain, recipe_parser
+from pl_attnedit.recipe import as_plain, read_recipe, recipe_parser
 from pl_attnedit.run_folder import RunFolder
 from pl_attnedit.teachers.source import teacher_fingerprint
 
@@ -42,7 +45,7 @@ def test_from_a_recipe_to_a_report_and_again(
     assert set(summary) == set(KEYS.split())
     assert (summary["tokens_stage1"], summary["tokens_stage2"]) == (4 * 2 * 32 * 2, 3 * 2 * 32)
     assert summary["pattern"] == "SSSF"
-    assert 0 < summary["kv_bytes_per_token_student"] < summary["kv_bytes_per_token_teacher"]
+    assert budget(summary) == expected_budget(path)
     assert all(summary[f"kl_{when}"] > 0 for when in ("before", "after_stage1", "after_stage2"))
     assert 0 < summary["wall_seconds"] < 120
     assert "KL(teacher||student)" in output
@@ -112,6 +115,39 @@ def test_from_a_recipe_to_a_report_and_again(
 
 def parsed(path: Path) -> Any:
     return recipe_parser().parse_args(["-c", str(path)])
+
+
+def budget(summary: dict[str, Any]) -> float:
+    return summary["kv_bytes_per_token_student"] / summary["kv_bytes_per_token_teacher"]
+
+
+def expected_budget(path: Path) -> float:
+    """That of the dry run, at the teacher's limit."""
+    parser = recipe_parser()
+    estimate, options = read_recipe(parser, parsed(path))
+    return dry_run(estimate, TextDataModule(estimate.teacher, **options))["kv"][-1]["budget"]
+
+
+def test_one_layer_of_a_mixture_with_a_trunk_of_another_dtype(
+    recipe: Make, teacher_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage = {"steps": 1, "learning_rate": 1e-3, "options": {"teacher_dtype": "bfloat16"}}
+    trainer = {"accelerator": "cpu", "precision": "bf16-mixed"}
+    path = recipe(teacher=teacher_folder("qwen3_moe"), pattern="FSFF", stage1=stage, stage2=stage, trainer=trainer)
+    assert main(["convert", "-c", str(path)]) == 0
+    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    assert pl_attnedit.load(tmp_path / "runs" / "tiny" / "student").dtype == torch.bfloat16
+    assert budget(summary) == expected_budget(path)
+
+
+def test_a_stage_left_out_has_no_figures_in_further_processes(recipe: Make) -> None:
+    path = recipe()
+    given, options = read_recipe(parser := recipe_parser(), parsed(path))
+    plain = as_plain(parser, parsed(path))
+    folder = RunFolder(path.parent / "runs" / "tiny", plain, follows=True)
+    conversion = Conversion(given, TextDataModule(given.teacher, **options), folder, None, plain)
+    assert conversion.leave_out("stage1", "init") == {}
 
 
 def test_sequences_too_short_for_the_tasks_end_before_the_training(

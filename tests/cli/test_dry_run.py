@@ -79,7 +79,8 @@ def test_printed_and_nothing_written(
     recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    path = recipe(stage2={"steps": 3, "learning_rate": 1e-3, "options": {"train": "all", "teacher_dtype": "bfloat16"}})
+    stage = {"steps": 3, "learning_rate": 1e-3, "options": {"train": "all", "teacher_dtype": "bfloat16"}}
+    path = recipe(stage2=stage, trainer={"accelerator": "cpu", "precision": "bf16-mixed"})
     before = sorted(tmp_path.iterdir())
     assert main(["convert", "--dry-run", "-c", str(path)]) == 0
     printed = capsys.readouterr().out

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from pl_attnedit.attention import target_from_dict
 from pl_attnedit.callbacks import NaNGuard
+from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden
 from pl_attnedit.modeling import edit_model, load
@@ -254,6 +255,58 @@ def test_bf16_true(make_stage: Make, make_data: Make) -> None:
     assert {p.dtype for p in module.student.parameters()} == {torch.bfloat16}
     assert module.student.model.rotary_emb.inv_freq.dtype == torch.float32
     assert sum(losses.values[-5:]) < sum(losses.values[:5])
+
+
+def test_validation_under_bf16_true_is_summed_in_float64(make_stage: Make, make_data: Make) -> None:
+    module, data = make_stage(), make_data(val_sequences=20)
+    exact = (Fidelity(), LayerNMSE(3))  # which no Trainer converts
+
+    def both(one: Any, other: Any) -> Any:
+        first = one.update
+        return lambda *args, **options: (first(*args, **options), other.update(*args, **options))
+
+    trainer = make_trainer(steps=2, precision="bf16-true", limit_val_batches=1.0, val_check_interval=2)
+    module.configure_model = lambda: (  # type: ignore[method-assign]
+        type(module).configure_model(module),
+        setattr(module.fidelity, "update", both(module.fidelity, exact[0])),
+        setattr(module.layer_nmse, "update", both(module.layer_nmse, exact[1])),
+        setattr(module, "configure_model", lambda: None),
+    )
+    trainer.fit(module, data)
+    found = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    for name, value in exact[0].compute().items():
+        assert found[f"val/{name}"] == pytest.approx(value.item(), rel=1e-6), name
+    assert found["val/nmse"] == pytest.approx(exact[1].compute().mean().item(), rel=1e-6)
+
+
+def test_validation_knows_the_teachers_states_of_its_own_dtype(make_stage2: Make, make_data: Make) -> None:
+    data, known = make_data(), {}
+    for dtype in ("bfloat16", None):
+        module = make_stage2(teacher_dtype=dtype, nmse_batches=1)
+        module.teacher_hidden = known
+        [shared] = make_trainer(limit_val_batches=1.0, precision="bf16-mixed").validate(module, data, verbose=False)
+    module.teacher_hidden = {}
+    [alone] = make_trainer(limit_val_batches=1.0, precision="bf16-mixed").validate(module, data, verbose=False)
+    assert alone == shared
+    assert len(known) == 2 * (3 - 1)  # the batches whose layers are measured run through the teacher every time
+
+
+def test_one_edited_layer(make_stage: Make, make_data: Make) -> None:
+    module = make_stage(pattern="FSFF")
+    trainer = make_trainer(steps=2, limit_val_batches=1.0, val_check_interval=2)
+    trainer.fit(module, make_data())
+    found = trainer.callback_metrics
+    assert found["val/nmse"] == found["val/nmse/layer_01"] > 0
+
+
+def test_no_token_that_counts_in_a_step_leaves_the_weights(make_stage2: Make) -> None:
+    module = make_stage2()
+    rows = [{"input_ids": torch.ones(16, dtype=torch.long), "loss_mask": torch.zeros(16, dtype=torch.bool)}] * 8
+    before: dict[str, torch.Tensor] = {}
+    module.on_train_start = lambda: before.update(weights(module))
+    make_trainer(steps=1, accumulate_grad_batches=8).fit(module, DataLoader(rows, batch_size=1))
+    assert before
+    assert same(weights(module), before)
 
 
 def test_gradients_are_clipped_under_mixed_precision(make_stage: Make, make_data: Make) -> None:

@@ -19,9 +19,13 @@ import pl_attnedit
 from pl_attnedit.cli import main
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("strategy", "steps"),
+    [("fsdp2", 4), pytest.param("ddp", 4, marks=pytest.mark.slow), pytest.param("ddp", 0, marks=pytest.mark.slow)],
+)
 def test_a_conversion_by_two_processes(
     strategy: str,
+    steps: int,
     teacher_folder: Callable[..., str],
     tiny_corpus: str,
     session_cache: Path,
@@ -36,7 +40,7 @@ def test_a_conversion_by_two_processes(
         "pattern": "SSFS",
         "calibration_tokens": 128,
         "data": {"source": tiny_corpus, "seq_len": 32, "batch_size": 2, "val_sequences": 5},
-        "stage1": {"steps": 4, "learning_rate": 1e-3},
+        "stage1": {"steps": steps, "learning_rate": 1e-3},
         "stage2": {"steps": 3, "learning_rate": 1e-3, "options": {"train": "all"}},
         "evaluation": {"documents": 2, "cloze": 2, "continuation_tokens": 2},
         "trainer": {"accelerator": "cpu", "devices": 2, "strategy": strategy},
@@ -51,7 +55,7 @@ def test_a_conversion_by_two_processes(
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "tiny"
     summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["tokens_stage1"], summary["tokens_stage2"]) == (4 * 2 * 2 * 32, 3 * 2 * 2 * 32)
+    assert (summary["tokens_stage1"], summary["tokens_stage2"]) == (steps * 2 * 2 * 32, 3 * 2 * 2 * 32)
     assert done.stdout.count("KL(teacher||student)") == 1
     assert len(re.findall("== stage2", done.stderr)) == 1  # rank 0 alone speaks
     assert not list(folder.glob(".*.tmp"))
