@@ -7,7 +7,9 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn import Parameter
 
+from pl_attnedit.attention import Target
 from pl_attnedit.errors import invalid
+from pl_attnedit.modeling.plan import FULL
 from pl_attnedit.modeling.sensitivity import Sensitivity
 
 Order = Literal["all", "bottom_up", "top_down", "parts"]
@@ -23,8 +25,8 @@ class ProgressiveUnfreezing(Callback):
 
     Args:
         order: "bottom_up" or "top_down" over the edited layers, a list of layer indices in the order wanted, a .json file of
-            `pl-attnedit sensitivity` (the most sensitive layer first), "parts" = the new attention, then all norms, then
-            the rest of the trunk, "all" = no holding back.
+            `pl-attnedit sensitivity` (the most sensitive layer first; of which teacher and target the scores are, is not
+            looked at), "parts" = the new attention, then all norms, then the rest of the trunk, "all" = no holding back.
         layers_per_group: edited layers that are unfrozen together; "parts" has groups of its own.
         steps_per_group: optimiser steps between two groups.
     """
@@ -42,8 +44,31 @@ class ProgressiveUnfreezing(Callback):
         self.order, self.layers_per_group, self.steps_per_group = order, layers_per_group, steps_per_group
         self._groups: list[list[Parameter]] = []
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._groups = self._by_parts(pl_module) if self.order == "parts" else self._by_layers(pl_module)
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.order == "parts":
+            self._groups = self._by_parts(pl_module)
+        else:
+            self._groups = self._by_layers(pl_module.layer_modules(), self.layer_order(pl_module.plan.letters))
+
+    def check(self, pl_module: Any, letters: str) -> None:
+        """`UserError` for an order that does not fit a stage, built or not, and the letters of its plan."""
+        if self.order != "parts":
+            self.layer_order(letters)
+        elif getattr(pl_module, "train_parts", "attention") == "attention":
+            raise invalid("order", self.order, "needs a stage that trains the trunk: set `train: all` in stage 2")
+
+    def layer_order(self, letters: str) -> list[int]:
+        """The edited layers of a plan (a letter for each layer), in the order of their unfreezing."""
+        edited = [index for index, letter in enumerate(letters) if letter != FULL]
+        if self.order == "top_down":
+            return edited[::-1]
+        if isinstance(self.order, str) and self.order.endswith(".json"):
+            return Sensitivity.read(self.order).order(letters)
+        if isinstance(self.order, list):
+            if sorted(self.order) != edited:
+                raise invalid("order", self.order, f"must list each edited layer once: {edited}")
+            return self.order
+        return edited
 
     def unfrozen_groups(self, global_step: int) -> int:
         """How many groups train at an optimiser step."""
@@ -56,17 +81,7 @@ class ProgressiveUnfreezing(Callback):
             for parameter in group:
                 parameter.grad = None
 
-    def _by_layers(self, pl_module: Any) -> list[list[Parameter]]:
-        modules = pl_module.layer_modules()
-        order = list(modules)
-        if self.order == "top_down":
-            order.reverse()
-        elif isinstance(self.order, str) and self.order.endswith(".json"):
-            order = Sensitivity.read(self.order).order(pl_module.plan.letters)
-        elif isinstance(self.order, list):
-            if sorted(self.order) != order:
-                raise invalid("order", self.order, f"must list each edited layer once: {order}")
-            order = self.order
+    def _by_layers(self, modules: dict[int, Target], order: list[int]) -> list[list[Parameter]]:
         size = len(order) if self.order == "all" else self.layers_per_group
         return [
             [p for index in order[start : start + size] for p in modules[index].parameters()]
@@ -74,12 +89,11 @@ class ProgressiveUnfreezing(Callback):
         ]
 
     def _by_parts(self, pl_module: Any) -> list[list[Parameter]]:
+        self.check(pl_module, "")
         attention = {id(p): p for module in pl_module.layer_modules().values() for p in module.parameters()}
         norms: dict[int, Parameter] = {}
         rest: dict[int, Parameter] = {}
         for name, parameter in pl_module.named_parameters():
             if id(parameter) not in attention:
                 (norms if "norm" in name else rest)[id(parameter)] = parameter
-        if not rest:
-            raise invalid("order", self.order, "needs a module that trains the trunk: set `train: all` in stage 2")
         return [list(attention.values()), list(norms.values()), list(rest.values())]

@@ -39,6 +39,10 @@ class TeacherForcing(Callback):
         return self.start + (self.end - self.start) * min(max(progress, 0.0), 1.0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.check(pl_module)
+
+    def check(self, pl_module: LightningModule) -> None:
+        """`UserError` for a stage that has no teacher forcing."""
         if not hasattr(pl_module, "teacher_share"):
             raise invalid("callbacks", "TeacherForcing", "works with LayerwiseDistillation (stage 1) only")
 

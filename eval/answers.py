@@ -26,8 +26,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.language_model import SharedPrefixLM
+from pl_attnedit.files import write_atomically
 from pl_attnedit.teachers.source import cache_root
 
 Sample = dict[str, Any]  # one of lm-eval's logged samples

@@ -10,7 +10,6 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.formatting import (
     context_length,
     count,
@@ -22,6 +21,7 @@ from pl_attnedit.eval.formatting import (
     significant,
     value_of,
 )
+from pl_attnedit.files import write_atomically
 from pl_attnedit.teachers.source import PACKAGE_PREFIX, TEACHER_SOURCES, gguf_in_package, hub_snapshot
 
 TARGET_NAMES = {"gate_swa": "GateSWA", "mla": "MLA"}

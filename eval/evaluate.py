@@ -16,12 +16,12 @@ from pl_attnedit.data.sources import BUILTIN, document_hash, open_source
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.answers import TaskRequest, answers_folder, evaluation_mode, kept
 from pl_attnedit.eval.by_position import by_position, compare_positions, fidelity, packed_sequences
-from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.harness import AnsweredPair, EvaluationResult, answer_both, compare_samples, model_context
 from pl_attnedit.eval.retrieval import build_retrieval_tasks
 from pl_attnedit.eval.students import load_pair, student_fingerprint
 from pl_attnedit.eval.suites import Efficiency, Suite
 from pl_attnedit.eval.tasks import BIGBENCH, OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks
+from pl_attnedit.files import write_atomically
 from pl_attnedit.teachers.source import resolve_teacher, teacher_fingerprint
 
 SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none

@@ -28,7 +28,6 @@ from pl_attnedit.eval.answers import (
     load_tasks,
     write_samples,
 )
-from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.language_model import SharedPrefixLM
 from pl_attnedit.eval.statistics import (
     Difference,
@@ -39,6 +38,7 @@ from pl_attnedit.eval.statistics import (
     paired_proportions,
     perplexity,
 )
+from pl_attnedit.files import write_atomically
 
 Pair = tuple[Sample, Sample]
 

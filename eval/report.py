@@ -20,7 +20,6 @@ from markupsafe import Markup
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.charts import Chart
-from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.formatting import FILTERS
 from pl_attnedit.eval.records import find_conversions, find_fits
 from pl_attnedit.eval.report_data import ConversionData, Evaluation, load_all, run_address
@@ -42,6 +41,7 @@ from pl_attnedit.eval.report_tables import (
     task_row,
     verdict_counts,
 )
+from pl_attnedit.files import check_output, write_atomically
 from pl_attnedit.tracking import connect
 from pl_attnedit.tracking.client import EXPERIMENT, resolve_tracking_uri
 
@@ -70,6 +70,7 @@ def write_report(
     suffix = Path(out_path).suffix.lower()
     if suffix not in formats:
         raise invalid("out_path", str(out_path), f"must end in {' or '.join(formats)}")
+    check_output("out_path", out_path)
     conversions = find_conversions(runs, tracking_uri, experiment)
     if runs is None:
         conversions += [fit for fit in find_fits(tracking_uri, experiment) if fit.evaluations]

@@ -167,7 +167,7 @@ EFFICIENCY_HEAD = (
     ("Prefill", "tokens/s"),
     ("First token", "time"),
     ("Cache", "bytes per token"),
-    ("Peak memory", "of the process or device"),
+    ("Peak memory", "weights, caches, activations"),
 )
 
 

@@ -180,7 +180,7 @@ class _Filler:
         """Joined texts may have a few tokens more than their parts: sentences go until all fit."""
         while True:
             parts = [(place / max(len(chosen), 1), 0.0, text) for place, text in enumerate(chosen)]
-            parts += [(depth, 1.0, text) for depth, text in probe.hidden]
+            parts += [(depth, 1.0 if depth else -1.0, text) for depth, text in probe.hidden]
             prompt = " ".join(text for *_, text in sorted(parts, key=lambda part: part[:2])) + probe.question
             if not chosen or self.count(f"{prompt} {answer}") < context:  # one token may be put before all
                 return prompt

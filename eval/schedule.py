@@ -27,7 +27,6 @@ from sqlalchemy.engine import make_url
 
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.formatting import duration
-from pl_attnedit.eval.locks import claim, process_name
 from pl_attnedit.eval.records import (
     CHECKPOINT_TAG,
     ERROR_TAG,
@@ -40,6 +39,7 @@ from pl_attnedit.eval.records import (
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.schedule_jobs import SCHEDULED_TAG, EvaluationFailed, Job, Subject, back_off, evaluate_in_process
 from pl_attnedit.interruption import Interrupted
+from pl_attnedit.locks import claim, process_name
 from pl_attnedit.teachers.source import teacher_fingerprint
 from pl_attnedit.tracking import connect, deliver_pending, resolve_tracking_uri, start_child
 from pl_attnedit.tracking.client import (

@@ -76,9 +76,9 @@ def paired_proportions(teacher: ArrayLike, student: ArrayLike) -> Difference:
     return Difference(n, float(t.mean()), float(s.mean()), (gained - lost) / n, low, high, float(p), mde=mde)
 
 
-def tango_interval(gained: int, lost: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def tango_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
     """Score interval of (gained - lost) / n, where `gained` and `lost` count the discordant ones of `n` pairs."""
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
     estimate = (gained - lost) / n
 
     def score(delta: float) -> float:

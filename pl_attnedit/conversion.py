@@ -32,18 +32,18 @@ from pl_attnedit.distillation.sharding import whole_state_dict
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.card import write_card
 from pl_attnedit.eval.continuations import greedy_continuations
-from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.harness import evaluate_pair
 from pl_attnedit.eval.records import log_evaluation
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.students import load_pair
 from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
+from pl_attnedit.files import write_atomically
 from pl_attnedit.memory import release_memory
 from pl_attnedit.modeling import load
 from pl_attnedit.modeling.kv import fill_cache, kv_context, on_meta
 from pl_attnedit.recipe import Recipe, StageRecipe
 from pl_attnedit.recipe_checks import check_graphs, check_recipe, stage_module
-from pl_attnedit.run_folder import RunFolder
+from pl_attnedit.run_folder import RunFolder, read_summary
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
 from pl_attnedit.teachers.source import resolve_teacher, teacher_config, teacher_fingerprint
 from pl_attnedit.tracking import (
@@ -80,7 +80,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
         return None
     if folder.done("report"):
         Conversion.say(f"{recipe.name}: done before")
-        return json.loads((folder.path / "summary.json").read_text())
+        return read_summary(folder.path)
     kinds = {target.type for target in plan.targets.values()}
     tags = {
         "teacher": recipe.teacher,
@@ -130,7 +130,7 @@ class Conversion:
             self.phase("evaluation", self.evaluate)
             self.summarise(parent)
         self.phase("report", self.report)
-        return json.loads((self.folder.path / "summary.json").read_text())
+        return read_summary(self.folder.path)
 
     def follow(self) -> None:
         """The part of `run` for processes other than rank 0. Which phases are done cannot change without them."""
@@ -258,7 +258,7 @@ class Conversion:
 
     def report(self) -> str:
         """report.html and the student's model card; what only a resumed conversion needs goes."""
-        summary = json.loads((self.folder.path / "summary.json").read_text())
+        summary = read_summary(self.folder.path)
         write_card(self.folder.path / "student", summary, self.plain, self.folder.progress["evaluation"])
         path = write_report([self.runs.run_id], self.folder.path / "report.html", self.runs.tracking_uri)
         for leftover in ("init", "stage1/student"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from argparse import ArgumentError
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -113,15 +112,18 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or Path(self.name).name != self.name:
             raise invalid("name", self.name, "must be the name of one folder")
-        known = set(inspect.signature(Trainer.__init__).parameters) - {"self"} - _OURS_OF_TRAINER
-        _check_names("trainer", self.trainer, known)
+        typed = {
+            name: value for name, value in self.trainer.items() if name != "precision"
+        }  # `check_recipe` knows those
+        self.trainer = self.trainer | _typed_options("trainer", typed, Trainer, _OURS_OF_TRAINER)
         for stage, module in (("stage1", LayerwiseDistillation), ("stage2", ModelDistillation)):
             given = getattr(self, stage)
-            given.options = _typed_options(f"{stage}.options", given.options, module)
+            given.options = _typed_options(f"{stage}.options", given.options, module, _OURS_OF_STAGES)
         if not 0 <= self.seed < 2**32 - 1:  # stage 2 draws its text with the next one
             raise invalid("seed", self.seed, "must be from 0 to 2**32 - 2")
-        if not self.experiment:
-            raise invalid("experiment", self.experiment, "must be a name")
+        for name, kind in (("experiment", "a name"), ("runs", "a folder")):
+            if not getattr(self, name):
+                raise invalid(name, getattr(self, name), f"must be {kind}")
 
 
 # what a conversion sets itself
@@ -138,11 +140,14 @@ _OURS_OF_TRAINER = {
 }
 
 
-def _typed_options(field: str, given: dict[str, Any], module: type) -> dict[str, Any]:
-    """The options, each of the type that the stage declares; what values it takes, it says itself when it is made."""
+# fields of their own, or the conversion's to set
+_OURS_OF_STAGES = {*(field.name for cls in (Recipe, StageRecipe) for field in fields(cls)), "init_from"}
+
+
+def _typed_options(field: str, given: dict[str, Any], cls: type, ours: set[str]) -> dict[str, Any]:
+    """The options, each of the type that the class declares; what values it takes, it says itself when it is made."""
     parser = ArgumentParser(exit_on_error=False)
-    ours = {field.name for cls in (Recipe, StageRecipe) for field in fields(cls)}  # those have fields of their own
-    parser.add_class_arguments(module, skip={*ours, "init_from"}, instantiate=False)
+    parser.add_class_arguments(cls, skip=ours, instantiate=False)
     typed, defaults = {}, parser.get_defaults().as_dict()
     _check_names(field, given, set(defaults))
     for name, value in given.items():

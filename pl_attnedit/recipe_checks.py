@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from transformers import PreTrainedConfig
 
 import pl_attnedit.strategies  # noqa: F401  # makes our strategies known
+from pl_attnedit.callbacks import ProgressiveUnfreezing, TeacherForcing
 from pl_attnedit.distillation import STAGES, DistillationModule
 from pl_attnedit.distillation.layerwise import check_trained_layers
 from pl_attnedit.distillation.optimisation import check_cuda_graph
@@ -40,7 +41,12 @@ def check_recipe(recipe: Recipe) -> tuple[PreTrainedConfig, EditPlan]:
     check_init(recipe.init, plan.targets.values())
     _check_trainer(recipe.trainer)
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
-        stage_module(recipe, name, stage, None)
+        module = stage_module(recipe, name, stage, None)
+        for callback in stage.callbacks:
+            if isinstance(callback, ProgressiveUnfreezing):
+                callback.check(module, plan.letters)
+            elif isinstance(callback, TeacherForcing):
+                callback.check(module)
         weight_dtype(str(recipe.trainer.get("precision")), recipe.dtype, stage.options.get("teacher_dtype"))
         check_trained_layers(stage.options.get("train_layers"), plan.edited_layers)
     return config, plan

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.eval.files import write_atomically
-from pl_attnedit.eval.locks import claim
+from pl_attnedit.files import write_atomically
+from pl_attnedit.locks import claim
 
 LOCK = ".lock"  # of the process that runs the conversion
 
@@ -36,6 +36,22 @@ def is_finished(path: Path) -> bool:
         return "report" in json.loads((path / "progress.json").read_text())
     except (OSError, ValueError):
         return False
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What a finished conversion found. Raises `UserError` where its run folder has no such file, or a broken one."""
+    return _read_json(path, "summary.json", "kl_after_stage2")
+
+
+def _read_json(path: Path, name: str, *keys: str) -> dict[str, Any]:
+    """An object among a run folder's files, with these keys."""
+    try:
+        content = json.loads((path / name).read_text("utf-8"))
+        if not isinstance(content, dict) or not set(keys) <= content.keys():
+            raise ValueError(f"holds no object with {', '.join(keys)}" if keys else "holds no object")
+    except (OSError, ValueError) as error:
+        raise invalid("run folder", str(path), f"its {name} is broken ({error}); remove the folder") from error
+    return content
 
 
 def changed_fields(path: Path, recipe: dict[str, Any]) -> list[str]:
@@ -62,13 +78,7 @@ class RunFolder:
         self.path, self.follows = Path(path), follows
         if not follows:
             self._take(recipe)
-        progress = self.path / "progress.json"
-        try:
-            self.progress: dict[str, Any] = json.loads(progress.read_text()) if progress.exists() else {}
-        except ValueError as error:
-            raise invalid(
-                "run folder", str(self.path), f"its progress.json is broken ({error}); remove the folder"
-            ) from error
+        self.progress = _read_json(self.path, "progress.json") if (self.path / "progress.json").exists() else {}
 
     def _take(self, recipe: dict[str, Any]) -> None:
         try:

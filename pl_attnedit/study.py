@@ -7,7 +7,6 @@ gives the interval of every ratio to the first variant. What is compared is what
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -29,11 +28,11 @@ from jsonargparse import ArgumentParser
 from scipy import stats
 
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.eval.files import write_atomically
 from pl_attnedit.eval.formatting import aligned
+from pl_attnedit.files import write_atomically
 from pl_attnedit.recipe import Recipe, as_plain, read_recipe, recipe_parser
 from pl_attnedit.recipe_checks import check_recipe
-from pl_attnedit.run_folder import changed_fields, is_claimed, is_finished
+from pl_attnedit.run_folder import changed_fields, is_claimed, is_finished, read_summary
 from pl_attnedit.tracking import connect
 from pl_attnedit.tracking.conversion import experiment_id
 
@@ -95,15 +94,20 @@ def read_study(path: str | Path) -> Study:
     name = content["name"]
     if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
         raise invalid("name", name, "must be a name that a folder can have")
-    variants = content["variants"] if isinstance(content["variants"], dict) else {}
+    given = content["variants"]
+    variants = given if isinstance(given, dict) else {}
     content["variants"] = {str(name): own or {} for name, own in variants.items()}
     if not content["variants"] or not all(isinstance(own, dict) for own in content["variants"].values()):
-        raise invalid("variants", variants, "must map names to fields of the recipe")
+        raise invalid("variants", given, "must map names to fields of the recipe")
     labels = {_label(name): name for name in content["variants"]}
     if alike := [name for name in content["variants"] if labels[_label(name)] != name]:
         raise invalid("variants", alike[0], f"would be the same run as {labels[_label(alike[0])]!r}")
-    if not isinstance(content.get("change", {}), dict):
-        raise invalid("change", content["change"], "must be fields of the recipe")
+    change = content.get("change", {})
+    if not isinstance(change, dict):
+        raise invalid("change", change, "must be fields of the recipe")
+    for place, own in {"change": change, **content["variants"]}.items():
+        if ours := [key for key in _OF_THE_STUDY if key in own]:
+            raise invalid(place, ours[0], "is the study's to set: it has a name, and a list of seeds")
     content["base"] = str(path.parent / str(content["base"]))
     if not Path(content["base"]).is_file() or not isinstance(_yaml(Path(content["base"])), dict):
         raise invalid("base", content["base"], "must be the file of a recipe")
@@ -280,16 +284,13 @@ class StudyRun:
         """
         found: dict[str, list[dict[str, Any]]] = {}
         for each in self.conversions:
-            summary = self.folder / each.recipe.name / "summary.json"
-            if not summary.exists():
+            folder = self.folder / each.recipe.name
+            if not (folder / "summary.json").exists():
                 continue
-            if changed := changed_fields(summary.parent, each.plain):
+            if changed := changed_fields(folder, each.plain):
                 self._say(f"{each.recipe.name}: left out, holds another recipe ({', '.join(changed)} differ)")
                 continue
-            try:
-                found.setdefault(each.variant, []).append({"seed": each.seed, **json.loads(summary.read_text())})
-            except ValueError as error:
-                raise invalid("summary", str(summary), f"is broken ({error}); remove its folder") from error
+            found.setdefault(each.variant, []).append({"seed": each.seed, **read_summary(folder)})
         first = next(iter(self.study.variants))
         if found and first not in found:
             self._say(f"{first}: has no result yet, so there are no ratios to it")

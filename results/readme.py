@@ -19,6 +19,7 @@ from pl_attnedit.eval.compare import fidelity_cell
 from pl_attnedit.eval.formatting import markdown_table
 from pl_attnedit.eval.report_figures import TARGET_CSS
 from pl_attnedit.eval.report_tables import task_row
+from pl_attnedit.files import write_atomically
 from pl_attnedit.study import ratio_text
 
 FOLDER = Path(__file__).parent
@@ -362,9 +363,8 @@ def plots() -> dict[Path, str]:
 
 
 def main() -> None:
-    README.write_text(with_tables(README.read_text("utf-8")), "utf-8")
-    for path, text in plots().items():
-        path.write_text(text, "utf-8")
+    for path, text in {README: with_tables(README.read_text("utf-8")), **plots()}.items():
+        write_atomically(path, text)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,11 @@ def make_stage2(teacher_folder: Callable[..., str]) -> Callable[..., ModelDistil
     return make
 
 
+def unfreezing(**options: Any) -> dict[str, Any]:
+    """The callback as a recipe names it."""
+    return {"class_path": "pl_attnedit.callbacks.ProgressiveUnfreezing", "init_args": options}
+
+
 class Losses(Callback):
     """The loss of every batch, as the module has logged it."""
 

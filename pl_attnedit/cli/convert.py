@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pl_attnedit.conversion import convert
 from pl_attnedit.data import TextDataModule
@@ -26,6 +27,6 @@ def main(arguments: Sequence[str]) -> int:
         f"KL(teacher||student) {summary['kl_before']:.4f} -> {summary['kl_after_stage1']:.4f} -> "
         f"{summary['kl_after_stage2']:.4f} nats per token, top-1 agreement {summary['top1_after']:.1%}, "
         f"KV budget {budget:.1%} at {summary['kv_context']} tokens\n"
-        f"{recipe.runs}/{recipe.name}: student/, summary.json, report.html; MLflow run {summary['run_id']}"
+        f"{Path(recipe.runs) / recipe.name}: student/, summary.json, report.html; MLflow run {summary['run_id']}"
     )
     return 0

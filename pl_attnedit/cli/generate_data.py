@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pl_attnedit.cli.devices import torch_device
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.files import check_output
+from pl_attnedit.files import check_output
 
 
 def main(arguments: Sequence[str]) -> int:

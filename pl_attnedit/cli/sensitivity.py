@@ -12,7 +12,7 @@ import yaml
 
 from pl_attnedit.cli.devices import torch_device
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.files import check_output, write_atomically
+from pl_attnedit.files import check_output, write_atomically
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -100,9 +100,15 @@ def _text(options: Any, tokenizer: Any, targets: dict[str, Any]) -> tuple[Any, A
     from pl_attnedit.data import TextDataModule
 
     data = TextDataModule(tokenizer, options.source, seq_len=options.seq_len, batch_size=options.batch_size)
-    if not any(TARGETS[target.type].needs_statistics for target in targets.values()):
-        return None, data.calibration_batches(options.tokens)
-    both = torch.cat(data.calibration_batches(2 * options.tokens))
+    calibrates = any(TARGETS[target.type].needs_statistics for target in targets.values())
+    limit = len(data.train_sequences) // (1 + calibrates) * options.seq_len
+    if options.tokens > limit:
+        half = " half of" if calibrates else ""
+        raise invalid("--tokens", options.tokens, f"must be at most {limit},{half} the training split")
+    tokens = max(options.tokens, options.seq_len)  # at least one sequence of each kind
+    if not calibrates:
+        return None, data.calibration_batches(tokens)
+    both = torch.cat(data.calibration_batches(2 * tokens))
     return both[0::2].split(options.batch_size), both[1::2].split(options.batch_size)
 
 

@@ -24,8 +24,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pl_attnedit.data.sources import document_hash
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.eval.files import write_atomically
-from pl_attnedit.eval.locks import claim
+from pl_attnedit.files import write_atomically
+from pl_attnedit.locks import claim
 
 SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
 FRUITLESS_BATCHES = 20  # in a row, after which we give up: nothing new will come
@@ -59,8 +59,8 @@ class Sampling:
         for name in ("max_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise invalid(name, getattr(self, name), "must be at least 1")
-        if not 0 < self.temperature < math.inf:
-            raise invalid("temperature", self.temperature, "must be a positive number")
+        if not 1e-6 <= self.temperature < math.inf:
+            raise invalid("temperature", self.temperature, "must be at least 1e-6")
         if not 0 < self.top_p <= 1:
             raise invalid("top_p", self.top_p, "must be above 0 and at most 1")
 
@@ -91,7 +91,14 @@ class TeacherWriter:
         template = sum(len(self._ids(part)) for part in self._template()) if self.tokenizer.chat_template else 0
         if self.mode == "chat":
             return (context - template) // 2
-        return context - 1 - max((template + len(self._ids(line)) for line in self.lines), default=0)
+        lengths = [template + len(self._ids(line)) for line in self.lines]
+        if max(lengths, default=0) > context - 2:
+            line = self.lines[lengths.index(max(lengths))]
+            problem = (
+                f"the line that begins {line[:40]!r} leaves no room for a text, by the teacher's context of {context}"
+            )
+            raise invalid("prompts", self.mode, problem)
+        return context - 1 - max(lengths, default=0)
 
     def write(self, number: int) -> list[str]:
         """The documents of a batch; fewer than its size where a question came to no end."""

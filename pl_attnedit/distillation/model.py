@@ -10,6 +10,7 @@ import torch
 from pl_attnedit.distillation.base import DistillationModule
 from pl_attnedit.distillation.losses import ChunkedKL, cosine_distance
 from pl_attnedit.distillation.pairs import Batch, Pairs
+from pl_attnedit.distillation.settings import check_least
 from pl_attnedit.errors import invalid
 
 Trainable = Literal["attention", "layers", "all"]
@@ -41,8 +42,7 @@ class ModelDistillation(DistillationModule):
         super().__init__(*args, **kwargs)
         if train not in get_args(Trainable):
             raise invalid("train", train, f"must be one of {', '.join(get_args(Trainable))}")
-        if feature_weight < 0:
-            raise invalid("feature_weight", feature_weight, "must be at least 0")
+        check_least("feature_weight", feature_weight, 0)
         self.save_hyperparameters("train", "feature_weight", "activation_checkpointing")
         self.train_parts = train
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,15 @@ def plain_targets(targets: TargetConfig | dict[str, TargetConfig]) -> dict[str, 
     return {letter: target.to_dict() for letter, target in targets.items()}
 
 
+DTYPES = ("float32", "bfloat16", "float64")  # of weights; float16 loses small gradients
+
+
+def check_least(name: str, value: float, least: float) -> None:
+    """`UserError` for a number below `least`, or none at all."""
+    if not least <= value < math.inf:
+        raise invalid(name, value, f"must be at least {least}")
+
+
 def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
     """`UserError` for a value that cannot work with any teacher."""
     if hparams["init"] not in INITS:
@@ -43,16 +53,14 @@ def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
         dtype = hparams[name]
         if dtype is None and name == "teacher_dtype":
             continue
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise invalid(name, dtype, "must be a torch dtype such as float32 or bfloat16")
-    if hparams["learning_rate"] <= 0:
+        if dtype not in DTYPES:
+            raise invalid(name, dtype, f"must be one of {', '.join(DTYPES)}")
+    if not 0 < hparams["learning_rate"] < math.inf:
         raise invalid("learning_rate", hparams["learning_rate"], "must be positive")
     if not 0 <= hparams["final_lr_share"] <= 1:
         raise invalid("final_lr_share", hparams["final_lr_share"], "must be from 0 to 1")
     for name, least in (("warmup_steps", 0), ("weight_decay", 0), ("nmse_batches", 1), ("calibration_tokens", 1)):
-        if hparams[name] < least:
-            raise invalid(name, hparams[name], f"must be at least {least}")
+        check_least(name, hparams[name], least)
 
 
 def weight_dtype(precision: str, dtype: str, teacher_dtype: str | None = None) -> torch.dtype:

@@ -21,7 +21,7 @@ class Sensitivity:
     def read(cls, path: str | Path) -> Sensitivity:
         """From a file of `pl-attnedit sensitivity`. Raises `UserError` for anything else."""
         try:
-            layers = json.loads(Path(path).read_text("utf-8"))["layers"]
+            layers = json.loads(Path(path).read_text("utf-8"), parse_constant=_no_number)["layers"]
             return cls({letter: [float(one["kl"]) for one in column] for letter, column in layers.items()})
         except OSError as error:
             raise invalid("sensitivity", str(path), f"cannot be read ({error.strerror})") from error
@@ -40,15 +40,18 @@ class Sensitivity:
     def plan(self, cached: Mapping[str, Sequence[int]], budget: float) -> str:
         """Letters of an edit plan that keeps to a KV budget.
 
-        Every layer begins with the letter that caches least. Then, as long as it fits, the layer and letter are exchanged
-        that lower the sum of the scores most per byte. The sum takes layers as independent, which they are not quite.
+        Every layer begins with the letter that caches least, of equals with the one of the lowest score. Then, as long as it
+        fits, the layer and letter are exchanged that lower the sum of the scores most per byte. The sum takes layers as
+        independent, which they are not quite.
 
         Args:
             cached: bytes that each layer caches with each letter, `F` among them, at the context of the budget.
             budget: cached bytes of the whole model, student / teacher.
         """
         indices = range(len(cached[FULL]))
-        letters = [min(cached, key=lambda letter: cached[letter][index]) for index in indices]
+        letters = [
+            min(cached, key=lambda letter: (cached[letter][index], self._score(letter, index))) for index in indices
+        ]
         smallest, full = sum(cached[letter][i] for i, letter in enumerate(letters)), sum(cached[FULL])
         if not smallest <= budget * full or budget > 1:
             raise invalid("budget", budget, f"must be from {smallest / full:.4f}, all layers edited, to 1")
@@ -69,6 +72,10 @@ class Sensitivity:
 
     def _score(self, letter: str, index: int) -> float:
         return 0.0 if letter == FULL else self.kl[letter][index]
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is no number")
 
 
 def spread_evenly(letters: str, letter: str) -> str:

@@ -38,19 +38,18 @@ _DIGEST_CACHED_FROM = 64 * 2**20  # bytes; smaller files are hashed faster than 
 _CONFIG_NOISE = {"transformers_version", "_name_or_path", "_model_name_or_path"}
 
 
-def resolve_teacher(name: str, cache_dir: str | Path | None = None) -> Path:
+def resolve_teacher(name: str) -> Path:
     """The folder of a teacher: config.json, safetensors, tokenizer.
 
     Args:
-        name: a local folder, a `.gguf` file, `package:<name>` for a GGUF inside an installed package, or a hub name.
-        cache_dir: where a converted GGUF is kept; default `teachers/` in the cache folder. Models of the hub stay in
-            the hub's own cache.
+        name: a local folder, a `.gguf` file, `package:<name>` for a GGUF inside an installed package, or a hub name. A
+            converted GGUF is kept in `teachers/` of the cache folder, a model of the hub in the hub's own cache.
 
     Raises:
         UserError: nothing there, not a causal language model, or a package that is not installed.
     """
-    teacher_config(name, cache_dir)  # of the hub that alone: an encoder is refused before gigabytes of it arrive
-    path = _local_folder(name, cache_dir)
+    teacher_config(name)  # of the hub that alone: an encoder is refused before gigabytes of it arrive
+    path = _local_folder(name)
     if path is None:
         path = hub_snapshot("teacher", name, [*TOKENIZER_FILES, "*.safetensors"], TEACHER_SOURCES)
     if not any(path.glob("*.safetensors")):
@@ -58,26 +57,26 @@ def resolve_teacher(name: str, cache_dir: str | Path | None = None) -> Path:
     return path
 
 
-def teacher_config(name: str, cache_dir: str | Path | None = None) -> PreTrainedConfig:
+def teacher_config(name: str) -> PreTrainedConfig:
     """The config of a teacher. Its weights need not be there: a folder with config.json alone will do, and of a model on
     the hub nothing else is fetched.
 
     Raises:
         UserError: nothing there, or not a causal language model.
     """
-    path = _local_folder(name, cache_dir) or hub_snapshot("teacher", name, ["config.json"], TEACHER_SOURCES)
+    path = _local_folder(name) or hub_snapshot("teacher", name, ["config.json"], TEACHER_SOURCES)
     config = _config(name, path)
     _check_causal(name, config)
     return config
 
 
-def _local_folder(name: str, cache_dir: str | Path | None) -> Path | None:
+def _local_folder(name: str) -> Path | None:
     """The folder of a teacher that is on this machine, a GGUF converted; None where it can only be on the hub."""
     path = Path(name).expanduser()
     if name.startswith(PACKAGE_PREFIX):
-        return _converted(gguf_in_package(name), cache_dir)
+        return _converted(gguf_in_package(name))
     if path.suffix == ".gguf":
-        return _converted(path, cache_dir)
+        return _converted(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise invalid("teacher", name, "this folder has no config.json; allowed: " + TEACHER_SOURCES)
@@ -210,7 +209,7 @@ def gguf_in_package(name: str) -> Path:
     return files[0]
 
 
-def _converted(gguf: Path, cache_dir: str | Path | None) -> Path:
+def _converted(gguf: Path) -> Path:
     """The cached safetensors folder of a GGUF file, keyed by its size and its first and last mebibyte."""
     if not gguf.is_file():
         raise invalid("teacher", str(gguf), "there is no such file; allowed: " + TEACHER_SOURCES)
@@ -220,8 +219,7 @@ def _converted(gguf: Path, cache_dir: str | Path | None) -> Path:
         key = hashlib.sha256(f"{gguf.stat().st_size}".encode() + head + file.read()).hexdigest()[:16]
     if not head.startswith(b"GGUF"):
         raise invalid("teacher", str(gguf), "is not a GGUF file")
-    root = Path(cache_dir) if cache_dir is not None else cache_root() / "teachers"
-    return build_once(root / f"{gguf.stem}-{key}", lambda part: _convert(gguf, part))
+    return build_once(cache_root() / "teachers" / f"{gguf.stem}-{key}", lambda part: _convert(gguf, part))
 
 
 def _convert(gguf: Path, target: Path) -> None:

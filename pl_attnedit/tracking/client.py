@@ -88,10 +88,12 @@ def _open_sqlite(uri: str, create: bool) -> None:
     database = make_url(uri).database
     if not database or database == ":memory:":
         raise UserError(f"tracking_uri = {uri!r}: name a database file, e.g. {DEFAULT_TRACKING_URI}")
-    if not Path(database).exists() and not database.startswith("file:"):  # that is SQLite's own kind of address
-        if not create:
+    file = Path(database)
+    if not database.startswith("file:"):  # that is SQLite's own kind of address
+        if not create and not (file.exists() and file.stat().st_size):
             raise UserError(f"tracking_uri = {uri!r}: there is no {database} here; nothing has been tracked in it yet")
-        _make_sqlite(uri, Path(database))
+        if not file.exists():
+            _make_sqlite(uri, file)
     with closing(sqlite3.connect(database, timeout=10)) as connection:
         connection.execute("PRAGMA schema_version")
     if not os.access(database, os.W_OK):

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -146,38 +145,6 @@ def deliver_pending(spool_dir: str | Path, *, tracking_uri: str | None = None) -
             run.flush()
             remaining += len(Spool(path))
     return remaining
-
-
-def find_runs(
-    kind: str | None = None,
-    parent: str | None = None,
-    *,
-    tags: Mapping[str, str] | None = None,
-    tracking_uri: str | None = None,
-    experiment: str = EXPERIMENT,
-) -> list[Run]:
-    """Runs of the experiment, newest first: by kind (``conversion``, ``stage1`` ...), parent run id and tags."""
-    client = connect(tracking_uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        return []
-    wanted = {KIND_TAG: kind, PARENT_TAG: parent, **(tags or {})}
-    terms = [f"tags.`{key}` = '{value}'" for key, value in wanted.items() if value is not None]
-    runs: list[Run] = []
-    token: str | None = None
-    while True:
-        page = client.search_runs(
-            [found.experiment_id], " and ".join(terms), order_by=["attributes.start_time DESC"], page_token=token
-        )
-        runs.extend(page)
-        if not (token := page.token):
-            return runs
-
-
-def metric_history(run_id: str, key: str, *, tracking_uri: str | None = None) -> list[tuple[int, float]]:
-    """All values of one metric, as (step, value), by step."""
-    history = connect(tracking_uri).get_metric_history(run_id, key)
-    return sorted((metric.step, metric.value) for metric in history)
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:

@@ -20,6 +20,7 @@ from fixtures_stages import (  # noqa: F401
     teacher_folder,
     tiny_corpus,
     tiny_tokenizer,
+    unfreezing,
 )
 
 Started = subprocess.Popen[str]
@@ -64,10 +65,6 @@ def start(tmp_path: Path, session_cache: Path) -> Callable[..., Started]:  # noq
         return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
 
     return run
-
-
-def unfreezing(**options: Any) -> dict[str, Any]:
-    return {"class_path": "pl_attnedit.callbacks.ProgressiveUnfreezing", "init_args": options}
 
 
 @pytest.fixture

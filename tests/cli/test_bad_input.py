@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from fixtures_stages import unfreezing
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from pl_attnedit.cli import COMMANDS, main
@@ -76,6 +77,12 @@ def fails(
         (["--stage2.options", "{trian: all}"], ["stage2.options = 'trian'", "train"]),
         (["--stage1.options", "{init_from: x}"], ["stage1.options = 'init_from'"]),
         (["--stage1.callbacks", "[pl_attnedit.callbacks.Nothing]"], ["stage1", "Nothing"]),
+        (["--stage1.callbacks", str([unfreezing(order="none.json")])], ["sensitivity = 'none.json'", "cannot be read"]),
+        (["--stage1.callbacks", str([unfreezing(order="parts")])], ["order = 'parts'", "trains the trunk"]),
+        (["--stage2.callbacks", str([unfreezing(order=[0])])], ["order = [0]", "each edited layer once"]),
+        (["--stage2.callbacks", "[pl_attnedit.callbacks.TeacherForcing]"], ["TeacherForcing", "stage 1"]),
+        (["--stage2.options", "{feature_weight: .nan}"], ["feature_weight = nan", "at least 0"]),
+        (["--runs", ""], ["runs = ''", "must be a folder"]),
         (["--evaluation.cloze", "1"], ["cloze = 1", "at least 2"]),
         (["--trainer", "{acelerator: cpu}"], ["trainer = 'acelerator'", "accelerator"]),
         (["--trainer", "{max_steps: 3}"], ["trainer = 'max_steps'"]),

@@ -20,7 +20,7 @@ from pl_attnedit.data import TextDataModule
 from pl_attnedit.dry_run import dry_run
 from pl_attnedit.errors import UserError
 from pl_attnedit.recipe import as_plain, read_recipe, recipe_parser
-from pl_attnedit.run_folder import RunFolder
+from pl_attnedit.run_folder import RunFolder, read_summary
 from pl_attnedit.teachers.source import teacher_fingerprint
 
 KEYS = (
@@ -237,6 +237,13 @@ def test_killed_and_interrupted_conversions_go_on_to_the_same_figures(
     for name in ("kl_before", "kl_after_stage1", "kl_after_stage2", "top1_after", "ppl_student"):
         assert found[name] == pytest.approx(unbroken[name], rel=0.02), name
     assert found["tokens_stage1"] == unbroken["tokens_stage1"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_a_broken_summary_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(UserError, match=r"its summary\.json is broken"):
+        read_summary(tmp_path)
 
 
 def test_wall_time_counts_the_starts_that_were_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,11 @@ def test_several_targets_without_a_budget(measure: Run) -> None:
     assert "evenly_spread" not in mixed
 
 
+def test_fewer_tokens_than_a_sequence_are_one_sequence(measure: Run) -> None:
+    found = measure("{type: mla, kv_lora_rank: 8, qk_rope_head_dim: 4}", "--tokens", "1")
+    assert found["text"]["tokens"] == found["text"]["seq_len"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -78,7 +83,7 @@ def test_several_targets_without_a_budget(measure: Run) -> None:
         (["--budget", "0.5", "--context", "1024"], "--context = 1024: must be at most 512"),
         (["--tokens", "0"], "--tokens = 0: must be at least 1"),
         (["--target", "{type: none}"], "none"),
-        (["--tokens", "100000000"], "n_tokens = 100000000: must be from 1"),
+        (["--tokens", "100000000"], "--tokens = 100000000: must be at most"),
         (["--seq-len", "1"], "--seq-len = 1: must be at least 2"),
         (["--target", "{type: gate_swa"], "--target = '{type: gate_swa': is no YAML"),
         (["--device", "abacus"], "--device = 'abacus': cannot be used"),

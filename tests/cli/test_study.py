@@ -18,7 +18,7 @@ from mlflow.tracking import MlflowClient
 from pl_attnedit.cli import main
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.shapes import config_of
-from pl_attnedit.eval.locks import claim
+from pl_attnedit.locks import claim
 from pl_attnedit.recipe import read_recipe, recipe_parser
 from pl_attnedit.recipe_checks import check_recipe
 from pl_attnedit.run_folder import LOCK
@@ -130,6 +130,9 @@ def test_fields_are_merged_one_by_one() -> None:
         ({"base": "nowhere.yaml"}, "must be the file of a recipe"),
         ({"variants": {}}, "must map names"),
         ({"variants": {"a": 3}}, "must map names"),
+        ({"variants": ["a"]}, r"variants = \['a'\]: must map names"),
+        ({"variants": {"a": {"seed": 7}}}, "a = 'seed': is the study's to set"),
+        ({"change": {"name": "x"}}, "change = 'name': is the study's to set"),
         ({"seeds": [1, 1]}, "different numbers"),
         ({"sedes": [1]}, "known are name"),
         ({"name": None}, "must be a name"),

@@ -174,11 +174,17 @@ def test_one_process_writes_a_file(writer: Write, tmp_path: Path) -> None:
     assert generate_data(writer(prompts="none"), "tiny", tmp_path / "x.parquet", 50, meanwhile)[1] >= 50
 
 
+def test_a_prompt_that_fills_the_context_is_named(writer: Write, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(f"short\nlong {'word ' * 600}\n")
+    with pytest.raises(UserError, match=r"the line that begins 'long word word.* leaves no room for a text"):
+        writer(prompts=str(tmp_path / "prompts.txt"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0}, "temperature = 0: must be a positive number"),
-        ({"temperature": math.nan}, "temperature = nan: must be a positive number"),
+        ({"temperature": 0}, "temperature = 0: must be at least 1e-6"),
+        ({"temperature": math.nan}, "temperature = nan: must be at least 1e-6"),
         (
             {"max_tokens": 10**6, "prompts": "none"},
             "max_tokens = 1000000: must be at most 511, by the teacher's context",

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from fake_conversions import fake_evaluation
 from mlflow.exceptions import MlflowException
+from mlflow_reads import metric_history
 
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.records import find_conversions, load_json, log_evaluation
-from pl_attnedit.tracking import TrackedRun, connect, metric_history, start_child
+from pl_attnedit.tracking import TrackedRun, connect, start_child
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ def test_the_needle_is_where_it_is_said(task: str, folder: Path) -> None:
         [match] = re.finditer(rf"The secret number of the {key[1]} is (\d+)\.", text)
         assert row["choices"][row["answer"]] == match[1]
         assert abs(match.start() / len(text) - row["depth"]) < 0.15
+        assert row["depth"] > 0 or match.start() == 0
         hidden = re.findall(r"The secret number of the \w+ is (\d+)\.", text)
         assert len(hidden) == int(task[-1])
         assert len(set(row["choices"])) == 4

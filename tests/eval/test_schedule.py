@@ -16,7 +16,6 @@ from watched import VERSION, Store
 
 from pl_attnedit.eval import schedule as scheduling
 from pl_attnedit.eval import schedule_jobs
-from pl_attnedit.eval.locks import claim
 from pl_attnedit.eval.schedule import (
     CHECKPOINT_TAG,
     FOLDER_TAG,
@@ -25,6 +24,7 @@ from pl_attnedit.eval.schedule import (
 )
 from pl_attnedit.eval.schedule_jobs import SCHEDULED_TAG, EvaluationFailed, Job
 from pl_attnedit.interruption import Interrupted
+from pl_attnedit.locks import claim
 from pl_attnedit.tracking import connect, start_child
 from pl_attnedit.tracking.client import CHECKPOINTS_TAG, STUDENT_FINGERPRINT_TAG, STUDENT_TAG, WORKING_FOLDER_TAG
 from pl_attnedit.tracking.spool import Spool

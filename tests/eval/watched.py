@@ -12,12 +12,13 @@ from typing import Any
 
 from fake_conversions import fake_result
 from mlflow.entities import Run
+from mlflow_reads import find_runs
 
 from pl_attnedit.eval.records import log_evaluation
 from pl_attnedit.eval.schedule import SPOOL_FOLDER, Schedule
 from pl_attnedit.eval.schedule_jobs import EvaluationFailed, Job
 from pl_attnedit.interruption import termination_as_exception
-from pl_attnedit.tracking import TrackedRun, connect, find_runs, start_child, start_conversion
+from pl_attnedit.tracking import TrackedRun, connect, start_child, start_conversion
 from pl_attnedit.tracking.client import STUDENT_TAG
 
 VERSION = {"suite": "quick", "suite_version": "7"}

@@ -33,6 +33,11 @@ def test_plan_spends_the_budget_where_it_pays_most(letters: str, budget: float, 
     assert scores.plan({letter: CACHED[letter] for letter in letters + "F"}, budget) == plan
 
 
+def test_of_letters_that_cache_the_same_the_better_one_is_taken() -> None:
+    scores = Sensitivity({"A": [0.3, 0.1], "B": [0.1, 0.2]})
+    assert scores.plan({"F": [100] * 2, "A": [10] * 2, "B": [10] * 2}, 0.1) == "BA"
+
+
 @pytest.mark.parametrize("budget", [0.05, 1.5])
 def test_budget_that_cannot_be_kept(budget: float) -> None:
     with pytest.raises(UserError, match=r"budget = .*: must be from 0.1000, all layers edited, to 1"):
@@ -53,7 +58,7 @@ def test_spread_evenly(letters: str, even: str) -> None:
     assert spread_evenly(letters, "S") == even
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"layers": {"S": [1]}}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"layers": {"S": [1]}}', '{"layers": {"S": [{"kl": NaN}]}}'])
 def test_files_that_are_none(content: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match="is no file of `pl-attnedit sensitivity`"):

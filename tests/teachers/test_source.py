@@ -155,10 +155,6 @@ def test_gguf_is_converted_once_and_exactly(
     assert resolve_teacher(str(gguf_file)) == path
 
 
-def test_cache_folder_of_ones_own(gguf_file: Path, tmp_path: Path) -> None:
-    assert resolve_teacher(str(gguf_file), cache_dir=tmp_path / "mine").parent == tmp_path / "mine"
-
-
 def test_package_is_found_without_importing_it(gguf_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
     package = tmp_path / "site" / "llm_tiny"
     package.mkdir(parents=True)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow_reads import metric_history
 from tracking_helpers import Line, MlflowServer, batches, trainer
 
 from pl_attnedit.errors import UserError
@@ -20,7 +21,6 @@ from pl_attnedit.tracking import (
     TrackingLogger,
     connect,
     deliver_pending,
-    metric_history,
     start_child,
     start_conversion,
 )

@@ -8,10 +8,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
+from mlflow_reads import metric_history
 from torch.utils.data import DataLoader
 from tracking_helpers import Line, batches, trainer
 
-from pl_attnedit.tracking import LogConfigCallback, TrackingLogger, connect, metric_history
+from pl_attnedit.tracking import LogConfigCallback, TrackingLogger, connect
 
 
 class Numbers(LightningDataModule):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.files import check_output, write_atomically
+from pl_attnedit.files import check_output, write_atomically
 
 
 def test_replaces_the_old_file(tmp_path: Path) -> None:
