@@ -12,6 +12,7 @@ from pl_attnedit.callbacks import check_checkpoint
 from pl_attnedit.distillation import STAGES
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling import edited_attention, load
+from pl_attnedit.modeling.weights import share_weights
 from pl_attnedit.teachers.source import file_sha256, load_teacher, teacher_fingerprint
 
 
@@ -52,7 +53,8 @@ def load_student(path: str | Path, dtype: str | None = None) -> PreTrainedModel:
 
 
 def load_pair(student: str | Path, teacher: str, dtype: str | None = None) -> tuple[Any, Any, PreTrainedTokenizerBase]:
-    """Teacher, student and the teacher's tokenizer; both models in the student's dtype, or in `dtype`.
+    """Teacher, student and the teacher's tokenizer; both models in the student's dtype, or in `dtype`. What did not train is
+    in memory once.
 
     Raises:
         UserError: as `load_student` and `load_teacher`; the student's vocabulary is not the teacher's.
@@ -70,6 +72,7 @@ def load_pair(student: str | Path, teacher: str, dtype: str | None = None) -> tu
             raise invalid(
                 "student", str(student), "has other tokens than the teacher, must have the teacher's vocabulary"
             )
+    share_weights(of_student, of_teacher)
     return of_teacher, of_student, tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Weights of a saved student in one that is being built, and the dtype of what is built."""
+"""Weights: of a saved student in one that is being built, of two models held once, and the dtype of what is built."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling.edit import edited_attention, load, unshare_trunk
@@ -22,6 +23,17 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def share_weights(model: nn.Module, other: nn.Module) -> None:
+    """Lets `model` hold the parameters of `other` that have the same name and the same bits, wherever both are moved to: of
+    a student whose trunk was frozen, all but the attention."""
+    theirs = dict(other.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            same = theirs.get(f"{prefix}.{name}")
+            if same is not None and same.dtype == parameter.dtype and torch.equal(same, parameter):
+                setattr(module, name, same)
 
 
 @torch.no_grad()
