@@ -63,9 +63,8 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
         result["memory"][name] = stage_memory(frozen, student, step)
         tokens = stage.steps * stage.accumulate * result["devices"] * step.tokens
         block_loss = stage.options.get("supervise") == "block"
-        each = step_flops(
-            frozen, student, stage=name, trained=step.trained, seq_len=data.seq_len, block_loss=block_loss
-        )
+        sizes: dict[str, Any] = {"seq_len": data.seq_len, "block_loss": block_loss, "train_layers": step.train_layers}
+        each = step_flops(frozen, student, stage=name, trained=step.trained, **sizes)
         flops = tokens * each
         result["stages"][name] = {
             "trained_parameters": sum(p.numel() for p in trained_parameters(student, step)),

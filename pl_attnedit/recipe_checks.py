@@ -19,7 +19,6 @@ from pl_attnedit.distillation.optimisation import check_cuda_graph
 from pl_attnedit.distillation.settings import check_precision, parse_targets, weight_dtype
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling import EditPlan
-from pl_attnedit.modeling.edit import check_init
 from pl_attnedit.recipe import Recipe, StageRecipe
 from pl_attnedit.teachers import family_of
 from pl_attnedit.teachers.source import teacher_config
@@ -38,7 +37,7 @@ def check_recipe(recipe: Recipe) -> tuple[PreTrainedConfig, EditPlan]:
     plan.require_edits()
     for target in plan.targets.values():
         target.check(family.attention_spec(config))
-    check_init(recipe.init, plan.targets.values())
+        target.check_init(recipe.init, family.attention_spec(config))
     _check_trainer(recipe.trainer)
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         module = stage_module(recipe, name, stage, None)

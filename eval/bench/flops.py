@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,28 +48,42 @@ def score_flops(attention: Any, config: Any, seq_len: int) -> float:
 
 
 def step_flops(
-    teacher: Any, student: Any, *, stage: str, trained: str, seq_len: int, block_loss: bool = False
+    teacher: Any,
+    student: Any,
+    *,
+    stage: str,
+    trained: str,
+    seq_len: int,
+    block_loss: bool = False,
+    train_layers: Sequence[int] | None = None,
 ) -> float:
     """FLOPs per token of one step.
 
-    stage1: the teacher's layers forward; each new attention forward and backward, without the gradient of its input;
-    with `block_loss` the MLP behind it too, without weight gradients.
+    stage1: the teacher's layers forward, up to the attention of the last one that trains; each new attention that trains
+    (`train_layers`, None = all) forward and backward, without the gradient of its input; with `block_loss` the MLP behind
+    it too, without weight gradients.
     stage2: teacher forward; student forward and backward, with weight gradients of what is `trained` ("attention", "layers",
-    "all"); lm_head of both.
+    "all"), and none below the first new attention where that alone trains; lm_head of both.
     """
     config = teacher.config
+    edited = [index for index, layer in enumerate(student.model.layers) if isinstance(layer.self_attn, Target)]
+    training = edited if train_layers is None else list(train_layers)
     total = 0.0
-    for old, new in zip(teacher.model.layers, student.model.layers, strict=True):
-        total += linear_flops(old) + score_flops(old.self_attn, config, seq_len)
-        edited = isinstance(new.self_attn, Target)
+    for index, (old, new) in enumerate(zip(teacher.model.layers, student.model.layers, strict=True)):
         attention, scores = linear_flops(new.self_attn), score_flops(new.self_attn, config, seq_len)
+        if stage == "stage1" and index > max(training):
+            break
+        stops_here = stage == "stage1" and index == max(training) and not block_loss
+        total += linear_flops(old.self_attn if stops_here else old) + score_flops(old.self_attn, config, seq_len)
         if stage == "stage1":
-            if edited:
+            if index in training:
                 total += 3 * attention - _reading_the_input(new.self_attn, config.hidden_size) + 3 * scores
                 total += 2 * linear_flops(new.mlp) if block_loss else 0
-            continue
-        weights = attention if edited or trained != "attention" else 0
-        total += 2 * attention + weights + 3 * scores + (2 if trained == "attention" else 3) * linear_flops(new.mlp)
+        elif trained == "attention" and index < edited[0]:
+            total += attention + scores + linear_flops(new.mlp)
+        else:
+            weights = attention if index in edited or trained != "attention" else 0
+            total += 2 * attention + weights + 3 * scores + (2 if trained == "attention" else 3) * linear_flops(new.mlp)
     if stage == "stage2":
         head = linear_flops(teacher.lm_head)
         total += head + (3 if trained == "all" else 2) * head

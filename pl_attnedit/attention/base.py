@@ -30,6 +30,11 @@ class TargetConfig:
     def check(self, spec: AttentionSpec) -> None:
         """Raises `UserError` where a field does not fit the teacher's attention."""
 
+    def check_init(self, init: str, spec: AttentionSpec) -> None:
+        """Raises `UserError` for an init that a target of this config does not have."""
+        if init == "plain_svd":
+            raise invalid("init", init, f"is a baseline for mla, not for {self.type}; use 'calibrated' or 'copy'")
+
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.type, **dataclasses.asdict(self)}
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Cache, PreTrainedConfig
 
 from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, copy_linear, init_linear, positive
-from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.errors import invalid
 from pl_attnedit.teachers import AttentionSpec
 
 if TYPE_CHECKING:
@@ -82,6 +82,26 @@ class MLAConfig(TargetConfig):
         if self.v_head_dim is not None and inner % self.v_head_dim:
             raise invalid("v_head_dim", self.v_head_dim, f"must divide the width {inner} of the inherited o_proj")
 
+    def check_init(self, init: str, spec: AttentionSpec) -> None:
+        if init == "copy":
+            raise invalid("init", init, "the teacher's projections do not fit mla; use 'calibrated' or 'random'")
+        if init not in ("calibrated", "plain_svd"):
+            return
+        of_teacher = [("v_head_dim", self.v_head_dim)]
+        if init == "plain_svd":
+            of_teacher.append(("qk_nope_head_dim", self.qk_nope_head_dim))
+            if self.q_lora_rank is not None:
+                raise invalid("q_lora_rank", self.q_lora_rank, "plain_svd has a full-rank query only: leave it out")
+        for field, value in of_teacher:
+            if value not in (None, spec.head_dim):
+                raise invalid(field, value, f"init {init} needs the teacher's {spec.head_dim}; or init 'random'")
+        normed = [("q_lora_rank", self.q_lora_rank), ("kv_lora_rank", self.kv_lora_rank if self.latent_norm else None)]
+        for field, value in normed:
+            if init == "calibrated" and value == 1:
+                raise invalid(
+                    field, value, "must be at least 2: one latent is kept constant for the norm; or init 'random'"
+                )
+
 
 class MLA(Target):
     """See the module's text. `kv_a_proj_with_mqa` gives latent and RoPE key, `kv_b_proj` keys and values from the latent."""
@@ -131,7 +151,9 @@ class MLA(Target):
             # in one tensor, which decoding can use as it is; values of width 0 take no room
             cached = torch.cat([latent, key_rope], dim=-1)
             cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
-            if hidden_states.shape[1] == 1:
+            if (
+                hidden_states.shape[1] == 1 and type(self.kv_b_proj) is nn.Linear
+            ):  # of a quantised one the weight is packed
                 return self.o_proj(self.absorbed(query_nope, query_rope, cached, mask)), None
             latent, key_rope = cached.split([self.rank, self.rope_dim], dim=-1)
         return self.o_proj(self.expanded(query_nope, query_rope, latent, key_rope, mask)), None
@@ -211,7 +233,7 @@ class MLA(Target):
         copy_linear(self.o_proj, source.o_proj)  # type: ignore[arg-type]
 
     def init_copy(self, source: nn.Module) -> None:
-        raise UserError("init = 'copy': the teacher's projections do not fit MLA; use 'calibrated' or 'random'")
+        self.target.check_init("copy", self.spec)
 
     def init_from(self, source: nn.Module, statistics: LayerStatistics | None) -> None:
         from pl_attnedit.attention.mla_init import calibrate  # needs linear algebra that running an MLA does not

@@ -25,7 +25,6 @@ from torch import nn
 
 from pl_attnedit.attention.base import copy_linear
 from pl_attnedit.attention.calibration import LayerStatistics
-from pl_attnedit.errors import invalid
 
 if TYPE_CHECKING:
     from pl_attnedit.attention.mla import MLA
@@ -38,10 +37,6 @@ FIT_RIDGE = 1e-3  # keeps the fit to the sample near the up-projection that the 
 def calibrate(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
     """Sets all weights of `mla` from the teacher's attention `source` and its statistics."""
     spec, target = mla.spec, mla.target
-    if mla.num_heads != spec.num_heads:
-        raise invalid(
-            "v_head_dim", target.v_head_dim, f"calibrated init needs the teacher's {spec.head_dim}; or 'random'"
-        )
     width = spec.hidden_size + (1 if spec.qkv_bias else 0)  # without a bias the constant input is of no use
     plain, weighted = statistics.plain_xx[:width, :width], statistics.weighted_xx[:width, :width]
     query_map = solve(plain, statistics.xq[:width]).T.unflatten(0, (spec.num_heads, -1))  # (heads, head_dim, width)

@@ -14,22 +14,12 @@ from pl_attnedit.attention.base import copy_linear
 from pl_attnedit.attention.calibration import LayerStatistics
 from pl_attnedit.attention.mla import MLA
 from pl_attnedit.attention.mla_init import low_rank, set_linear
-from pl_attnedit.errors import invalid
 
 
 @torch.no_grad()
 def plain_svd(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
-    """Sets all weights of `mla` from the teacher's attention `source` and its statistics.
-
-    Raises:
-        UserError: for a low-rank query, or head dims other than the teacher's.
-    """
+    """Sets all weights of `mla` from the teacher's attention `source` and its statistics."""
     spec = mla.spec
-    for field, found in (("qk_nope_head_dim", mla.nope_dim), ("v_head_dim", mla.v_dim)):
-        if found != spec.head_dim:
-            raise invalid(field, found, f"plain_svd needs the teacher's {spec.head_dim}")
-    if mla.target.q_lora_rank is not None:
-        raise invalid("q_lora_rank", mla.target.q_lora_rank, "plain_svd has a full-rank query only: leave it out")
     groups = spec.num_heads // spec.num_kv_heads
     query, key, value = (
         with_bias(getattr(source, name)).unflatten(0, (-1, spec.head_dim)) for name in ("q_proj", "k_proj", "v_proj")

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 import pl_attnedit.strategies  # noqa: F401  # knows `strategy: fsdp2`
 from pl_attnedit.cli.config_files import read_config
 from pl_attnedit.doctor import TRAINER_FIELDS, Platform, as_json, examine, obstacles
+from pl_attnedit.errors import invalid
 from pl_attnedit.tracking.environment import environment
 
 
@@ -53,6 +54,8 @@ class _TrainerOfConfig(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
         trainer = read_config(values).get("trainer") or {}
+        if not isinstance(trainer, dict):
+            raise invalid("trainer", trainer, "must be the fields of a Trainer")
         chosen = {name: trainer[name] for name in TRAINER_FIELDS if name in trainer}
         super().__call__(parser, cfg, json.dumps({"trainer": chosen}), option_string)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import Any
@@ -19,22 +20,25 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     if options.max_new_tokens < 1:
         raise invalid("--max-new-tokens", options.max_new_tokens, "must be at least 1")
-    if options.temperature < 0:
+    if not 0 <= options.temperature < math.inf:
         raise invalid("--temperature", options.temperature, "must be at least 0")
 
-    from transformers import AutoTokenizer
-
     from pl_attnedit import load
+    from pl_attnedit.data.tokens import load_tokenizer
 
     model: Any = load(options.model)
-    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
+    tokenizer: Any = load_tokenizer(options.model)
     if options.chat:
+        if tokenizer.chat_template is None:
+            raise invalid("--chat", options.model, "its tokenizer has no chat template")
         messages = [{"role": "user", "content": options.prompt}]
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
         inputs = tokenizer(options.prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise invalid("prompt", options.prompt, "has no token to go on from")
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, **sampling)
     print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from functools import cached_property
 from typing import Any
 
@@ -323,6 +324,9 @@ def _weights(source: Sources) -> list[float]:
     listed = _listed(source)
     weights = [one.weight if isinstance(one, Source) else None for one in listed]
     given = [weight for weight in weights if weight is not None]
+    for one in listed:
+        if isinstance(one, Source) and one.weight is not None and not 0 < one.weight < math.inf:
+            raise invalid("weight", one.weight, f"must be a positive number, it is the weight of {one.name}")
     if given and len(given) < len(listed):
         without = next(one.name if isinstance(one, Source) else one for one, w in zip(listed, weights) if w is None)
         raise invalid("weight", None, f"either all sources have a weight or none; {without} has none")

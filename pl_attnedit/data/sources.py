@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -48,10 +47,6 @@ class Source:
     column: str | None = None
     weight: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.weight is not None and not 0 < self.weight < math.inf:
-            raise invalid("weight", self.weight, f"must be a positive number, it is the weight of {self.name}")
-
 
 @dataclass(frozen=True)
 class OpenSource:
@@ -69,9 +64,16 @@ def open_source(source: str | Source) -> OpenSource:
         UserError: nothing found under this name, or an option that does not belong to this kind of source.
     """
     source = Source(source) if isinstance(source, str) else source
+    files = [] if source.name == BUILTIN else _local_files(source.name)
+    if source.name == BUILTIN or files:
+        for field, value in (("config", source.config), ("split", source.split if source.split != "train" else None)):
+            if value is not None:
+                raise invalid(field, value, f"is for a dataset of the hub, not for {source.name}")
+    if source.column is not None and (source.name == BUILTIN or {file.suffix for file in files} & {".txt", ".md"}):
+        raise invalid("column", source.column, f"is for tables, not for {source.name}")
     if source.name == BUILTIN:
         return OpenSource(BUILTIN, builtin_identity(), builtin_documents)
-    if files := _local_files(source.name):
+    if files:
         content = [f"{file.suffix} {file_sha256(file)}" for file in files]
         identity = json.dumps(["files", PASSAGE_CHARACTERS, source.column, content])
         return OpenSource(source.name, identity, lambda: _read_files(files, source.column))

@@ -161,7 +161,7 @@ class DistillationModule(OptimisedModule):
         for attention in edited_attention(student).values():
             attention.to(dtype)
         if hparams["init_from"] is not None:  # also when resuming: its trunk may not be in the checkpoint
-            copy_weights(student, Path(hparams["init_from"]))
+            copy_weights(student, Path(hparams["init_from"]), dtype)
         elif self.resuming:
             initialise(student, teacher, "random", None)
         else:

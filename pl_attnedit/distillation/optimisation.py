@@ -73,7 +73,7 @@ class OptimisedModule(LightningModule):
     def logs_this_step(self) -> bool:
         """Whether a logger takes in what this optimiser step logs; other steps need not log what a GPU waits for."""
         every = self.trainer.log_every_n_steps if self._trainer else 1  # type: ignore[attr-defined]
-        return (self.global_step + 1) % every == 0
+        return bool(every) and (self.global_step + 1) % every == 0  # 0: never
 
     def log_place(self) -> None:
         """The optimiser step that this batch is for."""

@@ -64,13 +64,14 @@ def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
 
 
 def weight_dtype(precision: str, dtype: str, teacher_dtype: str | None = None) -> torch.dtype:
-    """The dtype of the weights that train, `dtype` but under `bf16-true`.
+    """The dtype of the weights that train: `dtype`, or what a precision such as `bf16-true` makes of it.
 
     Raises:
         UserError: a precision that no stage trains in, or a frozen trunk of another dtype without mixed precision.
     """
     check_precision(precision)
-    found = torch.bfloat16 if precision == "bf16-true" else getattr(torch, dtype)
+    found = {"bf16-true": torch.bfloat16, "64-true": torch.float64, "64": torch.float64}.get(precision)
+    found = getattr(torch, dtype) if found is None else found
     if teacher_dtype is not None and getattr(torch, teacher_dtype) != found and precision not in ("bf16-mixed", "bf16"):
         name = str(found).removeprefix("torch.")
         raise invalid("teacher_dtype", teacher_dtype, f"needs precision: bf16-mixed beside weights in {name}")

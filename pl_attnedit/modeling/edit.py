@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pl_attnedit.attention import MLA, LayerStatistics, MLAConfig, Target, TargetConfig
+from pl_attnedit.attention import MLA, LayerStatistics, Target, TargetConfig
 from pl_attnedit.attention.plain_svd import plain_svd
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling.calibrate import collect_statistics
@@ -22,6 +22,7 @@ from pl_attnedit.teachers import family_of
 
 Init = Literal["random", "copy", "calibrated", "plain_svd"]
 INITS: tuple[str, ...] = ("random", "copy", "calibrated", "plain_svd")
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 FROM_TEXT: tuple[str, ...] = ("calibrated", "plain_svd")  # those for which a target may need statistics of text
 
 
@@ -71,6 +72,10 @@ def check_teacher(teacher: PreTrainedModel) -> None:
     family.check(teacher.config)
     if not isinstance(teacher, family.model_class):
         raise UserError(f"teacher of type {type(teacher).__name__}: must be a {family.model_class.__name__}")
+    for name, module in teacher.model.layers.named_modules():
+        if name.endswith(PROJECTIONS) and (type(module) is not nn.Linear or module.weight.dtype.itemsize < 2):
+            kind = f"{type(module).__name__} of {module.weight.dtype}"
+            raise UserError(f"teacher: {name} is a {kind}; load the model unquantised, in 16 or 32 bits")
 
 
 def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
@@ -96,18 +101,12 @@ def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
     return student.train(teacher.training)
 
 
-def check_init(init: str, targets: Iterable[TargetConfig]) -> None:
-    """Raises `UserError` for an init that one of the targets does not have whatever the teacher."""
-    for target in targets:
-        if init == "plain_svd" and not isinstance(target, MLAConfig):
-            raise invalid("init", init, f"is a baseline for mla, not for {target.type}; use 'calibrated' or 'copy'")
-
-
 def initialise(
     student: PreTrainedModel, teacher: PreTrainedModel, init: Init, calibration: Iterable[torch.Tensor] | None
 ) -> None:
     """Fills the new attention modules of an assembled student."""
-    check_init(init, (target.target for target in edited_attention(student).values()))
+    for module in edited_attention(student).values():
+        module.target.check_init(init, module.spec)
     statistics: dict[int, LayerStatistics] = {}
     if init in FROM_TEXT:
         needed = [index for index, target in edited_attention(student).items() if target.needs_statistics]
@@ -151,16 +150,8 @@ def unshare_trunk(student: PreTrainedModel) -> None:
         student.lm_head.weight = student.model.embed_tokens.weight
 
 
-def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedModel:
-    """A converted model from its folder, in eval mode. `kwargs` go to `from_pretrained` (dtype, device_map ...).
-
-    Args:
-        stock: take causal language models of Hugging Face's own classes too, such as `pl_attnedit.export` writes.
-
-    Raises:
-        UserError: where the folder holds no converted model, or its weights are broken or not all there.
-    """
-    path = Path(path)
+def read_config(path: Path, *, stock: bool = False) -> Any:
+    """The config of a converted model, or with `stock` of any. Raises `UserError` for anything else."""
     if not (path / "config.json").is_file():
         raise invalid("path", str(path), "must be the folder of a converted model (it has no config.json)")
     try:
@@ -171,6 +162,20 @@ def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedM
         raise invalid("path", str(path), f"its config.json cannot be read ({error})") from error
     if not stock and config.model_type not in {classes[0].model_type for classes in EDITED.values()}:
         raise invalid("path", str(path), f"holds a model of type {config.model_type!r}, which is not a converted model")
+    return config
+
+
+def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """A converted model from its folder, in eval mode. `kwargs` go to `from_pretrained` (dtype, device_map ...).
+
+    Args:
+        stock: take causal language models of Hugging Face's own classes too, such as `pl_attnedit.export` writes.
+
+    Raises:
+        UserError: where the folder holds no converted model, or its weights are broken or not all there.
+    """
+    path = Path(path)
+    config = read_config(path, stock=stock)
     options = {"config": config, "output_loading_info": True, "use_safetensors": True, **kwargs}  # no pickle
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)

@@ -67,6 +67,7 @@ class EditPlan:
             pattern = target.default_pattern.replace("S", letter)
         if not isinstance(pattern, str) or not pattern:
             raise invalid("pattern", pattern, "must be letters such as 'SSSF'")
+        cls(pattern, targets)  # checks all its letters
         return cls((pattern * num_layers)[:num_layers], dict(targets))
 
     @property

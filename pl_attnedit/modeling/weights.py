@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.modeling.edit import edited_attention, load, unshare_trunk
+from pl_attnedit.modeling.edit import read_config, unshare_trunk
+from pl_attnedit.modeling.plan import EditPlan
 
 
 @contextmanager
@@ -37,18 +40,37 @@ def share_weights(model: nn.Module, other: nn.Module) -> None:
 
 
 @torch.no_grad()
-def copy_weights(student: Any, folder: Path) -> None:
-    """Weights of a saved converted model into an assembled student; its trunk is taken over only where it differs."""
-    saved: Any = load(folder, dtype=next(student.parameters()).dtype)
-    if saved.edit_plan != student.edit_plan:
-        raise invalid("init_from", str(folder), f"has another edit plan: {saved.edit_plan.to_dict()}")
-    device = next(student.parameters()).device
-    for index, module in edited_attention(student).items():
-        module.load_state_dict(edited_attention(saved)[index].state_dict())
-        module.to(device)
-    edited = tuple(f"model.layers.{index}.self_attn." for index in student.edit_plan.edited_layers)
-    ours = {name: value for name, value in student.state_dict().items() if not name.startswith(edited)}
-    theirs = saved.state_dict()
-    if any(not torch.equal(value.cpu(), theirs[name].cpu()) for name, value in ours.items()):
+def copy_weights(student: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Weights of a saved converted model into an assembled student; its trunk is taken over only where it differs, and is
+    its own and of `dtype` then.
+
+    Raises:
+        UserError: `folder` holds no converted model of the same edit plan, or its weights are broken or not all there.
+    """
+    plan = EditPlan.from_dict(read_config(folder).attention_edit)
+    if plan != student.edit_plan:
+        raise invalid("init_from", str(folder), f"has another edit plan: {plan.to_dict()}")
+    saved = _saved_tensors(folder)
+    ours = dict(student.named_parameters())  # what is tied has one name, as in the files
+    if wrong := sorted(ours.keys() ^ saved.keys()):
+        raise invalid("init_from", str(folder), f"its weights do not fit its config.json: {', '.join(wrong[:4])} ...")
+    edited = tuple(f"model.layers.{index}.self_attn." for index in plan.edited_layers)
+    trunk = [name for name in ours if not name.startswith(edited)]
+    if any(not torch.equal(ours[name].cpu(), saved[name].to(ours[name].dtype)) for name in trunk):
         unshare_trunk(student)
-        student.load_state_dict(theirs)
+        ours = dict(student.named_parameters())
+        for name in trunk:
+            ours[name].data = saved[name].to(ours[name].device, dtype)
+    for name in ours.keys() - set(trunk):
+        ours[name].copy_(saved[name])
+
+
+def _saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder by name, as they were saved; they stay in the files until they are read."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            found |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise invalid("init_from", str(file), f"cannot be read ({error})") from error
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from fixtures_stages import unfreezing
+from fixtures_stages import LATENT, unfreezing
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from pl_attnedit.cli import COMMANDS, main
@@ -55,6 +55,14 @@ def fails(
         (["--layers", "[0, 4]"], ["layers = 4", "from 0 to 3"]),
         (["--layers", "[0]", "--pattern", "SF"], ["pattern and layers"]),
         (["--init", "best"], ["init", "best", "random"]),
+        (["--targets", f"{{S: {LATENT}}}", "--pattern", "S", "--init", "copy"], ["init = 'copy'", "do not fit mla"]),
+        (["--targets", f"{{S: {LATENT | {'v_head_dim': 4}}}}"], ["v_head_dim = 4", "init calibrated needs"]),
+        (["--targets", f"{{S: {LATENT | {'kv_lora_rank': 1}}}}"], ["kv_lora_rank = 1", "at least 2"]),
+        (
+            ["--targets", f"{{S: {LATENT | {'q_lora_rank': 4}}}}", "--init", "plain_svd"],
+            ["q_lora_rank = 4", "full-rank"],
+        ),
+        (["--data.source", "[{name: 'builtin:', weight: 0}]"], ["weight = 0", "positive"]),
         (["--stage2.options", "{train: bogus}"], ["stage2.options.train = 'bogus'", "'layers'"]),
         (["--stage2.options", "{final_lr_share: 5}"], ["final_lr_share = 5", "from 0 to 1"]),
         (["--stage2.options", "{cuda_graph: true}"], ["cuda_graph = True", "one NVIDIA GPU"]),

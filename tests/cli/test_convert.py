@@ -93,6 +93,13 @@ def test_from_a_recipe_to_a_report_and_again(
     model = str(folder / "student")
     assert main(["generate", model, "the model", "--max-new-tokens", "3"]) == 0
     assert main(["generate", model, "the model", "--max-new-tokens", "3", "--temperature", "0.7"]) == 0
+    for mistake, message in (
+        (["", "--max-new-tokens", "3"], "has no token to go on from"),
+        (["x", "--chat"], "has no chat template"),
+        (["x", "--temperature", "nan"], "--temperature = nan: must be at least 0"),
+    ):
+        assert main(["generate", model, *mistake]) == 2
+        assert message in capsys.readouterr().err
     assert main(["compare"]) == 0
     assert "tiny" in capsys.readouterr().out
     assert main(["report", "-o", "all.html"]) == 0

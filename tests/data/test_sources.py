@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from pl_attnedit.data import sources
+from pl_attnedit.data import TextDataModule, sources
 from pl_attnedit.data.sources import Source, open_source
 from pl_attnedit.errors import UserError
 
@@ -45,7 +46,7 @@ def test_blank_lines_of_any_kind_separate_paragraphs(tmp_path: Path) -> None:
 def test_weights_are_positive_numbers() -> None:
     for weight in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"weight = .*: must be a positive number, it is the weight of builtin:"):
-            Source("builtin:", weight=weight)
+            TextDataModule("a tokenizer", Source("builtin:", weight=weight))
 
 
 def test_no_name_is_not_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +110,26 @@ def test_missing_files(tmp_path: Path) -> None:
         open_source(str(tmp_path / "*.txt"))
     with pytest.raises(UserError, match=r"this folder has no \.parquet"):
         open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("one.jsonl", {"config": "x"}, "config = 'x': is for a dataset of the hub, not for "),
+        ("one.jsonl", {"split": "train[:1%]"}, "split = 'train[:1%]': is for a dataset of the hub"),
+        ("builtin:", {"split": "test"}, "split = 'test': is for a dataset of the hub"),
+        ("builtin:", {"column": "text"}, "column = 'text': is for tables"),
+        ("one.txt", {"column": "text"}, "column = 'text': is for tables"),
+    ],
+)
+def test_options_of_other_kinds_of_sources(
+    name: str, options: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("one.jsonl", "one.txt"):
+        (tmp_path / file).write_text('{"text": "x"}')
+    with pytest.raises(UserError, match=re.escape(message)):
+        open_source(Source(name, **options))
 
 
 def test_identity_follows_the_content(tmp_path: Path) -> None:

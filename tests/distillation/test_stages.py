@@ -136,6 +136,33 @@ def test_stage_2_starts_from_saved_weights(
         make_stage2(init_from=str(tmp_path / "none")).configure_model()
 
 
+@pytest.mark.parametrize("train", ["attention", "layers"])
+def test_saved_weights_keep_their_precision(make_stage2: Make, make_data: Make, tmp_path: Path, train: str) -> None:
+    first = make_stage2(teacher_dtype="bfloat16", train=train)
+    make_trainer(steps=2, precision="bf16-mixed").fit(first, make_data())
+    first.student.save_pretrained(tmp_path)
+    second = make_stage2(teacher_dtype="bfloat16", init_from=str(tmp_path))
+    make_trainer(precision="bf16-mixed", limit_val_batches=1).validate(second, make_data(), verbose=False)
+    expected, found = weights(first.student), weights(second.student)
+    assert {name: value.dtype for name, value in found.items()} == {
+        name: value.dtype for name, value in expected.items()
+    }
+    assert same(found, expected)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in found.values())
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_true_precision_is_that_of_all_weights(make_stage: Make, make_data: Make, precision: str) -> None:
+    module = make_stage()
+    make_trainer(steps=1, precision=precision, limit_val_batches=1.0, val_check_interval=1).fit(module, make_data())
+    assert {p.dtype for p in module.student.parameters()} == {{"64-true": torch.float64}.get(precision, torch.bfloat16)}
+
+
+def test_no_step_is_logged_where_none_is_wanted(make_stage: Make, make_data: Make) -> None:
+    make_trainer(steps=2, log_every_n_steps=0).fit(module := make_stage(), make_data())
+    assert not module.logs_this_step
+
+
 def test_training_all_unshares_the_trunk(make_stage2: Make, make_data: Make, tmp_path: Path) -> None:
     module = make_stage2(train="all")
     trainer = make_trainer(steps=3)

@@ -56,6 +56,8 @@ def test_flops_are_those_of_the_matrix_products(make_teacher: Callable[..., Any]
                 linear = getattr(layer.self_attn, name)
                 linear(torch.randn(16, linear.in_features))
     forward = counter.get_total_flops() / 16
+    if stage == "stage1" and not block_loss:  # ends with the last layer's attention
+        forward -= sum(2 * p.numel() for p in teacher.model.layers[-1].mlp.parameters())
     options: dict[str, Any] = {"stage": stage, "trained": "attention", "block_loss": block_loss}
     ours = step_flops(teacher, student, seq_len=ids.shape[1], **options)
     new = sum(2 * p.numel() for layer in student.model.layers for p in layer.self_attn.parameters() if p.dim() == 2)
@@ -74,6 +76,24 @@ def test_flops_are_those_of_the_matrix_products(make_teacher: Callable[..., Any]
     expected += -no_input if stage == "stage1" else 2 * mlp + 3 * head
     expected += 2 * mlp if block_loss else 0
     assert ours == pytest.approx(expected)
+
+
+def test_flops_of_what_does_not_run_are_not_counted(make_teacher: Callable[..., Any]) -> None:
+    teacher = make_teacher("llama")
+    early, late = (edit_model(teacher, LATENT, init="random", layers=[index]) for index in (0, 3))
+
+    def count(student: Any, **options: Any) -> float:
+        return step_flops(teacher, student, seq_len=16, trained="attention", **options)
+
+    attention = sum(2 * p.numel() for p in late.model.layers[3].self_attn.parameters() if p.dim() == 2)
+    everything = edit_model(teacher, LATENT, init="random", pattern="S")
+    assert count(early, stage="stage1") == count(everything, stage="stage1", train_layers=[0])
+    assert (
+        count(early, stage="stage1") < count(everything, stage="stage1", train_layers=[1]) < count(late, stage="stage1")
+    )
+    assert count(everything, stage="stage1", train_layers=[3]) < count(everything, stage="stage1") - 3 * attention
+    mlp = sum(2 * p.numel() for p in teacher.model.layers[0].mlp.parameters())
+    assert count(early, stage="stage2") - count(late, stage="stage2") > 3 * mlp  # no backward pass below what trains
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,16 @@ def test_greedy_token_by_token(student: PreTrainedModel, make_ids: Ids) -> None:
     torch.testing.assert_close(torch.stack(out.logits, 1), expected, **TOLERANCE)
 
 
+def test_a_quantised_student_decodes(make_teacher: Callable[..., Any], make_ids: Ids) -> None:
+    model = edit_model(make_teacher("llama"), MLAConfig(12, 4), init="random").eval()
+    model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    ids = make_ids(1, 9)
+    with torch.no_grad():
+        cached = model(input_ids=ids[:, :-1], use_cache=True)
+        last = model(input_ids=ids[:, -1:], past_key_values=cached.past_key_values).logits
+    torch.testing.assert_close(last[:, 0], full(model, ids)[:, -1], atol=0.2, rtol=0)  # int8 activations
+
+
 def test_chunked_prefill(student: PreTrainedModel, make_ids: Ids) -> None:
     ids = make_ids(2, 27)
     cache = DynamicCache(config=student.config)

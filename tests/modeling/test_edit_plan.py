@@ -46,7 +46,7 @@ def test_letters(targets: Any, pattern: str | None, layers: list[int] | None, le
 @pytest.mark.parametrize(
     ("targets", "options", "message"),
     [
-        (WINDOW, {"pattern": "SSX"}, "pattern = 'SSXS': letter 'X' has no target; there are S, F"),
+        (WINDOW, {"pattern": "SSX"}, "pattern = 'SSX': letter 'X' has no target; there are S, F"),
         (WINDOW, {"pattern": ""}, "pattern = '': must be letters"),
         (WINDOW, {"layers": [4]}, "layers = 4: must be a layer index from 0 to 3"),
         (WINDOW, {"layers": [-1]}, "layers = -1: must be a layer index from 0 to 3"),
@@ -60,7 +60,7 @@ def test_letters(targets: Any, pattern: str | None, layers: list[int] | None, le
         ({"S": {"window": 4}}, {}, "must be a target config or a mapping of pattern letters"),
         ("gate_swa", {}, "targets = 'gate_swa': must be a target config"),
         (WINDOW, {"init": "zero"}, "init = 'zero': must be one of random, copy, calibrated, plain_svd"),
-        (LATENT, {"init": "copy"}, "init = 'copy': the teacher's projections do not fit MLA"),
+        (LATENT, {"init": "copy"}, "init = 'copy': the teacher's projections do not fit mla"),
         (LATENT, {}, "calibration: init 'calibrated' needs an iterable"),
         (LATENT, {"init": "plain_svd"}, "calibration: init 'plain_svd' needs an iterable"),
         (WINDOW, {"init": "plain_svd"}, "init = 'plain_svd': is a baseline for mla, not for gate_swa"),
@@ -72,8 +72,8 @@ def test_letters(targets: Any, pattern: str | None, layers: list[int] | None, le
         *(
             (target, {"init": "plain_svd", "calibration": [torch.ones(1, 4).long()]}, message)
             for target, message in (
-                (MLAConfig(8, 4, qk_nope_head_dim=8), "qk_nope_head_dim = 8: plain_svd needs the teacher's 16"),
-                (MLAConfig(8, 4, v_head_dim=8), "v_head_dim = 8: plain_svd needs the teacher's 16"),
+                (MLAConfig(8, 4, qk_nope_head_dim=8), "qk_nope_head_dim = 8: init plain_svd needs the teacher's 16"),
+                (MLAConfig(8, 4, v_head_dim=8), "v_head_dim = 8: init plain_svd needs the teacher's 16"),
                 (MLAConfig(8, 4, q_lora_rank=8), "q_lora_rank = 8: plain_svd has a full-rank query only"),
             )
         ),
@@ -91,7 +91,7 @@ def test_letters(targets: Any, pattern: str | None, layers: list[int] | None, le
         (
             MLAConfig(8, 4, v_head_dim=8),
             {"calibration": [torch.ones(1, 4).long()]},
-            "v_head_dim = 8: calibrated init needs the teacher's 16; or 'random'",
+            "v_head_dim = 8: init calibrated needs the teacher's 16; or init 'random'",
         ),
     ],
 )
@@ -174,3 +174,15 @@ def test_o_proj_is_inherited(teacher: PreTrainedModel, init: Any) -> None:
 def test_shortest_pattern(letters: str, pattern: str) -> None:
     plan = EditPlan(letters, {"S": GateSWAConfig(window=8), "M": GateSWAConfig(window=4)})
     assert plan.pattern == pattern
+
+
+def test_a_quantised_teacher_is_refused(make_teacher: Callable[..., Any]) -> None:
+    class Packed(nn.Linear):
+        """As FP8Linear: its weight means something only with a scale."""
+
+    teacher = make_teacher("llama")
+    teacher.model.layers[1].self_attn.k_proj.__class__ = Packed
+    with pytest.raises(
+        UserError, match=r"1\.self_attn\.k_proj is a Packed of torch\.float32; load the model unquantised"
+    ):
+        edit_model(teacher, GateSWAConfig(8))
