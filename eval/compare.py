@@ -33,9 +33,10 @@ class ComparisonRow:
     ppl_teacher: float | None
     ppl_student: float | None
     wall_seconds: float | None  # working time of the conversion over all its starts
-    # "task/metric" -> teacher, student, difference, ci_low, ci_high; of the latest evaluation of each suite
+    # "task/metric" of the conversion's own evaluation, "suite: task/metric" of a suite's latest one ->
+    # teacher, student, difference, ci_low, ci_high
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
-    verdicts: dict[str, str] = field(default_factory=dict)  # "task/metric" -> non-inferior, inferior, inconclusive
+    verdicts: dict[str, str] = field(default_factory=dict)  # by the same names -> non-inferior, inferior, inconclusive
     decode: dict[str, float] = field(default_factory=dict)  # "<context>x<batch>" -> tokens/s, student over teacher
     # suite -> kl, kl_stderr, top1, top1_stderr, ppl_teacher, ppl_student, sequences, tokens: those it logged
     fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -61,11 +62,13 @@ def comparison_row(conversion: Conversion) -> ComparisonRow:
     decode: dict[str, float] = {}
     fidelity: dict[str, dict[str, float]] = {}
     for run in conversion.evaluations:
-        found = {f"{task}/{metric}": fields for (task, metric), fields in eval_metrics(run).items()}
         said = run.data.tags
-        verdicts = {key: verdict for key, verdict in verdicts.items() if key not in found}
-        verdicts |= {key: said[f"verdict/{key}"] for key in found if f"verdict/{key}" in said}
-        differences |= found
+        suite = said.get(SUITE_TAG)
+        for (task, metric), fields in eval_metrics(run).items():
+            key = f"{task}/{metric}" if suite is None else f"{suite}: {task}/{metric}"
+            differences[key] = fields
+            if verdict := said.get(f"verdict/{task}/{metric}"):
+                verdicts[key] = verdict
         decode |= _decode_ratios(run.data.metrics)
         if whole := fidelity_metrics(run):
             fidelity[said.get(SUITE_TAG, "")] = whole

@@ -16,16 +16,23 @@ TOO_LARGE = 1e300  # MLflow's databases keep infinity as the largest float
 
 def significant(value: float | None, digits: int = 3) -> str:
     """Three significant digits: 0.0941, 16.8, 1,840."""
-    if value is None:
-        return NONE
-    if abs(value) >= 10**digits:
-        return f"{value:,.0f}".replace("-", MINUS)
-    return _digits(value, digits).replace("-", MINUS)
+    return NONE if value is None else _digits(value, digits).replace("-", MINUS)
 
 
 def _digits(value: float, digits: int, sign: str = "") -> str:
-    """With trailing zeros, so that columns compare; plain decimals down to 0.0001."""
+    """With trailing zeros, so that columns compare; plain decimals down to 0.0001, and whole numbers with commas."""
+    if abs(value) >= 10**digits - 0.5:
+        return f"{value:{sign},.0f}"
     return f"{value:{sign}#.{digits}g}".removesuffix(".")
+
+
+def _in_units(value: float, units: Sequence[tuple[float, str]]) -> str | None:
+    """Three digits of the largest unit that the rounded value reaches; None below the smallest."""
+    for size, unit in units:
+        if abs(value) >= 0.9995 * size:
+            number = value / size
+            return f"{number:.3g}{unit}" if abs(number) < 999.5 else f"{number:,.0f}{unit}"
+    return None
 
 
 def with_error(value: float, error: float | None) -> str:
@@ -50,10 +57,7 @@ def count(value: float | None) -> str:
     """Large counts in short: 1.43M, 614k, 48."""
     if value is None:
         return NONE
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:,.0f}"
+    return _in_units(value, ((1e9, "B"), (1e6, "M"), (1e3, "k"))) or f"{value:,.0f}"
 
 
 def context_length(tokens: float | None) -> str:
@@ -81,17 +85,14 @@ def seconds(value: float | None) -> str:
     """0.042 as 42 ms, 1.5 as 1.50 s."""
     if value is None:
         return NONE
-    return f"{significant(1000 * value)} ms" if value < 1 else f"{significant(value)} s"
+    return f"{significant(1000 * value)} ms" if value < 0.9995 else f"{significant(value)} s"
 
 
 def byte_size(value: float | None) -> str:
     """3.1e9 as 3.1 GB."""
     if value is None:
         return NONE
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f} B"
+    return _in_units(value, ((1e9, " GB"), (1e6, " MB"), (1e3, " kB"))) or f"{value:.0f} B"
 
 
 def ratio(value: float) -> str:

@@ -7,6 +7,7 @@ runs. The latest child of a kind that has anything logged speaks for its kind.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -23,6 +24,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.eval.formatting import TOO_LARGE
 from pl_attnedit.tracking import TrackedRun, connect
 from pl_attnedit.tracking.client import CHECKPOINTS_TAG, EXPERIMENT, KIND_TAG, PARENT_TAG
 
@@ -143,7 +145,8 @@ class Conversion:
 
     def number(self, name: str) -> float | None:
         """A number of summary.json."""
-        return self.run.data.metrics.get(name)
+        value = self.run.data.metrics.get(name)
+        return None if value is None else as_logged(value)
 
     @property
     def tokens(self) -> float | None:
@@ -158,20 +161,25 @@ class Conversion:
         return student / teacher if teacher and student is not None else None
 
     @property
-    def evaluation(self) -> Run | None:
-        """The latest evaluation that logged differences."""
-        return next((run for run in reversed(self.evaluations) if eval_metrics(run)), None)
-
-    @property
     def evaluations(self) -> list[Run]:
-        """The latest evaluation of each suite that logged a result, oldest first."""
+        """The latest evaluation of each suite that logged a result, oldest first. Those of checkpoints count as long as
+        there is none of the finished student."""
+        found = [
+            run
+            for run in self.children.get("evaluation", [])
+            if any(key.startswith("eval/") for key in run.data.metrics)
+        ]
         latest: dict[str | None, Run] = {}
-        for run in self.children.get("evaluation", []):
-            if any(key.startswith("eval/") for key in run.data.metrics):
-                suite = run.data.tags.get(SUITE_TAG)
-                latest.pop(suite, None)
-                latest[suite] = run
+        for run in [run for run in found if CHECKPOINT_TAG not in run.data.tags] or found:
+            suite = run.data.tags.get(SUITE_TAG)
+            latest.pop(suite, None)
+            latest[suite] = run
         return list(latest.values())
+
+
+def as_logged(value: float) -> float:
+    """A metric as it was logged: MLflow's databases keep infinity as the largest float."""
+    return math.copysign(math.inf, value) if abs(value) >= TOO_LARGE else value
 
 
 def eval_metrics(run: Run) -> dict[tuple[str, str], dict[str, float]]:
@@ -181,14 +189,14 @@ def eval_metrics(run: Run) -> dict[tuple[str, str], dict[str, float]]:
         if key.startswith("eval/") and key.count("/") >= 3:
             task_metric, name = key.removeprefix("eval/").rsplit("/", 1)
             task, metric = task_metric.rsplit("/", 1)
-            found[task, metric][name] = value
+            found[task, metric][name] = as_logged(value)
     return {key: fields for key, fields in found.items() if set(DIFFERENCE_FIELDS) <= fields.keys()}
 
 
 def fidelity_metrics(run: Run) -> dict[str, float]:
     """What an evaluation run has logged of `by_position.fidelity`; empty where its suite does not measure it."""
     found = run.data.metrics.items()
-    return {key.removeprefix(FIDELITY): value for key, value in found if key.startswith(FIDELITY)}
+    return {key.removeprefix(FIDELITY): as_logged(value) for key, value in found if key.startswith(FIDELITY)}
 
 
 def find_conversions(

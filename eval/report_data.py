@@ -23,6 +23,7 @@ from pl_attnedit.eval.records import (
     SUITE_TAG,
     VERSION_TAG,
     Conversion,
+    as_logged,
     load_json,
 )
 
@@ -153,12 +154,12 @@ def read_histories(client: MlflowClient, runs: Sequence[Run]) -> Histories:
         for key, ids in wanted.items():
             for start in range(0, len(ids), RUNS_OF_A_QUERY):
                 for metric in bulk(ids[start : start + RUNS_OF_A_QUERY], key, None):
-                    found[metric.run_id, key].append((metric.step, metric.value))
+                    found[metric.run_id, key].append((metric.step, as_logged(metric.value)))
         return found
     places = [(run_id, key) for key, ids in wanted.items() for run_id in ids]
     with ThreadPoolExecutor(THREADS) as pool:
         for place, metrics in zip(places, pool.map(lambda place: client.get_metric_history(*place), places)):
-            found[place] = [(metric.step, metric.value) for metric in metrics]
+            found[place] = [(metric.step, as_logged(metric.value)) for metric in metrics]
     return found
 
 

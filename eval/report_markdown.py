@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -61,7 +62,9 @@ def _run(run: Run, address: Address) -> str:
 def _overview(data: Sequence[ConversionData], address: Address) -> str:
     rows = []
     points = [
-        (d.row.kv_budget, d.row.kl_after) for d in data if d.row.kv_budget is not None and d.row.kl_after is not None
+        (d.row.kv_budget, d.row.kl_after)
+        for d in data
+        if d.row.kv_budget is not None and d.row.kl_after is not None and math.isfinite(d.row.kl_after)
     ]
     front = pareto_front(points)
     suites = fidelity_columns(data)
@@ -93,6 +96,7 @@ def _section(data: ConversionData, address: Address) -> str:
 
 def _evaluation(evaluation: Evaluation, address: Address) -> str:
     suite = f"suite {escape(evaluation.suite)}" if evaluation.suite else "of the conversion"
+    suite += f", of checkpoint {escape(evaluation.checkpoint)}" if evaluation.checkpoint else ""
     parts = [f"### Evaluation, {suite}{f', version {escape(evaluation.version)}' if evaluation.version else ''}"]
     if evaluation.failed:
         parts.append(f"**Failed**: {escape(evaluation.error)} (MLflow run {_run(evaluation.failed, address)})")

@@ -101,8 +101,9 @@ def task_row(row: Row) -> TaskRow:
 
 
 def verdict_counts(data: ConversionData) -> list[tuple[str, str]]:
-    """How many tasks came out how, over all suites and worst first: (text, css)."""
-    counts = Counter(task_row(row).css for e in data.evaluations for row in e.part("tasks"))
+    """How many tasks came out how by their first metric, over all suites and worst first: (text, css)."""
+    firsts = [{row["task"]: row for row in reversed(e.part("tasks"))}.values() for e in data.evaluations]
+    counts = Counter(task_row(row).css for rows in firsts for row in rows)
     found = [(f"{sign} {counts[css]}", css) for css, sign in SIGNS.items() if counts[css]]
     failed = sum(e.failed is not None for e in data.evaluations)
     return [*([(f"{failed} failed", "worse")] if failed else []), *found]

@@ -51,13 +51,13 @@ def non_inferiority(low: float, high: float, margin: float, higher_is_better: bo
     """Whether the student lost less than `margin`, given the 95% interval of student - teacher.
 
     One-sided at 97.5%: "non-inferior" where the whole interval is better than a loss of `margin`, "inferior" where the
-    whole interval is worse.
+    whole interval is worse. Without an interval, of a student that diverged, "inferior".
     """
     if margin <= 0:
         raise invalid("margin", margin, "must be positive, in the unit of the metric")
     if not higher_is_better:
         low, high = -high, -low
-    return "non-inferior" if low > -margin else "inferior" if high < -margin else "inconclusive"
+    return "non-inferior" if low > -margin else "inferior" if not high >= -margin else "inconclusive"
 
 
 def paired_proportions(teacher: ArrayLike, student: ArrayLike) -> Difference:
@@ -156,6 +156,10 @@ def paired_aggregate(
     values = (len(t), float(aggregate(t.sum(), total)), float(aggregate(s.sum(), total)), point)
     if np.array_equal(t, s):
         return Difference(*values, 0.0, 0.0, 1.0)
+    if not np.isfinite(
+        [*t, *s, *values[1:]]
+    ).all():  # a model that diverged: worse without a test, unless it is the teacher
+        return Difference(*values, math.nan, math.nan, 0.0 if np.isfinite([*t, values[1]]).all() else 1.0)
     if len(t) < 2:
         raise invalid("samples", len(t), "an interval needs at least 2 documents")
     low, high, error = _studentised_interval(t, s, w, difference, seed)

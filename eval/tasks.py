@@ -148,7 +148,10 @@ def build_bigbench_tasks(
         if len(questions) < MIN_SAMPLES:
             raise invalid("bigbench", str(file), f"has fewer than {MIN_SAMPLES} questions")
         count = min(limit or len(questions), len(questions))
-        names.append(f"{BIGBENCH}_" + re.sub(r"\W+", "_", file.stem))
+        name = f"{BIGBENCH}_" + re.sub(r"\W+", "_", file.stem)
+        if name in names:
+            raise invalid("bigbench", str(file), f"would be the task {name} a second time: give it another name")
+        names.append(name)
         write_task(
             Path(folder),
             names[-1],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 from typing import IO
 
@@ -21,10 +22,11 @@ def claim(path: Path) -> IO[str] | None:
     """
     file = path.open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
+        if not _take(file, fcntl.LOCK_EX):
+            time.sleep(0.05)  # whoever only looks whether it is held, holds it for a moment
+            if not _take(file, fcntl.LOCK_EX):
+                file.close()
+                return None
     except OSError:
         file.close()
         raise
@@ -32,6 +34,43 @@ def claim(path: Path) -> IO[str] | None:
     file.write(f"{process_name()}\n")
     file.flush()
     return file
+
+
+def use(path: Path) -> IO[str] | None:
+    """The file, as one that several processes use; None where its file system has no locks."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether a process holds the file by `claim`."""
+    return _is_locked(path, fcntl.LOCK_SH)
+
+
+def is_used(path: Path) -> bool:
+    """Whether a process holds the file by `use`, this one or another."""
+    return _is_locked(path, fcntl.LOCK_EX)
+
+
+def _is_locked(path: Path, mode: int) -> bool:
+    try:
+        with path.open("r+") as file:
+            return not _take(file, mode)
+    except FileNotFoundError:
+        return False
+
+
+def _take(file: IO[str], mode: int) -> bool:
+    try:
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def process_name() -> str:

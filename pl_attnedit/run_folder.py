@@ -15,19 +15,14 @@ import yaml
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.files import write_atomically
-from pl_attnedit.locks import claim
+from pl_attnedit.locks import claim, is_claimed
 
 LOCK = ".lock"  # of the process that runs the conversion
 
 
-def is_claimed(path: Path) -> bool:
+def is_running(path: Path) -> bool:
     """Whether a process runs the conversion of this run folder."""
-    if not (path / LOCK).exists():
-        return False
-    lock = claim(path / LOCK)
-    if lock is not None:
-        lock.close()
-    return lock is None
+    return is_claimed(path / LOCK)
 
 
 def is_finished(path: Path) -> bool:

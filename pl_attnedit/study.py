@@ -32,7 +32,7 @@ from pl_attnedit.eval.formatting import aligned
 from pl_attnedit.files import write_atomically
 from pl_attnedit.recipe import Recipe, as_plain, read_recipe, recipe_parser
 from pl_attnedit.recipe_checks import check_recipe
-from pl_attnedit.run_folder import changed_fields, is_claimed, is_finished, read_summary
+from pl_attnedit.run_folder import changed_fields, is_finished, is_running, read_summary
 from pl_attnedit.tracking import connect
 from pl_attnedit.tracking.conversion import experiment_id
 
@@ -253,16 +253,16 @@ class StudyRun:
             self._processes.discard(process)
         if status == 0 or self._stopped:
             return self._say(f"{name}: {'done' if status == 0 else 'stopped'}")
-        if is_claimed(folder):  # by a process that began meanwhile and was quicker
+        if is_running(folder):  # by a process that began meanwhile and was quicker
             return self._convert(each, device)
         lines = log.read_bytes()[begin:].decode("utf-8", "replace").strip().splitlines()
         self._say(f"{name}: failed, {lines[-1] if lines else f'status {status}'} ({log})")
         return False
 
     def _await_others(self, name: str, folder: Path) -> None:
-        if is_claimed(folder):
+        if is_running(folder):
             self._say(f"{name}: another process runs it, waits for that")
-            while is_claimed(folder) and not self._stopped:
+            while is_running(folder) and not self._stopped:
                 time.sleep(1)
 
     def _stop(self) -> None:
@@ -315,10 +315,10 @@ def rows(found: Mapping[str, Sequence[Mapping[str, Any]]], first: str) -> list[d
     Keys: variant, seeds, tokens of each stage, KV budget, the mean of `FIGURES`, `kl` of each seed, and `ratio`: the KL over
     that of the variant `first`, geometric means over seeds, with its 95% interval `ratio_low` to `ratio_high`. The interval
     is Student's on the logarithm, its deviation pooled over the variants that have several seeds. None where there is none:
-    `first` not among them, a KL of 0, no variant with several seeds.
+    `first` not among them, a KL that is 0 or no number, no variant with several seeds.
     """
     kls = {name: [each["kl_after_stage2"] for each in of_it] for name, of_it in found.items()}
-    logs = {name: np.log(values) for name, values in kls.items() if min(values) > 0}
+    logs = {name: np.log(values) for name, values in kls.items() if all(0 < each < np.inf for each in values)}
     freedom = sum(len(values) - 1 for values in logs.values())
     squares = sum(float(((values - values.mean()) ** 2).sum()) for values in logs.values())
     table = []

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         raise invalid("--task-folder", options.task_folder, "needs --tasks")
     options.device = str(torch_device(options.device))
     if options.log_to is not None:
-        _check_run(options.log_to, options.tracking_uri)
+        _check_run(options.log_to, options.teacher, options.tracking_uri)
     result = _by_suite(options) if options.suite else _by_tasks(options)
     if options.log_to:
         _log(result, options.log_to, options.tracking_uri, options.out)
@@ -125,17 +125,23 @@ def _by_tasks(options: Namespace) -> EvaluationResult:
     )
 
 
-def _check_run(run_id: str, tracking_uri: str | None) -> None:
-    """An unknown run is an error before the work."""
+def _check_run(run_id: str, teacher: str, tracking_uri: str | None) -> None:
+    """An unknown run, or one of another teacher, is an error before the work."""
     from mlflow.exceptions import MlflowException
 
+    from pl_attnedit.teachers.source import resolve_teacher, teacher_fingerprint
     from pl_attnedit.tracking import connect
 
     client = connect(tracking_uri, create=False)
     try:
-        client.get_run(run_id)
+        tags = client.get_run(run_id).data.tags
     except MlflowException as error:
         raise invalid("--log-to", run_id, f"must be a run in this MLflow store ({error})") from error
+    known = tags.get("teacher_fingerprint")
+    if known is not None and known != teacher_fingerprint(resolve_teacher(teacher)):
+        raise invalid(
+            "--teacher", teacher, f"is not the one of run {run_id}, {tags.get('teacher', 'which is another')}"
+        )
 
 
 def _log(result: EvaluationResult, run_id: str, tracking_uri: str | None, out: Path) -> None:

@@ -43,6 +43,9 @@ class AttentionEditingCLI(LightningCLI):
         if _is_file(path):
             check_checkpoint(Path(path))
 
+    def _parse_ckpt_path(self) -> None:
+        """Not as Lightning: a checkpoint's settings would silently replace those of the config. The module compares them."""
+
     def before_fit(self) -> None:
         self.model.resuming = _is_file(self.config.fit.ckpt_path)  # an init would be overwritten
 

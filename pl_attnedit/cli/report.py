@@ -72,7 +72,9 @@ def _rounds(options: Namespace) -> int:
     for_eval += ["--text", absolute(options.text)] if options.text else []
     for_eval += ["--bigbench", *map(absolute, options.bigbench)] if options.bigbench else []
     schedule = Schedule(
-        absolute(options.suite or "quick"),
+        os.path.abspath(options.suite)
+        if (options.suite or "").endswith((".yaml", ".yml"))
+        else options.suite or "quick",
         {SUITE_TAG: suite.name, VERSION_TAG: suite.version},
         Path(options.out),
         runs=options.runs or options.filter,

@@ -89,13 +89,16 @@ def _open_sqlite(uri: str, create: bool) -> None:
     if not database or database == ":memory:":
         raise UserError(f"tracking_uri = {uri!r}: name a database file, e.g. {DEFAULT_TRACKING_URI}")
     file = Path(database)
-    if not database.startswith("file:"):  # that is SQLite's own kind of address
+    own_kind = database.startswith("file:")  # SQLite's own kind of address
+    if not own_kind:
         if not create and not (file.exists() and file.stat().st_size):
             raise UserError(f"tracking_uri = {uri!r}: there is no {database} here; nothing has been tracked in it yet")
         if not file.exists():
             _make_sqlite(uri, file)
-    with closing(sqlite3.connect(database, timeout=10)) as connection:
-        connection.execute("PRAGMA schema_version")
+    with closing(sqlite3.connect(database, timeout=10, uri=own_kind)) as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if (tables or not create) and "experiments" not in tables:  # MLflow would put its tables beside what is there
+        raise UserError(f"tracking_uri = {uri!r}: {database} is not a database of MLflow")
     if not os.access(database, os.W_OK):
         raise PermissionError(f"{database} is not writable")
 
@@ -107,7 +110,8 @@ def _make_sqlite(uri: str, final: Path) -> None:
     # MLflow keeps the file open, which some file systems do not let be removed
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent, ignore_cleanup_errors=True) as folder:
         new = Path(folder) / final.name
-        MlflowClient(uri.replace(str(final), str(new), 1)).search_experiments(max_results=1)
+        address = make_url(uri).set(database=str(new)).render_as_string(hide_password=False)
+        MlflowClient(address).search_experiments(max_results=1)
         try:
             os.link(new, final)  # unlike a rename, not over that of a process that was quicker
         except FileExistsError:

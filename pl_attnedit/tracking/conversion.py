@@ -14,6 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.tracking.client import EXPERIMENT, KIND_TAG, PARENT_TAG, connect, resolve_tracking_uri
+from pl_attnedit.tracking.delivery import Delivery
 from pl_attnedit.tracking.run import TrackedRun
 from pl_attnedit.tracking.spool import Spool
 
@@ -133,17 +134,23 @@ def start_child(
 
 
 def deliver_pending(spool_dir: str | Path, *, tracking_uri: str | None = None) -> int:
-    """Deliver what earlier processes have left in a spool folder. Returns the number of entries that remain.
+    """Deliver what earlier processes have left in a spool folder; what a living one writes is left to that. Returns the
+    number of entries that remain.
 
     Raises:
-        UserError: MLflow cannot be reached, or no longer has one of the runs.
+        UserError: MLflow cannot be reached, or no longer has one of the runs; all others are delivered first.
     """
-    remaining = 0
+    remaining, problem = 0, None
     for path in sorted(Path(spool_dir).glob("*.jsonl")):
-        if len(Spool(path)):
-            run = TrackedRun(path.stem, spool_dir, tracking_uri=tracking_uri)
-            run.flush()
-            remaining += len(Spool(path))
+        if Delivery.elsewhere(path) or not len(Spool(path)):
+            continue
+        try:
+            TrackedRun(path.stem, spool_dir, tracking_uri=tracking_uri).flush()
+        except UserError as error:
+            problem = error
+        remaining += len(Spool(path))
+    if problem is not None:
+        raise problem
     return remaining
 
 

@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
+from pl_attnedit.locks import is_used, use
 from pl_attnedit.tracking.spool import Operation, Spool
 
 GATHER_SECONDS = 1.0  # how long metrics are gathered before they are sent as one batch
@@ -32,6 +33,7 @@ class Delivery(threading.Thread):
         super().__init__(name=f"mlflow-{run_id[:8]}", daemon=True)
         self.run_id = run_id
         self.spool = Spool(path)
+        self._in_use = use(path)  # as long as this process lives
         self._client = client
         self._wake = threading.Condition()
         self._hurry = threading.Event()  # somebody waits in `flush`
@@ -39,17 +41,29 @@ class Delivery(threading.Thread):
 
     @classmethod
     def of(cls, client: MlflowClient, run_id: str, folder: Path) -> Delivery:
-        """The running delivery of ``<folder>/<run_id>.jsonl``; it starts with what an earlier process left there."""
+        """The running delivery of ``<folder>/<run_id>.jsonl``, with what other processes have left there."""
         path = folder.resolve() / f"{run_id}.jsonl"
         with _open_lock:
             if path not in _open:
                 _open[path] = cls(client, run_id, path)
                 _open[path].start()
+            else:
+                _open[path].spool.reload()
+                _open[path]._notify()
             return _open[path]
+
+    @staticmethod
+    def elsewhere(path: Path) -> bool:
+        """Whether another process delivers this journal, and this one does not."""
+        with _open_lock:
+            return path.resolve() not in _open and is_used(path)
 
     def add(self, operation: Operation) -> None:
         """Queue one operation; returns at once."""
         self.spool.append(operation)
+        self._notify()
+
+    def _notify(self) -> None:
         with self._wake:
             self._wake.notify_all()
 
@@ -89,12 +103,30 @@ class Delivery(threading.Thread):
                 if len(batch) > 1:
                     limit = 1  # find the one that is refused
                     continue
-                rank_zero_warn(f"MLflow run {self.run_id} refuses {_short(batch[0])}: {error}. It is left out.")
+                try:
+                    self._leave_out(batch[0], error)
+                except Exception as away:
+                    return away
             self._report_recovery()
             self.spool.confirm(batch)
             with self._wake:
                 self._wake.notify_all()
         return None
+
+    def _leave_out(self, operation: Operation, error: Exception) -> None:
+        """Sends the values of an operation that was refused one by one, and says which ones cannot be sent."""
+        values = operation.get("values", {})
+        if len(values) < 2:
+            rank_zero_warn(f"MLflow run {self.run_id} refuses {_short(operation)}: {error}. It is left out.")
+            return
+        for key, value in values.items():
+            alone = {**operation, "values": {key: value}}
+            try:
+                _send(self._client, self.run_id, [alone])
+            except Exception as refusal:
+                if not _refused(refusal):
+                    raise
+                self._leave_out(alone, refusal)
 
     def _report_loss(self, error: Exception) -> None:
         self._lost_since = time.monotonic()

@@ -12,12 +12,13 @@ from typing import Any
 from lightning.fabric.utilities.logger import _convert_params
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from mlflow.tracking import MlflowClient
 from torch.nn import Module
 
+from pl_attnedit.errors import UserError
 from pl_attnedit.tracking.client import CHECKPOINTS_TAG, EXPERIMENT, PARENT_TAG, connect, resolve_tracking_uri
-from pl_attnedit.tracking.conversion import experiment_id
+from pl_attnedit.tracking.conversion import deliver_pending, experiment_id
 from pl_attnedit.tracking.run import TrackedRun, status_of
 
 
@@ -70,11 +71,19 @@ class TrackingLogger(Logger):
         if self._run is None:
             if self._run_id is None:
                 client = connect(self._tracking_uri)
+                self._deliver_leftovers()
                 experiment = experiment_id(client, self._experiment_name)
                 self._run_id = client.create_run(experiment, tags=self._tags, run_name=self._run_name).info.run_id
             self._run = TrackedRun(self._run_id, self._spool_dir, tracking_uri=self._tracking_uri)
             self._already_logged = dict(self._run.logged_steps)
         return self._run
+
+    def _deliver_leftovers(self) -> None:
+        """What trainings that were killed have left in the spool folder."""
+        try:
+            deliver_pending(self._spool_dir, tracking_uri=self._tracking_uri)
+        except UserError as error:
+            rank_zero_warn(f"What an earlier training has left in {self._spool_dir} cannot be delivered: {error}")
 
     @property
     @rank_zero_experiment
@@ -90,6 +99,11 @@ class TrackingLogger(Logger):
     @property
     def name(self) -> str:
         return self._experiment_name
+
+    @property
+    def save_dir(self) -> str:
+        """Where Lightning puts checkpoints that have no folder of their own."""
+        return "runs"
 
     @property
     def version(self) -> str:

@@ -33,15 +33,23 @@ class Spool:
         self._torn = False  # the journal's last line is incomplete: a kill, or a full disk
         self._journal_failed = False
         path.parent.mkdir(parents=True, exist_ok=True)
-        journal = self._read()
-        delivered = int(self._marker.read_text()) if self._marker.exists() else 0
-        self._last = max((op["n"] for op in journal), default=delivered)
-        self._pending: deque[Operation] = deque(op for op in journal if op["n"] > delivered)
+        self._last = 0
+        self._pending: deque[Operation] = deque()
         self.logged_steps: dict[str, int] = {}  # highest step per metric that earlier processes have logged
-        for op in journal:
-            if op["op"] == "metrics":
-                for key in op["values"]:
-                    self.logged_steps[key] = max(op["step"], self.logged_steps.get(key, op["step"]))
+        self.reload()
+
+    def reload(self) -> None:
+        """Take in what another process has added since."""
+        with self._lock:
+            delivered = int(self._marker.read_text()) if self._marker.exists() else 0
+            new = [op for op in self._read() if op["n"] > self._last]
+            # what was confirmed may not be in the journal, of a full disk; its number is taken nevertheless
+            self._last = max([self._last, delivered, *(op["n"] for op in new)])
+            self._pending.extend(op for op in new if op["n"] > delivered)
+            for op in new:
+                if op["op"] == "metrics":
+                    for key in op["values"]:
+                        self.logged_steps[key] = max(op["step"], self.logged_steps.get(key, op["step"]))
 
     def __len__(self) -> int:
         return len(self._pending)

@@ -14,6 +14,7 @@ from fixtures_stages import LATENT, unfreezing
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from pl_attnedit.cli import COMMANDS, main
+from pl_attnedit.eval.students import load_student
 
 Make = Callable[..., Any]
 
@@ -212,7 +213,12 @@ def test_a_mistake_in_fit(
         assert part in message
 
 
-def test_fit_resumes_and_validates(fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_resumes_and_validates(
+    fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], make_teacher: Make, tiny_tokenizer: Any
+) -> None:
+    other_teacher = str(tmp_path / "other")
+    make_teacher("llama", seed=1, vocab_size=300).save_pretrained(other_teacher)
+    tiny_tokenizer.save_pretrained(other_teacher)
     keep = ("--trainer.callbacks+", "ResumableCheckpoint", "--trainer.callbacks.dirpath", "kept")
     assert fit(*keep) == 0
     assert [file.name for file in (tmp_path / "kept").iterdir()] == ["last-00000002.ckpt"]
@@ -220,6 +226,16 @@ def test_fit_resumes_and_validates(fit: Callable[..., int], tmp_path: Path, caps
     last = tmp_path / "kept" / "last-00000003.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 3
     assert fit("--ckpt_path", last, command="validate") == 0
+    assert load_student(last).edit_plan.pattern
+    for other, message in (
+        (["--model.init_args.pattern", "SSFF"], "was written for the plan"),
+        (["--model.init_args.teacher", other_teacher], "was written for the teacher"),
+        (["--model", "pl_attnedit.distillation.ModelDistillation"], "was written for the stage 'stage1'"),
+        (["--model.init_args.learning_rate", "fast"], "fast"),
+    ):
+        capsys.readouterr()
+        assert fit(*keep, "--ckpt_path", last, *other) == 2, other
+        assert message in capsys.readouterr().err
     stage2 = "pl_attnedit.distillation.ModelDistillation"
     capsys.readouterr()
     assert fit("--model", stage2, "--model.init_args.train", "all", "--trainer.max_steps", "1") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
@@ -112,6 +113,20 @@ def test_ratios_cover_the_truth() -> None:
     none = rows({"first": summaries(0.1, 2), "equal": summaries(0.0, 2), "other": summaries(0.1, 1)}, "first")
     assert none[1]["ratio"] is None
     assert none[2]["ratio_low"] > 0
+
+
+def test_a_seed_that_diverged_leaves_the_intervals_of_the_others() -> None:
+    def summaries(*kls: float) -> list[dict[str, Any]]:
+        kept = dict.fromkeys(("kl_before", "kl_after_stage1", "top1_after", "wall_seconds", "tokens_stage1"), 1.0)
+        kept |= {"tokens_stage2": 1, "kv_bytes_per_token_student": 1, "kv_bytes_per_token_teacher": 2}
+        return [{"seed": seed, "kl_after_stage2": kl, **kept} for seed, kl in enumerate(kls)]
+
+    found = {"first": summaries(0.1, 0.11), "other": summaries(0.08, 0.079)}
+    alone = rows(found, "first")[1]
+    for kls in ((0.2, math.nan), (math.nan, 0.2), (0.2, math.inf)):
+        again = rows({**found, "diverged": summaries(*kls)}, "first")
+        assert again[1]["ratio_low"] == alone["ratio_low"]
+        assert again[2]["ratio"] is None
 
 
 def test_fields_are_merged_one_by_one() -> None:

@@ -18,7 +18,8 @@ from mlflow.tracking import MlflowClient
 from pl_attnedit.cli import main
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.compare import compare_runs, format_rows
-from pl_attnedit.eval.records import find_conversions, load_json, log_evaluation
+from pl_attnedit.eval.records import CHECKPOINT_TAG, find_conversions, load_json, log_evaluation
+from pl_attnedit.eval.report import write_report
 from pl_attnedit.tracking import TrackedRun, connect, start_child
 from pl_attnedit.tracking.client import EXPERIMENT
 
@@ -112,7 +113,7 @@ def test_markdown_escapes(store: tuple[str, list[str]], tmp_path: Path) -> None:
 
 
 def test_suites_speeds_and_verdicts(store: tuple[str, list[str]], tmp_path: Path) -> None:
-    """Of two suites each adds its own; where both have a task, the later one counts, with its verdict or without."""
+    """Each suite adds its own, beside what the conversion itself has measured."""
     uri, ids = store
     client = connect(uri)
     run_id = start_child(ids[0], "evaluation", client=client)
@@ -120,8 +121,11 @@ def test_suites_speeds_and_verdicts(store: tuple[str, list[str]], tmp_path: Path
         log_evaluation(fake_evaluation(0.7, decode=1.25), run)
     try:
         rows = compare_runs(ids[:2], uri)
-        assert rows[0].differences["heldout_perplexity/bits_per_byte"]["difference"] == pytest.approx(0.7 / 3)
-        assert rows[0].verdicts == {"heldout_cloze/acc": "non-inferior", "heldout_cloze/acc_norm": "inconclusive"}
+        found = rows[0].differences
+        assert found["offline: heldout_perplexity/bits_per_byte"]["difference"] == pytest.approx(0.7 / 3)
+        assert found["heldout_perplexity/bits_per_byte"]["difference"] == pytest.approx(0.094 / 3)
+        verdicts = {"offline: heldout_cloze/acc": "non-inferior", "offline: heldout_cloze/acc_norm": "inconclusive"}
+        assert rows[0].verdicts == verdicts
         assert rows[0].decode == {"512x1": 1.0, "512x8": 1.25}
         assert list(rows[0].decode) == ["512x1", "512x8"]  # the table shows the last
         assert rows[1].verdicts == rows[1].decode == {}
@@ -130,9 +134,36 @@ def test_suites_speeds_and_verdicts(store: tuple[str, list[str]], tmp_path: Path
         assert second[head.index("decode / teacher") :].startswith("- ")
         assert "-0.021 [-0.109, +0.055] non-inferior" in first
         line = next(csv.DictReader(io.StringIO(format_rows(rows, "csv"))))
-        assert (line["decode/512x8"], line["heldout_cloze/acc/verdict"]) == ("1.25", "non-inferior")
+        assert (line["decode/512x8"], line["offline: heldout_cloze/acc/verdict"]) == ("1.25", "non-inferior")
     finally:
         client.delete_run(run_id)
+
+
+def test_a_checkpoint_does_not_stand_for_the_student(store: tuple[str, list[str]], tmp_path: Path) -> None:
+    """It was evaluated while the training went on, after MLflow had made the run of the conversion's own evaluation."""
+    uri, ids = store
+    client = connect(uri)
+    run_id = start_child(ids[0], "evaluation", client=client, tags={CHECKPOINT_TAG: "stage2/last-00000100"})
+    with TrackedRun(run_id, tmp_path, tracking_uri=uri) as run:
+        log_evaluation(fake_result(9.0), run)
+    try:
+        [row] = compare_runs([ids[0]], uri)
+        assert row.differences["heldout_perplexity/bits_per_byte"]["difference"] == pytest.approx(0.094 / 3)
+    finally:
+        client.delete_run(run_id)
+
+
+def test_infinity_is_read_as_it_was_logged(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_id = log_fake_conversion(uri, tmp_path, "diverged", complete=False)
+    with TrackedRun(run_id, tmp_path, tracking_uri=uri) as run:
+        run.log_metrics({"kl_after_stage2": math.inf, "kl_before": -math.inf, "kl_after_stage1": 1e10})
+    [row] = compare_runs([run_id], uri)
+    assert (row.kl_after, row.kl_before, row.kl_after_stage1) == (math.inf, -math.inf, 1e10)
+    for suffix in ("html", "md", "json"):
+        text = write_report([run_id], tmp_path / f"report.{suffix}", uri).read_text()
+        assert "1797" not in text.replace(",", "")
+    assert "**diverged**" not in (tmp_path / "report.md").read_text()  # not the best for its KV budget
 
 
 def test_fidelity_of_each_suite(suites: tuple[str, list[str]], tmp_path: Path) -> None:
@@ -224,8 +255,7 @@ def test_the_latest_evaluation_counts(store: tuple[str, list[str]], tmp_path: Pa
     (conversion,) = find_conversions([ids[3]], uri)
     for added in conversion.children["evaluation"][1:]:
         client.delete_run(added.info.run_id)
-    evaluation = conversion.evaluation
-    assert evaluation is not None
+    evaluation = conversion.evaluations[-1]
     assert evaluation.info.run_id == run.run_id
     assert evaluation.data.metrics["eval/heldout_perplexity/word_perplexity/difference"] == result.tasks[0].difference
     assert load_json(client, evaluation, "results.json") == json.loads(result.to_json())

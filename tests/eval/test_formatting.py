@@ -56,3 +56,11 @@ def test_text(text: str, expected: str) -> None:
 
 def test_breakable_escapes() -> None:
     assert f.breakable("a_<b>") == "a_<wbr>&lt;b&gt;"
+
+
+def test_a_number_that_rounds_up_to_the_next_unit_has_that_unit() -> None:
+    assert (f.count(999_600), f.count(999_400)) == ("1M", "999k")
+    assert (f.byte_size(999.6e6), f.byte_size(1.2345e12)) == ("1 GB", "1,234 GB")
+    assert (f.significant(999.7), f.significant(999.4)) == ("1,000", "999")
+    assert (f.seconds(0.9997), f.seconds(0.9)) == ("1.00 s", "900 ms")
+    assert f.points_or_value("word_perplexity", 1234.5) == "+1,234"

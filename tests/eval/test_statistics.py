@@ -242,3 +242,17 @@ def test_holm_known_values() -> None:
 def test_unusable_samples(call, message: str) -> None:
     with pytest.raises(UserError, match=message):
         call()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("n", [3, 8])
+def test_a_student_that_diverged_is_inferior(value: float, n: int) -> None:
+    teacher, student = np.linspace(-9, -8, n), np.linspace(-9, -8.5, n)
+    student[1] = value
+    found = paired_aggregate(teacher, student, np.full(n, 4.0), perplexity)
+    assert math.isnan(found.ci_low)
+    assert math.isnan(found.ci_high)
+    assert found.p_value == 0
+    assert non_inferiority(found.ci_low, found.ci_high, 1.0, True) == "inferior"
+    assert non_inferiority(found.ci_low, found.ci_high, 1.0, False) == "inferior"
+    assert paired_aggregate(student, teacher, np.full(n, 4.0), perplexity).p_value == 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import resource
+import sqlite3
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,64 @@ def exit_of_the_trainer() -> BaseException:
 )
 def test_final_status(error: BaseException | None, status: str) -> None:
     assert status_of(error) == status
+
+
+def test_a_number_that_was_confirmed_is_not_taken_again(tmp_path: Path) -> None:
+    """Of a full disk: what was sent from memory alone has a number, and no line."""
+    journal = tmp_path / "run.jsonl"
+    spool = Spool(journal)
+    for step in range(3):
+        spool.append({"op": "metrics", "values": {"x": 1.0}, "step": step, "time": step})
+    spool.confirm(spool.head(3))
+    (tmp_path / "run.delivered").write_text("6")
+    again = Spool(journal)
+    again.append({"op": "metrics", "values": {"x": 1.0}, "step": 7, "time": 7})
+    assert [operation["n"] for operation in Spool(journal).head(9)] == [7]
+
+
+def test_what_another_process_appends_is_delivered_by_this_one(database: str, tmp_path: Path) -> None:
+    run_id = new_run(database, "appended")
+    TrackedRun(run_id, tmp_path, tracking_uri=database).log_metrics({"x": 1.0}, 1)
+    assert deliver_pending(tmp_path, tracking_uri=database) == 0
+    Spool(tmp_path / f"{run_id}.jsonl").append({"op": "metrics", "values": {"x": 2.0}, "step": 2, "time": 2})
+    assert deliver_pending(tmp_path, tracking_uri=database) == 0
+    assert metric_history(run_id, "x", tracking_uri=database) == [(1, 1.0), (2, 2.0)]
+
+
+def test_what_a_living_process_writes_is_left_to_it(database: str, tmp_path: Path) -> None:
+    run_id = new_run(database, "living")
+    journal = tmp_path / f"{run_id}.jsonl"
+    Spool(journal).append({"op": "metrics", "values": {"x": 2.0}, "step": 2, "time": 2})
+    holder = (
+        "import sys, time, pathlib; from pl_attnedit.locks import use; "
+        "f = use(pathlib.Path(sys.argv[1])); print(flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder, str(journal)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert deliver_pending(tmp_path, tracking_uri=database) == 0
+        assert metric_history(run_id, "x", tracking_uri=database) == []
+        process.kill()
+    assert deliver_pending(tmp_path, tracking_uri=database) == 0
+    assert metric_history(run_id, "x", tracking_uri=database) == [(2, 2.0)]
+
+
+def test_of_several_values_only_the_refused_one_is_left_out(database: str, tmp_path: Path) -> None:
+    run = TrackedRun(new_run(database, "refused"), tmp_path, tracking_uri=database)
+    run.log_metrics({"good": 1.0, "a//b": 2.0, "good2": 3.0})
+    with pytest.warns(UserWarning, match=r"refuses .*a//b.* It is left out"):
+        run.flush()
+    assert set(connect(database).get_run(run.run_id).data.metrics) == {"good", "good2"}
+
+
+def test_a_database_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "mine.db") as mine:
+        mine.execute("CREATE TABLE x (y)")
+    before = (tmp_path / "mine.db").read_bytes()
+    for create in (False, True):
+        with pytest.raises(UserError, match=r"mine\.db is not a database of MLflow"):
+            connect(f"sqlite:///{tmp_path}/mine.db", create=create)
+    assert (tmp_path / "mine.db").read_bytes() == before
 
 
 def test_a_conversion_has_a_parent_and_children_that_can_be_found(database: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tracking_helpers import Line, batches, trainer
 
 from pl_attnedit.tracking import LogConfigCallback, TrackingLogger, connect
+from pl_attnedit.tracking.spool import Spool
 
 
 class Numbers(LightningDataModule):
@@ -34,6 +35,13 @@ def test_the_default_is_a_database_in_the_working_folder(tmp_path: Path, monkeyp
     assert run.data.tags["pl_attnedit.kind"] == "stage1"
     assert client.get_experiment(run.info.experiment_id).name == "pl_attnedit"
     assert [step for step, _ in metric_history(logger.run_id, "train/loss")] == [0, 1, 2]
+
+
+def test_the_next_training_delivers_what_a_killed_one_has_left(database: str, tmp_path: Path) -> None:
+    killed = TrackingLogger(database, "killed", spool_dir=tmp_path).run_id
+    Spool(tmp_path / f"{killed}.jsonl").append({"op": "metrics", "values": {"x": 2.0}, "step": 2, "time": 2})
+    TrackingLogger(database, "killed", spool_dir=tmp_path).log_metrics({"x": 1.0}, 1)
+    assert metric_history(killed, "x", tracking_uri=database) == [(2, 2.0)]
 
 
 def test_a_resumed_run_is_the_same_run_and_repeats_no_step(
