@@ -117,6 +117,8 @@ class TextDataModule(LightningDataModule):
         self._held_out: PackedSequences | None = None
         self._resumed: dict[str, Any] = {}
         if max_context is not None:
+            if max_context < 1:
+                raise invalid("max_context", max_context, "must be at least 1")
             self._check_context(max_context)
 
     @cached_property

@@ -250,6 +250,7 @@ def test_tokenizer_from_a_folder(tokenizer: Any, corpus: str, tmp_path: Path) ->
         ({"num_workers": -1}, "num_workers = -1: must be at least 0"),
         ({"seed": -1}, "seed = -1: must be at least 0"),
         ({"loss_on": "questions"}, "loss_on = 'questions': must be all or answers"),
+        ({"max_context": -5}, "max_context = -5: must be at least 1"),
         ({"seq_len": 64, "max_context": 48}, "seq_len = 64: must be at most 48, the context of the model"),
         ({"source": []}, "source = .*: must name at least one source"),
         ({"val_source": []}, "source = .*: must name at least one source"),

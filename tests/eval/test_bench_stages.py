@@ -9,7 +9,7 @@ import torch
 
 from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
 from pl_attnedit.cli import main
-from pl_attnedit.eval.bench.flops import step_flops
+from pl_attnedit.eval.bench.flops import score_flops, step_flops
 from pl_attnedit.eval.bench.stages import StepBench, bench_step, step_table
 
 KEYS = {"step_ms", "bound_ms", "step_over_bound", "tokens_per_s", "flop_utilisation", "peak_bytes"}
@@ -76,6 +76,14 @@ def test_flops_are_those_of_the_matrix_products(make_teacher: Callable[..., Any]
     expected += -no_input if stage == "stage1" else 2 * mlp + 3 * head
     expected += 2 * mlp if block_loss else 0
     assert ours == pytest.approx(expected)
+
+
+def test_a_window_counts_the_keys_that_are_seen(make_teacher: Callable[..., Any]) -> None:
+    student = edit_model(make_teacher("llama"), GateSWAConfig(window=5, sinks=2), pattern="S", init="random")
+    attention, config = student.model.layers[0].self_attn, student.config
+    seen = sum(min(position + 1, 5 + 2) for position in range(16)) / 16
+    spec = attention.spec
+    assert score_flops(attention, config, 16) == pytest.approx(2 * seen * spec.num_heads * 2 * spec.head_dim)
 
 
 def test_flops_of_what_does_not_run_are_not_counted(make_teacher: Callable[..., Any]) -> None:

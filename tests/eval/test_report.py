@@ -71,7 +71,7 @@ def test_one_conversion(store: tuple[str, list[str]], tmp_path: Path) -> None:
         "1 conversion, read from MLflow",
         "27.0% 12,442 of 46,080 bytes per token at 32k context",
         "0.166 → 0.121 → 0.094",
-        "614k + 819k in 12 min",
+        "614k + 819k; 12 min in all",
         "before (step 0)",
         "after (step 300)",
         "−2.1 points −10.9 to +5.5",  # the difference with its interval

@@ -22,7 +22,7 @@ from pl_attnedit.eval.schedule import (
     LOCK_FILE,
     SPOOL_FOLDER,
 )
-from pl_attnedit.eval.schedule_jobs import SCHEDULED_TAG, EvaluationFailed, Job
+from pl_attnedit.eval.schedule_jobs import SCHEDULED_TAG, EvaluationFailed, Job, back_off
 from pl_attnedit.interruption import Interrupted
 from pl_attnedit.locks import claim
 from pl_attnedit.tracking import connect, start_child
@@ -394,3 +394,8 @@ def test_paths_mean_the_same_elsewhere(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     assert scheduling.absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
     assert scheduling.absolute_uri("http://server:5000") == "http://server:5000"
+
+
+def test_waits_double_up_to_a_week() -> None:
+    assert [back_off(3600, failures) for failures in (1, 2, 3, 4)] == [3600, 7200, 14400, 28800]
+    assert back_off(3600, 50) == 7 * 24 * 3600
