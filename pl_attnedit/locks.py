@@ -37,8 +37,11 @@ def claim(path: Path) -> IO[str] | None:
 
 
 def use(path: Path) -> IO[str] | None:
-    """The file, as one that several processes use; None where its file system has no locks."""
-    file = path.open("a")
+    """The file, as one that several processes use; None where it cannot be opened, or its file system has no locks."""
+    try:
+        file = path.open("a+")
+    except OSError:
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_SH)
     except OSError:
@@ -53,8 +56,14 @@ def is_claimed(path: Path) -> bool:
 
 
 def is_used(path: Path) -> bool:
-    """Whether a process holds the file by `use`, this one or another."""
-    return _is_locked(path, fcntl.LOCK_EX)
+    """Whether a process holds the file by `use`, this one or another. What cannot be opened is somebody else's; where the
+    file system has no locks nobody is known to."""
+    try:
+        return _is_locked(path, fcntl.LOCK_EX)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
 
 
 def _is_locked(path: Path, mode: int) -> bool:

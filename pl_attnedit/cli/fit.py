@@ -98,6 +98,7 @@ def main(arguments: Sequence[str]) -> int:
             "log_every_n_steps": 1,
             "enable_model_summary": False,
             "logger": {"class_path": "pl_attnedit.tracking.TrackingLogger"},
+            "default_root_dir": "runs",
         },
         seed_everything_default=0,
         parser_kwargs={"prog": "pl-attnedit"},

@@ -69,7 +69,8 @@ def open_source(source: str | Source) -> OpenSource:
         for field, value in (("config", source.config), ("split", source.split if source.split != "train" else None)):
             if value is not None:
                 raise invalid(field, value, f"is for a dataset of the hub, not for {source.name}")
-    if source.column is not None and (source.name == BUILTIN or {file.suffix for file in files} & {".txt", ".md"}):
+    plain = source.name == BUILTIN or (files and {file.suffix for file in files} <= {".txt", ".md"})
+    if source.column is not None and plain:
         raise invalid("column", source.column, f"is for tables, not for {source.name}")
     if source.name == BUILTIN:
         return OpenSource(BUILTIN, builtin_identity(), builtin_documents)

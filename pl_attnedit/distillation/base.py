@@ -27,6 +27,11 @@ from pl_attnedit.modeling.edit import FROM_TEXT, Init, assemble, check_teacher, 
 from pl_attnedit.modeling.weights import copy_weights, default_dtype
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 
+OF_THE_OPTIMIZER = (
+    "train",
+    "learning_rate",
+    "weight_decay",
+)  # settings whose values a checkpoint's optimizer brings along
 TeacherHidden = dict[tuple[str, int], torch.Tensor]  # by text, dtype and validation batch, in host memory
 
 
@@ -346,3 +351,9 @@ class DistillationModule(OptimisedModule):
         for name, wanted in self._identity().items():
             if found.get(name) != wanted:
                 raise UserError(f"checkpoint: was written for the {name} {found.get(name)!r}, this run has {wanted!r}")
+        settings = checkpoint.get("hyper_parameters", {})
+        for name in OF_THE_OPTIMIZER:
+            now = self.hparams.get(name)
+            if name in settings and settings[name] != now:
+                other = f"was trained with {name} {settings[name]!r}, this run has {now!r}"
+                raise UserError(f"checkpoint: {other}; to change that, start anew with init_from")

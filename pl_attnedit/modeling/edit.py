@@ -74,7 +74,8 @@ def check_teacher(teacher: PreTrainedModel) -> None:
         raise UserError(f"teacher of type {type(teacher).__name__}: must be a {family.model_class.__name__}")
     for name, module in teacher.model.layers.named_modules():
         if name.endswith(PROJECTIONS) and (type(module) is not nn.Linear or module.weight.dtype.itemsize < 2):
-            kind = f"{type(module).__name__} of {module.weight.dtype}"
+            weight = getattr(module, "weight", None)
+            kind = type(module).__name__ + (f" of {weight.dtype}" if isinstance(weight, torch.Tensor) else "")
             raise UserError(f"teacher: {name} is a {kind}; load the model unquantised, in 16 or 32 bits")
 
 

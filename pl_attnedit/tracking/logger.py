@@ -82,7 +82,7 @@ class TrackingLogger(Logger):
         """What trainings that were killed have left in the spool folder."""
         try:
             deliver_pending(self._spool_dir, tracking_uri=self._tracking_uri)
-        except UserError as error:
+        except (UserError, OSError) as error:
             rank_zero_warn(f"What an earlier training has left in {self._spool_dir} cannot be delivered: {error}")
 
     @property
@@ -99,11 +99,6 @@ class TrackingLogger(Logger):
     @property
     def name(self) -> str:
         return self._experiment_name
-
-    @property
-    def save_dir(self) -> str:
-        """Where Lightning puts checkpoints that have no folder of their own."""
-        return "runs"
 
     @property
     def version(self) -> str:

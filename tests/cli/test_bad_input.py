@@ -232,6 +232,7 @@ def test_fit_resumes_and_validates(
         (["--model.init_args.teacher", other_teacher], "was written for the teacher"),
         (["--model", "pl_attnedit.distillation.ModelDistillation"], "was written for the stage 'stage1'"),
         (["--model.init_args.learning_rate", "fast"], "fast"),
+        (["--model.init_args.learning_rate", "0.5"], "was trained with learning_rate"),
     ):
         capsys.readouterr()
         assert fit(*keep, "--ckpt_path", last, *other) == 2, other

@@ -132,6 +132,12 @@ def test_options_of_other_kinds_of_sources(
         open_source(Source(name, **options))
 
 
+def test_tables_beside_a_text_have_columns(write_jsonl: Callable[..., str]) -> None:
+    folder = Path(write_jsonl([{"body": "x"}])).parent
+    (folder / "README.md").write_text("about")
+    assert sorted(read(Source(str(folder), column="body"))) == ["about", "x"]
+
+
 def test_identity_follows_the_content(tmp_path: Path) -> None:
     one, other = tmp_path / "one.txt", tmp_path / "other.txt"
     one.write_text("same")

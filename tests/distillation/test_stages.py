@@ -439,6 +439,17 @@ def test_a_foreign_checkpoint_is_refused(make_stage1: Make, make_stage2: Make, m
         )
 
 
+def test_a_checkpoint_of_other_weights_to_train_is_refused(make_stage2: Make, make_data: Make) -> None:
+    module = make_stage2(train="all")
+    make_trainer(steps=1).fit(module, make_data())
+    checkpoint = {"hyper_parameters": dict(module.hparams)}
+    module.on_save_checkpoint(checkpoint)
+    module.on_load_checkpoint(checkpoint)
+    module.hparams["train"] = "attention"
+    with pytest.raises(UserError, match="checkpoint: was trained with train 'all', this run has 'attention'"):
+        module.on_load_checkpoint(checkpoint)
+
+
 def test_the_student_can_be_saved_and_loaded(make_stage: Make, make_data: Make, tmp_path: Path) -> None:
     module = make_stage()
     make_trainer(steps=1).fit(module, make_data())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,18 @@ def test_the_next_training_delivers_what_a_killed_one_has_left(database: str, tm
     Spool(tmp_path / f"{killed}.jsonl").append({"op": "metrics", "values": {"x": 2.0}, "step": 2, "time": 2})
     TrackingLogger(database, "killed", spool_dir=tmp_path).log_metrics({"x": 1.0}, 1)
     assert metric_history(killed, "x", tracking_uri=database) == [(2, 2.0)]
+
+
+def test_file_systems_without_locks_stop_nothing(database: str, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "left.jsonl").write_text("")
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("pl_attnedit.locks.fcntl.flock", none)
+    logger = TrackingLogger(database, "without", spool_dir=tmp_path)
+    logger.log_metrics({"x": 1.0}, 1)
+    assert logger.run.flush()
 
 
 def test_a_resumed_run_is_the_same_run_and_repeats_no_step(
