@@ -46,6 +46,7 @@ class ProgressiveUnfreezing(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self.order == "parts":
+            self.check(pl_module, pl_module.plan.letters)
             self._groups = self._by_parts(pl_module)
         else:
             self._groups = self._by_layers(pl_module.layer_modules(), self.layer_order(pl_module.plan.letters))
@@ -89,7 +90,6 @@ class ProgressiveUnfreezing(Callback):
         ]
 
     def _by_parts(self, pl_module: Any) -> list[list[Parameter]]:
-        self.check(pl_module, "")
         attention = {id(p): p for module in pl_module.layer_modules().values() for p in module.parameters()}
         norms: dict[int, Parameter] = {}
         rest: dict[int, Parameter] = {}

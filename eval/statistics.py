@@ -156,10 +156,9 @@ def paired_aggregate(
     values = (len(t), float(aggregate(t.sum(), total)), float(aggregate(s.sum(), total)), point)
     if np.array_equal(t, s):
         return Difference(*values, 0.0, 0.0, 1.0)
-    if not np.isfinite(
-        [*t, *s, *values[1:]]
-    ).all():  # a model that diverged: worse without a test, unless it is the teacher
-        return Difference(*values, math.nan, math.nan, 0.0 if np.isfinite([*t, values[1]]).all() else 1.0)
+    finite = [np.isfinite(each).all() and np.isfinite(value) for each, value in zip((t, s), values[1:3])]
+    if not all(finite):  # a student that diverged is worse without a test
+        return Difference(*values, math.nan, math.nan, 0.0 if finite[0] else 1.0)
     if len(t) < 2:
         raise invalid("samples", len(t), "an interval needs at least 2 documents")
     low, high, error = _studentised_interval(t, s, w, difference, seed)

@@ -39,7 +39,7 @@ from pl_attnedit.eval.students import load_pair
 from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
 from pl_attnedit.files import write_atomically
 from pl_attnedit.memory import release_memory
-from pl_attnedit.modeling import load
+from pl_attnedit.modeling.edit import read_config
 from pl_attnedit.modeling.kv import fill_cache, kv_context, on_meta
 from pl_attnedit.recipe import Recipe, StageRecipe
 from pl_attnedit.recipe_checks import check_graphs, check_recipe, stage_module
@@ -222,13 +222,13 @@ class Conversion:
 
     def measure(self) -> dict[str, Any]:
         """Cached bytes per token of teacher and student on their real caches, both in the student's dtype."""
-        student: Any = load(self.folder.path / "student")
+        config = read_config(self.folder.path / "student")
+        teacher, student = (on_meta(each, config.dtype) for each in (teacher_config(self.recipe.teacher), config))
         context = kv_context(student)
-        configs = {"teacher": teacher_config(self.recipe.teacher), "student": student.config}
-        found = {name: next(fill_cache(on_meta(each, student.dtype), context)) for name, each in configs.items()}
         return {
             "kv_context": context,
-            **{f"kv_bytes_per_token_{name}": sum(layers) / context for name, layers in found.items()},
+            "kv_bytes_per_token_teacher": sum(next(fill_cache(teacher, context))) / context,
+            "kv_bytes_per_token_student": sum(next(fill_cache(student, context))) / context,
             "pattern": student.edit_plan.pattern,
         }
 

@@ -83,23 +83,22 @@ class MLAConfig(TargetConfig):
             raise invalid("v_head_dim", self.v_head_dim, f"must divide the width {inner} of the inherited o_proj")
 
     def check_init(self, init: str, spec: AttentionSpec) -> None:
+        if init == "random":
+            return
         if init == "copy":
             raise invalid("init", init, "the teacher's projections do not fit mla; use 'calibrated' or 'random'")
-        if init not in ("calibrated", "plain_svd"):
-            return
-        of_teacher = [("v_head_dim", self.v_head_dim)]
+        for field in ("v_head_dim", "qk_nope_head_dim") if init == "plain_svd" else ("v_head_dim",):
+            if getattr(self, field) not in (None, spec.head_dim):
+                problem = f"init {init} needs the teacher's {spec.head_dim}; or init 'random'"
+                raise invalid(field, getattr(self, field), problem)
         if init == "plain_svd":
-            of_teacher.append(("qk_nope_head_dim", self.qk_nope_head_dim))
             if self.q_lora_rank is not None:
                 raise invalid("q_lora_rank", self.q_lora_rank, "plain_svd has a full-rank query only: leave it out")
-        for field, value in of_teacher:
-            if value not in (None, spec.head_dim):
-                raise invalid(field, value, f"init {init} needs the teacher's {spec.head_dim}; or init 'random'")
-        normed = [("q_lora_rank", self.q_lora_rank), ("kv_lora_rank", self.kv_lora_rank if self.latent_norm else None)]
-        for field, value in normed:
-            if init == "calibrated" and value == 1:
+            return
+        for field in ("q_lora_rank", "kv_lora_rank") if self.latent_norm else ("q_lora_rank",):
+            if getattr(self, field) == 1:
                 raise invalid(
-                    field, value, "must be at least 2: one latent is kept constant for the norm; or init 'random'"
+                    field, 1, "must be at least 2: one latent is kept constant for the norm; or init 'random'"
                 )
 
 
@@ -151,9 +150,8 @@ class MLA(Target):
             # in one tensor, which decoding can use as it is; values of width 0 take no room
             cached = torch.cat([latent, key_rope], dim=-1)
             cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
-            if (
-                hidden_states.shape[1] == 1 and type(self.kv_b_proj) is nn.Linear
-            ):  # of a quantised one the weight is packed
+            # of a quantised kv_b_proj the weight is packed: there is nothing to absorb
+            if hidden_states.shape[1] == 1 and type(self.kv_b_proj) is nn.Linear:
                 return self.o_proj(self.absorbed(query_nope, query_rope, cached, mask)), None
             latent, key_rope = cached.split([self.rank, self.rope_dim], dim=-1)
         return self.o_proj(self.expanded(query_nope, query_rope, latent, key_rope, mask)), None

@@ -66,12 +66,7 @@ def open_source(source: str | Source) -> OpenSource:
     source = Source(source) if isinstance(source, str) else source
     files = [] if source.name == BUILTIN else _local_files(source.name)
     if source.name == BUILTIN or files:
-        for field, value in (("config", source.config), ("split", source.split if source.split != "train" else None)):
-            if value is not None:
-                raise invalid(field, value, f"is for a dataset of the hub, not for {source.name}")
-    plain = source.name == BUILTIN or (files and {file.suffix for file in files} <= {".txt", ".md"})
-    if source.column is not None and plain:
-        raise invalid("column", source.column, f"is for tables, not for {source.name}")
+        _check_local(source, files)
     if source.name == BUILTIN:
         return OpenSource(BUILTIN, builtin_identity(), builtin_documents)
     if files:
@@ -79,6 +74,16 @@ def open_source(source: str | Source) -> OpenSource:
         identity = json.dumps(["files", PASSAGE_CHARACTERS, source.column, content])
         return OpenSource(source.name, identity, lambda: _read_files(files, source.column))
     return _open_hub(source)
+
+
+def _check_local(source: Source, files: list[Path]) -> None:
+    """`UserError` for options that text on this machine does not have; files: none for the built-in text."""
+    if source.config is not None:
+        raise invalid("config", source.config, f"is for a dataset of the hub, not for {source.name}")
+    if source.split != "train":
+        raise invalid("split", source.split, f"is for a dataset of the hub, not for {source.name}")
+    if source.column is not None and {file.suffix for file in files} <= {".txt", ".md"}:
+        raise invalid("column", source.column, f"is for tables, not for {source.name}")
 
 
 def document_hash(document: Document) -> int:

@@ -27,11 +27,8 @@ from pl_attnedit.modeling.edit import FROM_TEXT, Init, assemble, check_teacher, 
 from pl_attnedit.modeling.weights import copy_weights, default_dtype
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 
-OF_THE_OPTIMIZER = (
-    "train",
-    "learning_rate",
-    "weight_decay",
-)  # settings whose values a checkpoint's optimizer brings along
+# settings whose values a checkpoint's optimizer brings along
+OF_THE_OPTIMIZER = ("train", "learning_rate", "weight_decay")
 TeacherHidden = dict[tuple[str, int], torch.Tensor]  # by text, dtype and validation batch, in host memory
 
 

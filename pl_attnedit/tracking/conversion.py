@@ -142,7 +142,7 @@ def deliver_pending(spool_dir: str | Path, *, tracking_uri: str | None = None) -
     """
     remaining, problem = 0, None
     for path in sorted(Path(spool_dir).glob("*.jsonl")):
-        if Delivery.elsewhere(path) or not len(Spool(path)):
+        if Delivery.elsewhere(path) or not Spool.has_pending(path):
             continue
         try:
             TrackedRun(path.stem, spool_dir, tracking_uri=tracking_uri).flush()

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 Operation = dict[str, Any]
+END_BYTES = 1 << 16  # of a journal, in which its last line usually is whole
 
 
 class Spool:
@@ -50,6 +51,18 @@ class Spool:
                 if op["op"] == "metrics":
                     for key in op["values"]:
                         self.logged_steps[key] = max(op["step"], self.logged_steps.get(key, op["step"]))
+
+    @staticmethod
+    def has_pending(path: Path) -> bool:
+        """Whether the journal's last operation is not confirmed; reads its end alone, unless that is a long or torn line."""
+        marker = path.with_suffix(".delivered")
+        with path.open("rb") as journal:
+            journal.seek(max(path.stat().st_size - END_BYTES, 0))
+            *_, last = [b"", *journal.read().splitlines()]
+        try:
+            return bool(last) and int(json.loads(last)["n"]) > (int(marker.read_text()) if marker.exists() else 0)
+        except (ValueError, KeyError, TypeError):
+            return len(Spool(path)) > 0
 
     def __len__(self) -> int:
         return len(self._pending)

@@ -168,6 +168,24 @@ def test_a_number_that_was_confirmed_is_not_taken_again(tmp_path: Path) -> None:
     assert [operation["n"] for operation in Spool(journal).head(9)] == [7]
 
 
+@pytest.mark.parametrize("text", ["x", "x" * 100_000])
+@pytest.mark.parametrize("torn", ["", '{"n": 9, "op"'])
+def test_a_journals_end_tells_whether_anything_is_pending(tmp_path: Path, text: str, torn: str) -> None:
+    journal = tmp_path / "run.jsonl"
+    journal.touch()
+    assert not Spool.has_pending(journal)
+    spool = Spool(journal)
+    for name in ("a", "b"):
+        spool.append({"op": "text", "text": text, "name": name})
+    with journal.open("a") as file:
+        file.write(torn)
+    assert Spool.has_pending(journal)
+    spool.confirm(spool.head(1))
+    assert Spool.has_pending(journal)
+    spool.confirm(spool.head(1))
+    assert not Spool.has_pending(journal)
+
+
 def test_what_another_process_appends_is_delivered_by_this_one(database: str, tmp_path: Path) -> None:
     run_id = new_run(database, "appended")
     TrackedRun(run_id, tmp_path, tracking_uri=database).log_metrics({"x": 1.0}, 1)
