@@ -110,10 +110,4 @@ def up_from_zero(values: Sequence[float]) -> Scale:
 def up_percent(values: Sequence[float]) -> Scale:
     """Vertical, percentages up to 100 and down as far as needed."""
     reach = [*values, 100.0] if any(value != 100 for value in values) else [0.0, 100.0]
-    return linear_scale(
-        reach,
-        HEIGHT - BOTTOM,
-        TOP,
-        n_ticks=4,
-        label=percent_label,
-    )
+    return linear_scale(reach, HEIGHT - BOTTOM, TOP, n_ticks=4, label=percent_label)

@@ -39,9 +39,8 @@ def load_student(path: str | Path, dtype: str | None = None) -> PreTrainedModel:
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     trained = content["state_dict"]
     saved = str(next(iter(trained.values())).dtype).removeprefix("torch.")  # `bf16-true` is not in the settings
-    settings = {
-        name: value for name, value in content["hyper_parameters"].items() if not name.startswith("_")
-    }  # Lightning's
+    # LightningCLI adds names of its own, which begin with an underscore
+    settings = {name: value for name, value in content["hyper_parameters"].items() if not name.startswith("_")}
     module = STAGES[stage](**{**settings, "dtype": saved})
     module.resuming = True  # no init: the weights follow
     module.configure_model()

@@ -112,10 +112,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or Path(self.name).name != self.name:
             raise invalid("name", self.name, "must be the name of one folder")
-        typed = {
-            name: value for name, value in self.trainer.items() if name != "precision"
-        }  # `check_recipe` knows those
-        self.trainer = self.trainer | _typed_options("trainer", typed, Trainer, _OURS_OF_TRAINER)
+        # of precisions `check_recipe` lists what there is
+        others = {name: value for name, value in self.trainer.items() if name != "precision"}
+        self.trainer = self.trainer | _typed_options("trainer", others, Trainer, _OURS_OF_TRAINER)
         for stage, module in (("stage1", LayerwiseDistillation), ("stage2", ModelDistillation)):
             given = getattr(self, stage)
             given.options = _typed_options(f"{stage}.options", given.options, module, _OURS_OF_STAGES)
