@@ -141,18 +141,18 @@ def bench_trl() -> str:
 
 
 def smollm2() -> str:
-    """The conversions of configs/studies/smollm2.yaml, each followed by its exports, judged in stock transformers."""
-    exports, rows = data("smollm2_exported"), []
+    """The conversions of configs/studies/smollm2.yaml; MLA's also as they are exported, judged in stock transformers."""
+    exports = {found["conversion"]: fidelity_cell(found["fidelity"]["fidelity"]) for found in data("smollm2_exported")}
+    rows = []
     for found in sorted(data("smollm2"), key=lambda row: (row["target"], -row["kv_budget"], row["kl_after_stage2"])):
         name = conversion_name(found["name"])
         curve = ", ".join(f"{found[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2"))
         tokens = f"{found['tokens'] / 1e6:.0f}M" if found["tokens"] else "none"
-        rows.append([name, f"{found['kv_budget']:.0%}", tokens, curve, *judged(found["fidelity"])])
-        for each in exports:
-            if each["conversion"] == found["name"]:
-                rows.append([f"{name}, as {each['format']}", "", "", "", *judged(each["fidelity"])])
-    head = ["", "KV budget at 8k", "tokens", "KL before, after stage 1, after stage 2"]
-    return markdown_table([*head, "KL, top-1 at 512", "KL, top-1 at 2,048", "perplexity, teacher and student"], rows)
+        short, *others = judged(found["fidelity"])
+        export = exports.get(found["name"], "")
+        rows.append([name, f"{found['kv_budget']:.0%}", tokens, curve, short, export, *others])
+    head = ["", "KV budget at 8k", "tokens", "KL before, after stage 1, after stage 2", "KL, top-1 at 512"]
+    return markdown_table([*head, "exported", "KL, top-1 at 2,048", "perplexity, teacher and student"], rows)
 
 
 def judged(suites: dict[str, dict[str, float]]) -> list[str]:
@@ -264,10 +264,10 @@ def offline() -> str:
     return markdown_table([*head, *(conversion_name(found["conversion"]) for found in students)], rows)
 
 
-def offline_by_context() -> str:
+def offline_by_context(long: bool) -> str:
     """The same by context, the teacher and each student: the perplexity of the tokens in its second half, and whether
-    something far back is found."""
-    students = data("smollm2_offline")
+    something far back is found. long: of the students trained at 2,048 tokens, not of those at 512."""
+    students = [found for found in data("smollm2_offline") if ("sequences_of_2048" in found["conversion"]) == long]
     rows = []
     for context in sorted({row["context"] for row in students[0]["retrieval"]}):
         spans = [next(span for span in found["by_position"] if span["end"] == context) for found in students]
@@ -331,7 +331,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench_decode": bench_decode,
     "bench_cuda_graph": bench_cuda_graph,
     "offline": offline,
-    "offline_by_context": offline_by_context,
+    "offline_by_context": partial(offline_by_context, False),
+    "offline_by_context_2048": partial(offline_by_context, True),
     "smollm2": smollm2,
     "sensitivity": sensitivity,
     "pilots": pilots,
