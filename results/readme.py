@@ -155,6 +155,16 @@ def smollm2() -> str:
     return markdown_table([*head, "exported", "KL, top-1 at 2,048", "perplexity, teacher and student"], rows)
 
 
+def alone() -> str:
+    """How long the conversions of `smollm2` took that had a GPU to themselves."""
+    tokens, rows = {row["name"]: row["tokens"] for row in data("smollm2")}, []
+    for name, found in data("smollm2_alone")["rows"].items():
+        if name in tokens and "seconds_to_the_end_of_stage2" in found:
+            times = [f"{found[key]:.0f} s" for key in ("seconds_to_the_end_of_stage2", "wall_seconds")]
+            rows.append([conversion_name(name), f"{tokens[name] / 1e6:.0f}M", *times])
+    return markdown_table(["", "tokens", "init and both stages", "with the evaluation"], sorted(rows))
+
+
 def judged(suites: dict[str, dict[str, float]]) -> list[str]:
     """What the fidelity suites found, at 512 and 2,048 tokens, and the perplexities at 512."""
     short, long = suites["fidelity"], suites.get("fidelity_2k")
@@ -334,6 +344,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "offline_by_context": partial(offline_by_context, False),
     "offline_by_context_2048": partial(offline_by_context, True),
     "smollm2": smollm2,
+    "alone": alone,
     "sensitivity": sensitivity,
     "pilots": pilots,
     "study_mla": partial(study, "mla"),
