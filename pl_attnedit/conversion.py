@@ -42,7 +42,7 @@ from pl_attnedit.memory import release_memory
 from pl_attnedit.modeling.edit import read_config
 from pl_attnedit.modeling.kv import fill_cache, kv_context, on_meta
 from pl_attnedit.recipe import Recipe, StageRecipe
-from pl_attnedit.recipe_checks import check_graphs, check_recipe, stage_module
+from pl_attnedit.recipe_checks import check_devices, check_recipe, stage_module
 from pl_attnedit.run_folder import RunFolder, read_summary
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
 from pl_attnedit.teachers.source import resolve_teacher, teacher_config, teacher_fingerprint
@@ -73,7 +73,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     resolve_tracking_uri(recipe.tracking_uri)
     data.setup()
     trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
-    check_graphs(recipe, trainer.strategy.root_device.type, trainer.world_size)
+    check_devices(recipe, trainer.strategy.root_device.type, trainer.world_size, here=True)
     folder = RunFolder(Path(recipe.runs) / recipe.name, plain, follows=not trainer.is_global_zero)
     if not trainer.is_global_zero:
         Conversion(recipe, data, folder, None, plain).follow()

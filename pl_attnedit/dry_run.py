@@ -16,7 +16,7 @@ from pl_attnedit.modeling.edit import FROM_TEXT
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.modeling.kv import fill_cache, on_meta
 from pl_attnedit.recipe import Recipe, StageRecipe
-from pl_attnedit.recipe_checks import check_graphs, check_recipe, world_size
+from pl_attnedit.recipe_checks import check_devices, check_recipe, world_size
 
 CONTEXTS = (1024, 8192, 32768)  # tokens; the model's limit is added
 # Share of a matrix product's rate that training reaches on a GPU. Measured on one and two H200, both stages
@@ -30,7 +30,8 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     """The estimate as plain data; `UserError` for a recipe that does not fit its teacher. `data` is not opened."""
     config, plan = check_recipe(recipe)
     devices = world_size(recipe.trainer)
-    check_graphs(recipe, "cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda", devices)
+    accelerator = recipe.trainer.get("accelerator")
+    check_devices(recipe, accelerator if accelerator in ("cpu", "npu") else "cuda", devices, here=False)
     limit = config.max_position_embeddings
     if data.seq_len > limit:
         raise invalid("seq_len", data.seq_len, f"must be at most {limit}, the context of the model")

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 import pl_attnedit.strategies  # noqa: F401  # makes our strategies known
 from pl_attnedit.callbacks import ProgressiveUnfreezing, TeacherForcing
-from pl_attnedit.distillation import STAGES, DistillationModule
+from pl_attnedit.distillation import STAGES, DistillationModule, liger
 from pl_attnedit.distillation.layerwise import check_trained_layers
 from pl_attnedit.distillation.optimisation import check_cuda_graph
 from pl_attnedit.distillation.settings import check_precision, parse_targets, weight_dtype
@@ -51,11 +51,15 @@ def check_recipe(recipe: Recipe) -> tuple[PreTrainedConfig, EditPlan]:
     return config, plan
 
 
-def check_graphs(recipe: Recipe, device_type: str, processes: int) -> None:
-    """`UserError` where a stage is to record its steps and cannot on these devices."""
+def check_devices(recipe: Recipe, device_type: str, processes: int, here: bool) -> None:
+    """`UserError` where a stage is to run what these devices cannot. here: they are this machine's."""
     for stage in (recipe.stage1, recipe.stage2):
         if stage.steps and stage.options.get("cuda_graph"):
             check_cuda_graph(device_type, processes, stage.options.get("activation_checkpointing", False))
+        if stage.steps and stage.options.get("liger"):
+            liger.check_device(device_type)
+            if here:
+                liger.check_installed()
 
 
 def stage_module(recipe: Recipe, name: str, stage: StageRecipe, init_from: str | None) -> DistillationModule:

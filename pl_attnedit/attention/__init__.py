@@ -33,6 +33,6 @@ def target_from_dict(fields: dict[str, Any]) -> TargetConfig:
         )
     fields = dict(fields)
     name = fields.pop("type")
-    if name not in TARGETS:
+    if not isinstance(name, str) or name not in TARGETS:
         raise invalid("target type", name, f"known targets are {', '.join(TARGETS)}")
     return TARGETS[name].config_class.from_fields(fields)

@@ -18,6 +18,18 @@ from transformers import PreTrainedModel
 from pl_attnedit.errors import invalid
 
 
+def check_installed() -> None:
+    """`UserError` where liger-kernel is not installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise invalid("liger", True, "needs liger-kernel: pip install 'pl_attnedit[gpu]'")
+
+
+def check_device(device_type: str) -> None:
+    """`UserError` where Liger's kernels do not run."""
+    if device_type != "cuda":
+        raise invalid("liger", True, f"needs a CUDA GPU, this run is on {device_type}")
+
+
 def use_liger(model: PreTrainedModel, device: torch.device) -> None:
     """Makes a decoder's norms, dense MLPs and rotary embedding run Liger's kernels; a MoE's experts stay as they are.
 
@@ -26,10 +38,8 @@ def use_liger(model: PreTrainedModel, device: torch.device) -> None:
     Raises:
         UserError: liger-kernel is not installed, the device is no GPU, or the MLP's activation is not SiLU.
     """
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise invalid("liger", True, "needs liger-kernel: pip install 'pl_attnedit[gpu]'")
-    if device.type != "cuda":
-        raise invalid("liger", True, f"needs a CUDA GPU, this run is on {device.type}")
+    check_device(device.type)
+    check_installed()
     if model.config.hidden_act != "silu":
         raise invalid("liger", True, f"its SwiGLU needs the activation silu, the teacher has {model.config.hidden_act}")
     decoder: Any = model.model

@@ -54,7 +54,9 @@ class EditPlan:
             if pattern is not None:
                 raise UserError("pattern and layers: give one of them, not both")
             if len(targets) != 1:
-                raise invalid("layers", list(layers), f"needs exactly one target, not {len(targets)}")
+                raise invalid("layers", layers, f"needs exactly one target, not {len(targets)}")
+            if not isinstance(layers, Sequence) or isinstance(layers, str):
+                raise invalid("layers", layers, "must be a list of layer indices")
             for index in layers:
                 if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_layers:
                     raise invalid("layers", index, f"must be a layer index from 0 to {num_layers - 1}")
@@ -96,6 +98,7 @@ class EditPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EditPlan:
-        if not isinstance(data, Mapping) or not {"layers", "targets"} <= set(data):
+        parts = (data.get("layers"), data.get("targets")) if isinstance(data, Mapping) else (None, None)
+        if not isinstance(parts[0], str) or not isinstance(parts[1], Mapping):
             raise invalid("attention_edit", data, "must hold `layers` (a letter each) and `targets`")
-        return cls(data["layers"], {letter: target_from_dict(fields) for letter, fields in data["targets"].items()})
+        return cls(parts[0], {letter: target_from_dict(fields) for letter, fields in parts[1].items()})

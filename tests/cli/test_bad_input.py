@@ -67,6 +67,7 @@ def fails(
         (["--stage2.options", "{train: bogus}"], ["stage2.options.train = 'bogus'", "'layers'"]),
         (["--stage2.options", "{final_lr_share: 5}"], ["final_lr_share = 5", "from 0 to 1"]),
         (["--stage2.options", "{cuda_graph: true}"], ["cuda_graph = True", "one NVIDIA GPU"]),
+        (["--stage2.options", "{liger: true}"], ["liger = True", "needs a CUDA GPU"]),
         (["--stage2.options", "{teacher_dtype: bogus}"], ["teacher_dtype = 'bogus'", "float32"]),
         (["--stage1.options", "{teacher_dtype: bfloat16}"], ["teacher_dtype = 'bfloat16'", "bf16-mixed"]),
         (["--dtype", "Tensor"], ["dtype = 'Tensor'", "float32"]),

@@ -127,6 +127,7 @@ def test_printed_and_nothing_written(
             "weight_decay = -1.0: must be",
         ),
         ({"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"cuda_graph": True}}}, "is for one NVIDIA GPU"),
+        ({"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"liger": True}}}, "liger = True: needs a CUDA GPU"),
     ],
 )
 def test_mistakes(

@@ -18,9 +18,12 @@ installed = importlib.util.find_spec("liger_kernel") is not None
 on_gpu = pytest.mark.skipif(not (torch.cuda.is_available() and installed), reason="no GPU, or no Liger")
 
 
-def test_refused_without_liger_or_gpu(make_teacher: Make) -> None:
-    with pytest.raises(UserError, match="needs a CUDA GPU" if installed else r"pip install 'pl_attnedit\[gpu\]'"):
+def test_refused_without_liger_or_gpu(make_teacher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="needs a CUDA GPU, this run is on cpu"):
         use_liger(make_teacher("llama"), torch.device("cpu"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'pl_attnedit\[gpu\]'"):
+        use_liger(make_teacher("llama"), torch.device("cuda"))
 
 
 @on_gpu

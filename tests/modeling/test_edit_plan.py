@@ -121,7 +121,15 @@ def test_what_does_not_fit_is_refused(make_teacher: Teachers, targets: Any, opti
             "target gate_swa: unknown field 'size'; its fields are window, gate, sinks",
         ),
         (lambda: target_from_dict({"type": "mla", "kv_lora_rank": 4}), "qk_rope_head_dim"),
+        (lambda: target_from_dict({"type": ["mla"]}), "target type = ['mla']: known targets are gate_swa, mla"),
         (lambda: EditPlan.from_dict({"letters": "S"}), "attention_edit = {'letters': 'S'}: must hold `layers`"),
+        (
+            lambda: EditPlan.from_dict({"layers": 4, "targets": {}}),
+            "attention_edit = {'layers': 4, 'targets': {}}: must",
+        ),
+        (lambda: EditPlan.from_dict({"layers": "S", "targets": [WINDOW]}), "must hold `layers`"),
+        (lambda: EditPlan.build(4, WINDOW, layers=0), "layers = 0: must be a list of layer indices"),  # type: ignore[arg-type]
+        (lambda: EditPlan.build(4, WINDOW, layers="01"), "layers = '01': must be a list"),  # type: ignore[arg-type]
     ],
 )
 def test_a_wrong_config_names_field_value_and_what_is_allowed(make: Callable[[], Any], message: str) -> None:
