@@ -94,8 +94,8 @@ class Schedule:
             except Exception:  # of a report, for example: the next round may do better
                 say(f"this round ended early:\n{traceback.format_exc()}")
             pause = max(0.0, begin + every - time.time())
-            say(f"next round in {duration(pause)}")
             try:
+                say(f"next round in {duration(pause)}")
                 time.sleep(pause)
             except Interrupted as ended:
                 say(f"ended by {ended.signum.name}")
