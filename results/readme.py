@@ -152,7 +152,7 @@ def smollm2() -> str:
         export = exports.get(found["name"], "")
         rows.append([name, f"{found['kv_budget']:.0%}", tokens, curve, short, export, *others])
     head = ["", "KV budget at 8k", "tokens", "KL before, after stage 1, after stage 2", "KL, top-1 at 512"]
-    return markdown_table([*head, "exported", "KL, top-1 at 2,048", "perplexity, teacher and student"], rows)
+    return markdown_table([*head, "exported", "KL, top-1 at 2,048", "perplexity at 512: teacher, student"], rows)
 
 
 def alone() -> str:
@@ -231,7 +231,10 @@ def bench_decode() -> str:
     rows = [[place, *cells(values)] for place, values in speeds.items()]
     budget = found["largest_batch"][0]["budget_bytes"] / 1e9
     rows.append(
-        [f"largest batch in {budget:g} GB", *cells({row["model"]: row["batch"] for row in found["largest_batch"]})]
+        [
+            f"largest batch in {budget:g} GB, sequences",
+            *cells({row["model"]: row["batch"] for row in found["largest_batch"]}),
+        ]
     )
     return markdown_table(["tokens/s, batch x context", *models], rows)
 
