@@ -9,7 +9,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +37,9 @@ VERSION = 2
 BATCH_CHARACTERS = 4_000_000
 
 LossOn = Literal["all", "answers"]
+
+# The tokenizer's threads do not live on in a forked process, which would wait for them for ever.
+os.register_at_fork(after_in_child=partial(os.environ.__setitem__, "TOKENIZERS_PARALLELISM", "false"))
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def tokenize(sources: Sequence[OpenSource], tokenizer: PreTrainedTokenizerBase, 
     Raises:
         UserError: a source that cannot be read or has no document, no conversation for ``answers``.
     """
-    # Worker processes are forked later; without this the tokenizer's threads make each of them print a warning.
+    # Worker processes are forked later; without this each of them prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     digest = tokenizer_digest(tokenizer)
     stores = [_stored(source, tokenizer, digest, loss_on) for source in sources]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,19 @@ def test_second_start_reads_the_cache(tokenizer: Any, corpus: str, monkeypatch: 
     second = make(tokenizer, corpus)
     assert first.fingerprint == second.fingerprint
     assert torch.equal(first.train_sequences[3]["input_ids"], second.train_sequences[3]["input_ids"])
+
+
+def test_a_forked_process_tokenises_without_the_threads_of_its_parent(
+    tokenizer: Any, corpus: str, write_jsonl: Callable[..., str], make_text: Any
+) -> None:
+    TextDataModule(tokenizer, corpus, seq_len=16, val_sequences=4).setup()
+    other = write_jsonl([{"text": make_text(seed, 60)} for seed in range(100, 140)], "other.jsonl")
+    data = TextDataModule(tokenizer, other, seq_len=16, val_sequences=4)
+    process = multiprocessing.get_context("fork").Process(target=data.setup)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
 
 
 def test_cache_follows_tokenizer_and_loss(tokenizer: Any, corpus: str, cache: Path) -> None:
