@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -17,12 +18,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pl_attnedit.callbacks.checkpoint_files import PARTIAL, AtomicCheckpointIO, newest_first
 from pl_attnedit.callbacks.random_state import random_state, restore_random_state
-from pl_attnedit.errors import invalid
+from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.interruption import Interrupted, SignalWatch, requeue_slurm_job
+from pl_attnedit.locks import claim
 
 _VALIDATION_KEY = "pl_attnedit_validation_is_due"
 _RANDOM_KEY = "pl_attnedit_random_states"  # one per process
 BEST = "best.ckpt"
+LOCK = ".lock"  # of the training that writes into the folder
 
 
 class ResumableCheckpoint(ModelCheckpoint):
@@ -32,7 +35,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     leaves the earlier checkpoints alone, and is tried again after the interval. Validation counts as work: before it
     begins, what was trained is saved if it is older than half the interval, in such a way that a run killed during
     validation resumes with that validation (Lightning by itself would skip it). The random number generators of every
-    process go on where they were.
+    process go on where they were. A second training into the same folder at the same time is refused.
 
     SIGTERM, SIGHUP, SIGINT (Ctrl-C) and the signal by which SLURM announces the end of a job (SIGUSR1 where Lightning's
     `SLURMEnvironment` is to requeue) let the running optimizer step finish; then a checkpoint is written and
@@ -74,6 +77,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._random_to_restore: dict[str, Any] | None = None
         self._signals = SignalWatch()
         self._ending: Interrupted | None = None
+        self._lock: IO[str] | None = None
 
     # when
 
@@ -81,6 +85,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        if trainer.strategy.broadcast(trainer.is_global_zero and not self._claim_folder()):
+            raise UserError(f"dirpath {self._folder}: another training is writing its checkpoints there")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's choice stays
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.is_global_zero:
@@ -147,6 +153,11 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._signals.end()
+        self._leave_folder()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._leave_folder()
 
     # what
 
@@ -198,6 +209,23 @@ class ResumableCheckpoint(ModelCheckpoint):
     def _folder(self) -> Path:
         assert self.dirpath is not None
         return Path(self.dirpath)
+
+    def _claim_folder(self) -> bool:
+        """Whether no other training writes there. Where it cannot be locked, none is known to."""
+        self._leave_folder()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = claim(self._folder / LOCK)
+        except OSError:
+            return True
+        if self._lock is not None:
+            os.register_at_fork(after_in_child=self._lock.close)  # those that load data may outlive a killed training
+        return self._lock is not None
+
+    def _leave_folder(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _save_if_older(self, seconds: float, trainer: Trainer, *, validation_is_due: bool = False) -> None:
         """Saves if the newest checkpoint is older by the clock of rank 0, or if a signal has come to any rank."""

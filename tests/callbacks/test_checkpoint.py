@@ -40,7 +40,18 @@ def fit(
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+def test_a_second_training_into_the_folder_of_a_running_one_is_refused(tmp_path: Path) -> None:
+    class Another(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            with pytest.raises(UserError, match=f"dirpath {tmp_path}: another training is writing"):
+                fit(tmp_path)
+
+    fit(tmp_path, Another(), max_steps=2)
+    fit(tmp_path, resume="last", max_steps=4)  # one after the other is how a training goes on
+    assert names(tmp_path)[-1] == "last-00000004.ckpt"
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -94,7 +94,7 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(
     _, before, interrupted = fit(folder, SignalAt(hook, step), accumulate_grad_batches=accumulate)
     path = folder / f"last-{saved:08d}.ckpt"
     assert (interrupted.code, interrupted.step, interrupted.checkpoint) == (143, saved, str(path))
-    assert [file.name for file in folder.iterdir()] == [path.name]
+    assert [file.name for file in folder.glob("*.ckpt")] == [path.name]
     assert signal.getsignal(signal.SIGTERM) == handler
     resumed, after, none = fit(folder, resume="last", accumulate_grad_batches=accumulate)
     assert none is None
@@ -134,7 +134,7 @@ def test_two_processes_stop_together_and_each_gets_its_random_numbers_back(tmp_p
     run(tmp_path / "unbroken")
     with pytest.raises(Exception, match="143"):  # the exit status of the processes
         run(tmp_path / "broken", SignalAt("on_train_batch_start", 5, rank=1))
-    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["last-00000006.ckpt"]
+    assert [path.name for path in (tmp_path / "broken").glob("*.ckpt")] == ["last-00000006.ckpt"]
     run(tmp_path / "broken", resume="last")
     expected, found = states("unbroken"), states("broken")
     assert len(found) == 2

@@ -222,7 +222,7 @@ def test_fit_resumes_and_validates(
     tiny_tokenizer.save_pretrained(other_teacher)
     keep = ("--trainer.callbacks+", "ResumableCheckpoint", "--trainer.callbacks.dirpath", "kept")
     assert fit(*keep) == 0
-    assert [file.name for file in (tmp_path / "kept").iterdir()] == ["last-00000002.ckpt"]
+    assert [file.name for file in (tmp_path / "kept").glob("*.ckpt")] == ["last-00000002.ckpt"]
     assert fit(*keep, "--trainer.max_steps", "3", "--ckpt_path", "last") == 0
     last = tmp_path / "kept" / "last-00000003.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 3
