@@ -20,12 +20,11 @@ from pl_attnedit.callbacks.checkpoint_files import PARTIAL, AtomicCheckpointIO, 
 from pl_attnedit.callbacks.random_state import random_state, restore_random_state
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.interruption import Interrupted, SignalWatch, requeue_slurm_job
-from pl_attnedit.locks import claim
+from pl_attnedit.locks import LOCK, claim
 
 _VALIDATION_KEY = "pl_attnedit_validation_is_due"
 _RANDOM_KEY = "pl_attnedit_random_states"  # one per process
 BEST = "best.ckpt"
-LOCK = ".lock"  # of the training that writes into the folder
 
 
 class ResumableCheckpoint(ModelCheckpoint):

@@ -39,7 +39,7 @@ from pl_attnedit.eval.records import (
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.schedule_jobs import SCHEDULED_TAG, EvaluationFailed, Job, Subject, back_off, evaluate_in_process
 from pl_attnedit.interruption import Interrupted
-from pl_attnedit.locks import claim, process_name
+from pl_attnedit.locks import LOCK, claim, process_name
 from pl_attnedit.teachers.source import teacher_fingerprint
 from pl_attnedit.tracking import connect, deliver_pending, resolve_tracking_uri, start_child
 from pl_attnedit.tracking.client import (
@@ -52,7 +52,7 @@ from pl_attnedit.tracking.client import (
 )
 
 FOLDER_TAG = "pl_attnedit.folder"  # of the evaluation: results, lock, log
-LOCK_FILE, SPOOL_FOLDER = ".lock", ".mlflow"
+SPOOL_FOLDER = ".mlflow"
 REPORT_SECONDS = 600.0  # between two reports of a long round
 
 
@@ -180,7 +180,7 @@ class Schedule:
             return self._fail(client, subject, folder, f"there is no {subject.path}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = claim(folder / LOCK_FILE)
+            lock = claim(folder / LOCK)
         except OSError as error:
             return self._fail(client, subject, folder, first_line(error))
         if lock is None:
@@ -245,7 +245,7 @@ class Schedule:
             scheduled = SCHEDULED_TAG in run.data.tags and self.version[SUITE_TAG] == run.data.tags.get(SUITE_TAG)
             if not scheduled or run.info.status != "RUNNING" or run.info.run_id in current or not folder.is_dir():
                 continue
-            with suppress(OSError, UserError), claim(folder / LOCK_FILE) or nullcontext() as lock:
+            with suppress(OSError, UserError), claim(folder / LOCK) or nullcontext() as lock:
                 if lock is not None:
                     deliver_pending(folder / SPOOL_FOLDER, tracking_uri=self.tracking_uri)
                     if client.get_run(run.info.run_id).info.status == "RUNNING":

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+LOCK = ".lock"  # what the file is called in a folder that belongs to one process at a time
+
 
 def claim(path: Path) -> IO[str] | None:
     """The locked file, or None where another process holds it.

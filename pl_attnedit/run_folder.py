@@ -15,9 +15,7 @@ import yaml
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.files import write_atomically
-from pl_attnedit.locks import claim, is_claimed
-
-LOCK = ".lock"  # of the process that runs the conversion
+from pl_attnedit.locks import LOCK, claim, is_claimed
 
 
 def is_running(path: Path) -> bool:

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from pl_attnedit.data.sources import document_hash
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.files import write_atomically
-from pl_attnedit.locks import claim
+from pl_attnedit.locks import LOCK, claim
 
 SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
 FRUITLESS_BATCHES = 20  # in a row, after which we give up: nothing new will come
@@ -204,7 +204,7 @@ def generate_data(
         raise invalid("output", str(path), "is there already; remove it or give another name")
     parts = path.with_name(path.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
-    lock = claim(parts / ".lock")
+    lock = claim(parts / LOCK)
     if lock is None:
         raise invalid("output", str(path), "is being written by another process")
     with lock:

@@ -98,7 +98,7 @@ class EditPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EditPlan:
-        parts = (data.get("layers"), data.get("targets")) if isinstance(data, Mapping) else (None, None)
-        if not isinstance(parts[0], str) or not isinstance(parts[1], Mapping):
+        layers, targets = (data.get("layers"), data.get("targets")) if isinstance(data, Mapping) else (None, None)
+        if not isinstance(layers, str) or not isinstance(targets, Mapping):
             raise invalid("attention_edit", data, "must hold `layers` (a letter each) and `targets`")
-        return cls(parts[0], {letter: target_from_dict(fields) for letter, fields in parts[1].items()})
+        return cls(layers, {letter: target_from_dict(fields) for letter, fields in targets.items()})

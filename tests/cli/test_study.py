@@ -19,10 +19,9 @@ from mlflow.tracking import MlflowClient
 from pl_attnedit.cli import main
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.shapes import config_of
-from pl_attnedit.locks import claim
+from pl_attnedit.locks import LOCK, claim
 from pl_attnedit.recipe import read_recipe, recipe_parser
 from pl_attnedit.recipe_checks import check_recipe
-from pl_attnedit.run_folder import LOCK
 from pl_attnedit.study import StudyRun, merged, read_study, rows
 
 Make = Callable[..., Any]

@@ -19,12 +19,11 @@ from pl_attnedit.eval import schedule_jobs
 from pl_attnedit.eval.schedule import (
     CHECKPOINT_TAG,
     FOLDER_TAG,
-    LOCK_FILE,
     SPOOL_FOLDER,
 )
 from pl_attnedit.eval.schedule_jobs import SCHEDULED_TAG, EvaluationFailed, Job, back_off
 from pl_attnedit.interruption import Interrupted
-from pl_attnedit.locks import claim
+from pl_attnedit.locks import LOCK, claim
 from pl_attnedit.tracking import connect, start_child
 from pl_attnedit.tracking.client import CHECKPOINTS_TAG, STUDENT_FINGERPRINT_TAG, STUDENT_TAG, WORKING_FOLDER_TAG
 from pl_attnedit.tracking.spool import Spool
@@ -207,9 +206,9 @@ def test_a_lock_that_is_held_is_left_alone(make_store: Make, capsys: pytest.Capt
     store = make_store(1)
     folder = store.folder / "runs" / "conversion00" / "eval" / "quick-7" / f"student-{store.runs[0][:8]}"
     folder.mkdir(parents=True)
-    lock = claim(folder / LOCK_FILE)
+    lock = claim(folder / LOCK)
     assert lock is not None
-    assert claim(folder / LOCK_FILE) is None
+    assert claim(folder / LOCK) is None
     assert store.schedule().round() == 0
     assert "conversion00: another process evaluates it" in capsys.readouterr().err
     assert store.evaluations() == []
@@ -369,7 +368,7 @@ def test_an_evaluation_that_outlives_its_watcher_keeps_the_lock(
     assert store.statuses() == ["RUNNING"]
     begun.unlink()
     deadline = time.monotonic() + 30
-    while (lock := claim(folder / LOCK_FILE)) is None:
+    while (lock := claim(folder / LOCK)) is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     lock.close()
