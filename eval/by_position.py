@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pl_attnedit.data.encoding import encode
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
 from pl_attnedit.errors import invalid
 from pl_attnedit.teachers.source import build_once
@@ -29,13 +30,12 @@ log = logging.getLogger(__name__)
 def packed_sequences(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, sequences: int, context: int
 ) -> torch.Tensor:
-    """(sequences, context) token ids: documents joined by the end-of-text token, sequences evenly spread over them.
+    """(sequences, context) token ids: documents joined as in training, sequences evenly spread over them.
 
     Raises:
         UserError: less text than one sequence.
     """
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = [id for text in documents for id in [*tokenizer(text, add_special_tokens=False)["input_ids"], *separator]]
+    ids = [id for document in encode(tokenizer, documents, ends=True) for id in document]
     there = len(ids) // context
     if there == 0:
         raise invalid(

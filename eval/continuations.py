@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pl_attnedit.data.encoding import encode
 from pl_attnedit.errors import invalid
 
 # Three short ones, where a window layer still sees everything, and three of 80 to 120 tokens whose beginning matters:
@@ -65,7 +66,7 @@ def greedy_continuations(
 def _continue(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
 ) -> list[int]:
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    ids = torch.tensor(encode(tokenizer, [prompt]), device=model.device)
     # A fresh config: the model's own may sample, and greedy decoding warns about every sampling option in it.
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -73,10 +74,8 @@ def _continue(
         eos_token_id=model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    output = cast(Any, model).generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
-    )
-    return output[0, inputs["input_ids"].shape[1] :].tolist()
+    output = cast(Any, model).generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    return output[0, ids.shape[1] :].tolist()
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:

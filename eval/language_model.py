@@ -14,9 +14,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pl_attnedit.data.encoding import beginning, encode, frame
 from pl_attnedit.errors import invalid
 
 # (strings, context tokens, continuation tokens): lm-eval's form of a request; rolling windows have no strings.
@@ -47,14 +49,35 @@ class SharedPrefixLM(HFLM):
             max_length=max_length,
             batch_size=batch_size,
             softmax_dtype="float32",
+            prefix_token_id=next(reversed(beginning(tokenizer)), None),
         )
         self.name = name
 
+    def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs):
+        """As in training; lm-eval asks for the middle of a text by `add_special_tokens=False`."""
+        if add_special_tokens is False:
+            return self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+        return encode(self.tokenizer, [string])[0][-(left_truncate_len or 0) :]
+
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+        """(ids, mask) of the prompts, each begun as in training."""
+        rows = [ids[-(left_truncate_len or 0) :] for ids in encode(self.tokenizer, strings)]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
+
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """Summed log-likelihood of each text, window by window; see `HFLM`."""
-        total = sum(len(self.tok_encode(request.args[0])) for request in requests)
-        with self._progress(total, "perplexity"):
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        """Summed log-likelihood of each text's own tokens, window by window: what begins it is given, not asked."""
+        windows = [self._windows(request.args[0]) for request in requests]
+        asked = [(None, context, text) for of_text in windows for context, text in of_text]
+        with self._progress(None, "perplexity"):
+            scores = iter(self._loglikelihood_tokens(asked))
+        return [sum(next(scores)[0] for _ in of_text) for of_text in windows]
+
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """(context, tokens) of disjoint windows; the first one's context is what training shows before a text."""
+        ids = encode(self.tokenizer, [text])[0][len(frame(self.tokenizer)[0]) :]
+        rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
+        return [make_disjoint_window(window) for window in rolling]
 
     def loglikelihood(self, requests, disable_tqdm=False):
         """(log-likelihood, is it the greedy choice) of each continuation; see `HFLM`."""

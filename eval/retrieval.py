@@ -21,6 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pl_attnedit.data.encoding import encode
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.tasks import N_CHOICES, write_task
 
@@ -182,6 +183,6 @@ class _Filler:
             parts = [(place / max(len(chosen), 1), 0.0, text) for place, text in enumerate(chosen)]
             parts += [(depth, 1.0 if depth else -1.0, text) for depth, text in probe.hidden]
             prompt = " ".join(text for *_, text in sorted(parts, key=lambda part: part[:2])) + probe.question
-            if not chosen or self.count(f"{prompt} {answer}") < context:  # one token may be put before all
+            if not chosen or len(encode(self.tokenizer, [f"{prompt} {answer}"])[0]) < context:
                 return prompt
             chosen = chosen[:-1]

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from pl_attnedit.data.encoding import encode
 from pl_attnedit.errors import invalid
 
 PERPLEXITY_TASK = "heldout_perplexity"
@@ -113,7 +114,7 @@ def _check_choices(questions: Sequence[dict[str, Any]], tokenizer: PreTrainedTok
     """The tokens of choices are counted as lm-eval does it."""
 
     def tokens(text: str) -> int:
-        return len(tokenizer(text)["input_ids"])
+        return len(encode(tokenizer, [text])[0])
 
     longest = max(
         tokens(f"{question['context']} {choice}") - tokens(question["context"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from pl_attnedit.data import TextDataModule
@@ -41,6 +43,21 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator([document(seed, 100) for seed in range(20)], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", model_max_length=512)
+
+
+FRAMES = {"none": "$A", "bos": "<bos> $A", "eos": "$A {eos}", "both": "<bos> $A {eos}"}
+
+
+def framed(tokenizer: PreTrainedTokenizerFast, kind: str) -> PreTrainedTokenizerFast:
+    """A copy of the tokenizer that has a BOS token, and adds BOS, EOS, both or none to a text."""
+    copied = copy.deepcopy(tokenizer)
+    copied.add_special_tokens({"bos_token": "<bos>"})
+    eos = copied.eos_token
+    ids = [("<bos>", copied.bos_token_id), (eos, copied.eos_token_id)]
+    copied.backend_tokenizer.post_processor = TemplateProcessing(
+        single=FRAMES[kind].format(eos=eos), pair=None, special_tokens=ids
+    )
+    return copied
 
 
 @pytest.fixture(scope="session")

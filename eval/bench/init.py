@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.attention import GateSWAConfig, LayerStatistics, MLAConfig, TargetConfig
+from pl_attnedit.data.encoding import encode
 from pl_attnedit.data.sources import open_source
 from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.errors import UserError, invalid
@@ -122,10 +123,9 @@ def sequences(
         for document in documents:
             if not isinstance(document, str):
                 raise invalid(field, path, "must hold plain text, not conversations")
-            ids = tokenizer(document, verbose=False)["input_ids"]
+            [ids] = encode(tokenizer, [document], ends=True)
             start = rng.randrange(max(len(ids) - seq_len, 0) + 1) if shuffle else 0
             yield from ids[start : start + seq_len] if shuffle else ids
-            yield tokenizer.eos_token_id
 
     found = list(islice(tokens(), count * seq_len))
     if len(found) < count * seq_len:

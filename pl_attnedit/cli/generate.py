@@ -23,7 +23,10 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 <= options.temperature < math.inf:
         raise invalid("--temperature", options.temperature, "must be at least 0")
 
+    import torch
+
     from pl_attnedit import load
+    from pl_attnedit.data.encoding import encode
     from pl_attnedit.data.tokens import load_tokenizer
 
     model: Any = load(options.model)
@@ -32,14 +35,15 @@ def main(arguments: Sequence[str]) -> int:
         if tokenizer.chat_template is None:
             raise invalid("--chat", options.model, "its tokenizer has no chat template")
         messages = [{"role": "user", "content": options.prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
-        inputs = tokenizer(options.prompt, return_tensors="pt")
-    if not inputs["input_ids"].numel():
+        [ids] = encode(tokenizer, [options.prompt])
+    if not ids:
         raise invalid("prompt", options.prompt, "has no token to go on from")
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
-    output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, **sampling)
-    print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    prompt = torch.tensor([ids])
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=options.max_new_tokens, **sampling
+    )
+    print(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
     return 0

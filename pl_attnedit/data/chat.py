@@ -10,6 +10,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from pl_attnedit.data.encoding import chat_template
 from pl_attnedit.errors import invalid
 
 Messages = Sequence[Mapping[str, Any]]
@@ -69,7 +70,7 @@ def mark_answers(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]]) -> str:
-    return str(tokenizer.apply_chat_template(chat, tokenize=False))
+    return str(tokenizer.apply_chat_template(chat, chat_template=chat_template(tokenizer), tokenize=False))
 
 
 def _clean(message: Any) -> dict[str, Any]:
@@ -98,6 +99,7 @@ def _answer(text: str, marked: str, tokenizer: PreTrainedTokenizerBase) -> tuple
 def _marked_by_template(chat: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
     encoded: Any = tokenizer.apply_chat_template(
         chat,
+        chat_template=chat_template(tokenizer),
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,

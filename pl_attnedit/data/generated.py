@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pl_attnedit.data.encoding import beginning, chat_template, encode
 from pl_attnedit.data.sources import document_hash
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.files import write_atomically
@@ -75,6 +76,7 @@ class TeacherWriter:
         if not stops:
             raise invalid("tokenizer", tokenizer.name_or_path, "must have an end-of-sequence token")
         self.stops = sorted(stops)
+        self.beginning = beginning(tokenizer) or self.stops[:1]
         self.mode = sampling.prompts
         if self.mode == "auto":
             self.mode = "none" if tokenizer.chat_template is None else "chat"
@@ -105,38 +107,34 @@ class TeacherWriter:
         size = self.sampling.batch_size
         torch.manual_seed(document_hash(f"{self.sampling.seed} {number}"))  # a CPU looks at the lower 32 bits only
         if self.mode == "none":
-            return [self._text(ids) for ids in self._continue([[self._first_token()]] * size)]
+            return [self._text(ids) for ids in self._continue([self.beginning] * size)]
         if self.mode != "chat":
             asked = [self.lines[(number * size + i) % len(self.lines)] for i in range(size)]
             return self._answer(asked) if self.tokenizer.chat_template else self._complete(asked)
         before, _ = self._template()
-        questions = self._continue([self._ids(before)] * size)
+        questions = self._continue(encode(self.tokenizer, [before]) * size)
         complete = [self._text(ids).strip() for ids in questions if len(ids) < self.sampling.max_tokens]
         return self._answer([question for question in complete if question])
 
     def _answer(self, questions: list[str]) -> list[str]:
         before, after = self._template()
         prompts = [before + question + after for question in questions]
-        answers = self._continue([self._ids(prompt) for prompt in prompts]) if prompts else []
-        texts = [prompt + self._text(ids) for prompt, ids in zip(prompts, answers)]
-        begin = self.tokenizer.bos_token if self.tokenizer("x")["input_ids"][0] == self.tokenizer.bos_token_id else None
-        return [text.removeprefix(begin) for text in texts] if begin else texts  # training adds it again
+        answers = self._continue(encode(self.tokenizer, prompts)) if prompts else []
+        return [prompt + self._text(ids) for prompt, ids in zip(prompts, answers)]
 
     def _complete(self, beginnings: list[str]) -> list[str]:
-        prompts = [self.tokenizer(text)["input_ids"] for text in beginnings]
-        return [text + self._text(ids) for text, ids in zip(beginnings, self._continue(prompts))]
+        written = self._continue(encode(self.tokenizer, beginnings))
+        return [text + self._text(ids) for text, ids in zip(beginnings, written)]
 
     def _template(self) -> tuple[str, str]:
         """What the chat template puts before and after the user's message."""
         chat = [{"role": "user", "content": _MARK}]
-        rendered = str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        template = chat_template(self.tokenizer)
+        rendered = str(
+            self.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
+        )
         before, _, after = rendered.partition(_MARK)
         return before, after
-
-    def _first_token(self) -> int:
-        """BOS; models without one have seen documents begin after the last one's end."""
-        known = (self.tokenizer.bos_token_id, self.teacher.config.bos_token_id, self.stops[0])
-        return next(token for token in known if token is not None)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

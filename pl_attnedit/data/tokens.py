@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pl_attnedit.data.chat import check_chat, mark_answers, render
+from pl_attnedit.data.encoding import encode
 from pl_attnedit.data.sources import Document, OpenSource, document_hash
 from pl_attnedit.errors import invalid
 from pl_attnedit.teachers.source import (
@@ -31,7 +32,7 @@ from pl_attnedit.teachers.source import (
 )
 
 # Part of the cache key: raise it when documents would be tokenised differently.
-VERSION = 2
+VERSION = 3
 # Documents are handed to the tokenizer, which spreads them over the cores, until they have this many characters: bounded
 # memory for books, enough work for many cores. Its Encodings take some 100 bytes per token.
 BATCH_CHARACTERS = 4_000_000
@@ -137,8 +138,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def tokenize(sources: Sequence[OpenSource], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> list[TokenStore]:
     """The tokens of all documents of each source, from the cache where they have been made before.
 
-    Plain text is encoded as the tokenizer does by itself (with a BOS token where it has one); EOS is appended where the
-    text does not end with it. With ``loss_on="answers"`` the tokens of the answers in conversations are marked, and all
+    Plain text begins as the tokenizer begins it (`encode`), a conversation as its template does; EOS is appended where they
+    do not end with it. With ``loss_on="answers"`` the tokens of the answers in conversations are marked, and all
     tokens of plain text beside them. Documents stream through; memory grows by 16 bytes per document.
 
     Raises:
@@ -200,23 +201,24 @@ def _encode(
     """Token ids of each document with EOS at the end, and which of them are answers."""
     want_answers = loss_on == "answers"
     for chat, group in itertools.groupby(documents, key=lambda document: not isinstance(document, str)):
-        if chat:
-            check_chat(tokenizer, want_answers)
-            rendered = [render(document, tokenizer, want_answers) for document in group]  # type: ignore[arg-type]
-            texts, answers = [r.text for r in rendered], [r.answers for r in rendered]
-        else:
-            texts = list(group)  # type: ignore[arg-type]
+        if not chat:
+            for ids in encode(tokenizer, group, ends=True):  # type: ignore[arg-type]
+                yield ids, np.ones(len(ids), bool)
+            continue
+        check_chat(tokenizer, want_answers)
+        rendered = [render(document, tokenizer, want_answers) for document in group]  # type: ignore[arg-type]
         encoded = tokenizer(
-            texts,
-            add_special_tokens=not chat,
+            [conversation.text for conversation in rendered],
+            add_special_tokens=False,  # the template has put them
             return_attention_mask=False,
             return_token_type_ids=False,
-            return_offsets_mapping=chat and want_answers,
+            return_offsets_mapping=want_answers,
             verbose=False,
         )
         for i, ids in enumerate(encoded["input_ids"]):
-            supervised = not (chat and want_answers)
-            marked = np.ones(len(ids), bool) if supervised else mark_answers(encoded["offset_mapping"][i], answers[i])
+            marked = np.ones(len(ids), bool)
+            if want_answers:
+                marked = mark_answers(encoded["offset_mapping"][i], rendered[i].answers)
             if ids[-1:] != [tokenizer.eos_token_id]:
-                ids, marked = [*ids, tokenizer.eos_token_id], np.append(marked, supervised)
+                ids, marked = [*ids, tokenizer.eos_token_id], np.append(marked, not want_answers)
             yield ids, marked

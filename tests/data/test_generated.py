@@ -36,7 +36,7 @@ def test_samples_follow_the_teachers_distribution(writer: Write, teacher: PreTra
     """The first token of many short texts, against the probabilities; the model's own config would always take the same."""
     one = writer(prompts="none", max_tokens=1, batch_size=4000)
     torch.manual_seed(0)
-    start = one._first_token()
+    [start] = one.beginning
     drawn = torch.tensor([ids[0] if ids else one.stops[0] for ids in one._continue([[start]] * 4000)])
     found = torch.bincount(drawn, minlength=teacher.config.vocab_size) / 4000
     with torch.no_grad():
