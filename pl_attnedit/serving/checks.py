@@ -1,0 +1,50 @@
+"""What of a converted model vLLM can run, and how its weights are named there; without vLLM."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pl_attnedit.attention import GateSWAConfig, MLAConfig
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.modeling.plan import EditPlan
+from pl_attnedit.teachers import attention_spec, family_of
+
+_ATTENTION = re.compile(r"(model\.layers\.(\d+)\.self_attn\.)(.*)")
+# vLLM stacks every weight named q_proj, and every one named gate_proj, into one of its own
+_NAMES = {
+    GateSWAConfig: {"gate_proj": "gate"},
+    MLAConfig: {"q_proj": "query_proj", "q_b_proj": "query_proj"},
+}
+
+
+def vllm_name(name: str, plan: EditPlan) -> str:
+    """The name of a saved model's weight in `pl_attnedit.serving.layers`."""
+    match = _ATTENTION.fullmatch(name)
+    target = plan.target_of(int(match[2])) if match else None
+    if match is None or target is None:
+        return name
+    module, dot, rest = match[3].partition(".")
+    return match[1] + _NAMES[type(target)].get(module, module) + dot + rest
+
+
+def check_config(config: Any, all_tokens: bool = False) -> None:
+    """Raises `UserError` for a converted model that vLLM would not run as it is.
+
+    all_tokens: vLLM's hybrid KV cache manager is off, so that every layer would keep all tokens.
+    """
+    plan = EditPlan.from_dict(config.attention_edit)
+    if len(plan.letters) != config.num_hidden_layers:
+        raise invalid("attention_edit", plan.letters, f"needs a letter for each of {config.num_hidden_layers} layers")
+    family, spec = family_of(config), attention_spec(config)
+    family.check(config)
+    if spec.o_bias and family.model_type != "llama":
+        raise invalid("attention_bias", True, f"vLLM's {family.model_type} has no bias of o_proj")
+    if family.model_type == "qwen2" and spec.head_dim != config.hidden_size // config.num_attention_heads:
+        raise invalid("head_dim", spec.head_dim, "vLLM's qwen2 takes hidden_size / num_attention_heads")
+    windows = any(isinstance(t, GateSWAConfig) and t.window is not None for t in plan.targets.values())
+    if windows and all_tokens:
+        raise UserError(
+            "hybrid KV cache manager: it is off, by --disable-hybrid-kv-cache-manager or by a KV connector that does not "
+            "know it, and windows would keep every token; serve this model with it"
+        )

@@ -1,0 +1,64 @@
+"""Converted models as vLLM's: of each family its own class, with the attention of the edited layers swapped.
+
+`EditedLlamaForCausalLM` is vLLM's `LlamaForCausalLM`, and so on: the names that a saved model's config.json states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from pl_attnedit.modeling.hf import EDITED
+from pl_attnedit.modeling.plan import EditPlan
+from pl_attnedit.serving.checks import check_config, vllm_name
+from pl_attnedit.serving.layers import LAYERS
+
+BASES = {
+    "llama": LlamaForCausalLM,
+    "mistral": MistralForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+    "qwen3_moe": Qwen3MoeForCausalLM,
+}
+
+
+class EditedForCausalLM:
+    """Swaps the attention modules that the config's edit plan names, before any weight is loaded."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        self.edit_plan = plan = EditPlan.from_dict(config.attention_edit)
+        check_config(config, all_tokens=vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        known = vllm_config.compilation_config.static_forward_context
+        for index in plan.edited_layers:
+            layer = self.model.layers[index]  # type: ignore[attr-defined]
+            if isinstance(layer, PPMissingLayer):
+                continue
+            target, base = plan.target_of(index), layer.self_attn
+            assert target is not None
+            name = base.attn.layer_name
+            del known[name]
+            layer.self_attn = LAYERS[type(target)](base, target, config, index, vllm_config, name.removesuffix(".attn"))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return super().load_weights(  # type: ignore[misc]
+            (vllm_name(name, self.edit_plan), weight) for name, weight in weights
+        )
+
+
+for _family, _base in BASES.items():
+    _name = EDITED[_family][1].__name__
+    globals()[_name] = type(
+        _name,
+        (EditedForCausalLM, _base),
+        {"__module__": __name__, "__doc__": f"A converted {_family} model in vLLM."},
+    )
