@@ -47,6 +47,19 @@ STUDENTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+ROPE: dict[str, dict[str, Any]] = {
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 512},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 256,
+    },
+}
+
+
 def prompts(make_ids: Callable[..., Any], lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     return [make_ids(1, length, seed=length)[0].tolist() for length in lengths]
 
@@ -59,3 +72,20 @@ def test_a_student_equals_hugging_faces(
     student.save_pretrained(tmp_path)
     with engine(tmp_path) as llm:
         assert compare(llm, student, prompts(make_ids), 16) < 5e-5
+
+
+@pytest.mark.parametrize("rope", [None, "llama3", "yarn"])
+def test_every_family(
+    family: str, rope: str | None, make_teacher: Callable[..., Any], make_ids: Callable[..., Any], tmp_path: Path
+) -> None:
+    if rope is not None and family != "qwen3":
+        pytest.skip("scaled RoPE is tried in one family")
+    fields = {**SHAPE, **({"rope_parameters": ROPE[rope]} if rope else {})}
+    if family == "qwen2":  # has no field of this name: a head is a share of the hidden size
+        fields = {"hidden_size": 4 * fields.pop("head_dim"), "max_position_embeddings": 2048}
+    if family == "llama":
+        fields = {**fields, "attention_bias": True}
+    student = build_student(make_teacher(family, **fields), *STUDENTS["windows_mla_full"])
+    student.save_pretrained(tmp_path)
+    with engine(tmp_path) as llm:
+        assert compare(llm, student, prompts(make_ids), 16) < 1e-4
