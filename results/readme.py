@@ -206,6 +206,33 @@ def sequences() -> str:
     return markdown_table(head, rows)
 
 
+def windows() -> str:
+    """Two groups: those judged on 64, 64 and 48 sequences of 512, 2,048 and 8,192 tokens, and on 64, 32 and 16."""
+    rows = []
+    for found in data("smollm2_windows"):
+        latent = found["targets"].get("M")
+        letters = {letter: found["pattern"].count(letter) for letter in "MF"}
+        name = f"windows of {found['targets']['S']['window']}"
+        name += f", {letters['M']} x MLA {latent['kv_lora_rank']}+{latent['qk_rope_head_dim']}" if letters["M"] else ""
+        name += f", {letters['F']} full layers" if letters["F"] else ""
+        name += ", stage 2 at 8e-4" if found["learning_rate_stage2"] > 4e-4 else ""
+        kl = [found["fidelity"][context]["kl"] for context in ("512", "2048")]
+        late = found["tokens_4k_8k"]
+        row = [name, f"{found['kv_budget_8k']:.1%}", f"{found['seq_len']:,}", *(f"{each:.4f}" for each in kl)]
+        nll = [math.exp(late[f"nll_{model}"]) for model in ("teacher", "student")]
+        rows.append([*row, f"{late['kl']:.3f}", "{:.2f}, {:.2f}".format(*nll)])
+    head = [
+        "",
+        "KV budget at 8k",
+        "trained at",
+        "KL at 512",
+        "at 2,048",
+        "tokens 4k-8k",
+        "perplexity there: teacher, student",
+    ]
+    return markdown_table(head, rows)
+
+
 def sensitivity() -> str:
     found = data("sensitivity_gate_swa")
     rows = []
@@ -353,6 +380,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study_mla": partial(study, "mla"),
     "study_gate_swa": partial(study, "gate_swa"),
     "sequences": sequences,
+    "windows": windows,
 }
 PLOTS: dict[str, Callable[[], Chart]] = {"smollm2_kv_budget": pareto, "smollm2_random_init": random_init}
 
