@@ -71,6 +71,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     data = TextDataModule(tokenizer=recipe.teacher, **data_options)
     _, plan = check_recipe(recipe)
     resolve_tracking_uri(recipe.tracking_uri)
+    resolve_teacher(recipe.teacher)
     data.setup()
     trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
     check_devices(recipe, trainer.strategy.root_device.type, trainer.world_size, here=True)
@@ -354,7 +355,7 @@ def build_trainer(options: dict[str, Any]) -> Trainer:
     """A Trainer; values that Lightning refuses are a user's mistake."""
     try:
         return Trainer(**with_npu(options))
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise UserError(f"trainer: {error}") from error
 
 

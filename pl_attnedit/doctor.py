@@ -175,10 +175,15 @@ def obstacles(trainer: dict[str, Any], platforms: dict[str, Platform]) -> list[s
     """Why a Trainer with these settings cannot run on this machine; empty where it can.
 
     trainer: the `TRAINER_FIELDS` of a config, those that it gives.
+
+    Raises:
+        UserError: an accelerator that there is on no machine.
     """
     from pl_attnedit.conversion import build_trainer  # which needs all there is
+    from pl_attnedit.recipe_checks import check_accelerator
 
     accelerator = trainer.get("accelerator", "auto")
+    check_accelerator(accelerator)
     asked = {"gpu": "cuda"}.get(accelerator, accelerator)
     try:
         check_precision(str(trainer.get("precision")))

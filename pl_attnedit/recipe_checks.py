@@ -30,14 +30,7 @@ def check_recipe(recipe: Recipe) -> tuple[PreTrainedConfig, EditPlan]:
     Raises:
         UserError: teacher, plan and targets do not fit, or a stage or the Trainer would refuse what it is given.
     """
-    config = teacher_config(recipe.teacher)
-    family = family_of(config)
-    family.check(config)
-    plan = EditPlan.build(config.num_hidden_layers, parse_targets(recipe.targets), recipe.pattern, recipe.layers)
-    plan.require_edits()
-    for target in plan.targets.values():
-        target.check(family.attention_spec(config))
-        target.check_init(recipe.init, family.attention_spec(config))
+    config, plan = check_edits(recipe.teacher, recipe.targets, recipe.pattern, recipe.layers, recipe.init)
     _check_trainer(recipe.trainer)
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         module = stage_module(recipe, name, stage, None)
@@ -48,6 +41,22 @@ def check_recipe(recipe: Recipe) -> tuple[PreTrainedConfig, EditPlan]:
                 callback.check(module)
         weight_dtype(str(recipe.trainer.get("precision")), recipe.dtype, stage.options.get("teacher_dtype"))
         check_trained_layers(stage.options.get("train_layers"), plan.edited_layers)
+    return config, plan
+
+
+def check_edits(
+    teacher: str, targets: Any, pattern: str | None, layers: list[int] | None, init: str | None
+) -> tuple[PreTrainedConfig, EditPlan]:
+    """The teacher's config and the edit plan; `UserError` where they do not fit each other, or the init (if any) them."""
+    config = teacher_config(teacher)
+    family = family_of(config)
+    family.check(config)
+    plan = EditPlan.build(config.num_hidden_layers, parse_targets(targets), pattern, layers)
+    plan.require_edits()
+    for target in plan.targets.values():
+        target.check(family.attention_spec(config))
+        if init is not None:
+            target.check_init(init, family.attention_spec(config))
     return config, plan
 
 
@@ -87,17 +96,21 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         if str(precision) not in known:
             raise invalid("trainer.precision", precision, f"must be one of {', '.join(known)}")
         check_precision(str(precision))
-    for name, more, registered in (
-        ("accelerator", ("auto", "gpu"), AcceleratorRegistry.available_accelerators()),
-        ("strategy", ("auto",), StrategyRegistry.available_strategies()),
-    ):
-        given = trainer.get(name)
-        if isinstance(given, str) and given.lower() not in {*more, *registered}:
-            raise invalid(f"trainer.{name}", given, f"must be one of {', '.join(sorted({*more, *registered}))}")
+    check_accelerator(trainer.get("accelerator"))
     strategy = trainer.get("strategy")
+    strategies = {"auto", *StrategyRegistry.available_strategies()}
+    if isinstance(strategy, str) and strategy.lower() not in strategies:
+        raise invalid("trainer.strategy", strategy, f"must be one of {', '.join(sorted(strategies))}")
     if strategy == "layers" or getattr(strategy, "deals_out_layers", False):
         raise invalid("trainer.strategy", "layers", "is for stage 1 alone, run by `pl-attnedit fit`: use ddp or fsdp2")
     world_size(trainer)
+
+
+def check_accelerator(given: Any) -> None:
+    """`UserError` for the name of an accelerator that nothing here runs on, wherever it is."""
+    known = {"auto", "gpu", *AcceleratorRegistry.available_accelerators()} - {"tpu"}  # of Lightning's, never ours
+    if isinstance(given, str) and given.lower() not in known:
+        raise invalid("trainer.accelerator", given, f"must be one of {', '.join(sorted(known))}")
 
 
 def world_size(trainer: Mapping[str, Any]) -> int:

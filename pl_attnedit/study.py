@@ -33,6 +33,7 @@ from pl_attnedit.files import write_atomically
 from pl_attnedit.recipe import Recipe, as_plain, read_recipe, recipe_parser
 from pl_attnedit.recipe_checks import check_recipe
 from pl_attnedit.run_folder import changed_fields, is_finished, is_running, read_summary
+from pl_attnedit.teachers.source import resolve_teacher
 from pl_attnedit.tracking import connect
 from pl_attnedit.tracking.conversion import experiment_id
 
@@ -203,6 +204,7 @@ class StudyRun:
         for each in self.chosen:
             try:
                 check_recipe(each.recipe)
+                resolve_teacher(each.recipe.teacher)
             except UserError as error:
                 raise UserError(f"variant {each.variant!r}: {error}") from error
         self.folder.mkdir(parents=True, exist_ok=True)

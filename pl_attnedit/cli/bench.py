@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pl_attnedit.cli.devices import torch_device
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.shapes import SHAPES
 
@@ -158,7 +159,7 @@ def _stage(options: Namespace) -> int:
         raise invalid("--window", options.window, f"must be whole optimizer steps of {options.accumulate} batches")
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     alone = _alone(options) if options.devices > 1 and rank == 0 else None
-    device = torch.device(options.device, rank) if options.device == "cuda" else torch.device(options.device)
+    device = torch_device(f"cuda:{rank}" if options.device == "cuda" else options.device)
     dtype = torch.float32 if options.precision == "32-true" else torch.bfloat16
     torch.manual_seed(0)  # the same weights in all processes
     teacher = _model(options.model, options.layers, dtype, device)
@@ -198,7 +199,7 @@ def _decode(options: Namespace) -> int:
     patterns = options.pattern or [None]
     if len(patterns) not in (1, len(targets)) or (options.pattern and not targets):
         raise invalid("--pattern", options.pattern, f"must be one for all targets or one for each of {len(targets)}")
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    device, dtype = torch_device(options.device), getattr(torch, options.dtype)
     models = {"teacher": _model(options.teacher, options.layers, dtype, device)}
     student: Any
     for folder in options.student:
@@ -243,7 +244,7 @@ def _loss(options: Namespace) -> int:
         hidden=options.hidden,
         tokens=options.tokens,
         dtype=getattr(torch, options.dtype),
-        device=torch.device(options.device),
+        device=torch_device(options.device),
     )
     print(json.dumps(result, indent=2) if options.json else "\n".join(f"{k:22} {v}" for k, v in result.items()))
     return 0
@@ -284,9 +285,10 @@ def _init(options: Namespace) -> int:
     from pl_attnedit.teachers.source import load_teacher
 
     _at_least_1(options, "seq_len", "calibration_sequences", "heldout_sequences")
+    device = torch_device(options.device)
     teacher, tokenizer = load_teacher(options.teacher, dtype="float32")
     result = bench_init(
-        teacher.to(options.device),
+        teacher.to(device),
         tokenizer,
         calibration=options.calibration,
         heldout=options.heldout,

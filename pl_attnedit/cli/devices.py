@@ -20,6 +20,9 @@ def torch_device(name: str | None) -> torch.device:
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        found = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise invalid("--device", name, f"cannot be used: {str(error).splitlines()[0]}") from error
+    if found.type == "meta":
+        raise invalid("--device", name, "cannot be used: nothing is computed there")
+    return found

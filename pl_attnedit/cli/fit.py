@@ -15,8 +15,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from pl_attnedit.callbacks import NaNGuard, ProcessWatch, Progress, ResumableCheckpoint, Throughput, check_checkpoint
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import DistillationModule
+from pl_attnedit.distillation.settings import weight_dtype
 from pl_attnedit.errors import UserError
+from pl_attnedit.recipe_checks import check_accelerator, check_edits
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
+from pl_attnedit.teachers.source import resolve_teacher
 from pl_attnedit.tracking import LogConfigCallback
 
 
@@ -48,6 +51,19 @@ class AttentionEditingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self.model.resuming = _is_file(self.config.fit.ckpt_path)  # an init would be overwritten
+        self._check_inputs()
+
+    def before_validate(self) -> None:
+        self._check_inputs()
+
+    def _check_inputs(self) -> None:
+        """A precision, a teacher or a text that cannot be used is an error before there is an MLflow run."""
+        given = self.model.hparams
+        weight_dtype(str(self.trainer.precision), given["dtype"], given["teacher_dtype"])
+        init = given["init"] if given["init_from"] is None else None
+        check_edits(given["teacher"], given["targets"], given["pattern"], given["layers"], init)
+        resolve_teacher(given["teacher"])
+        self.datamodule.setup()
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []
@@ -63,9 +79,10 @@ class AttentionEditingCLI(LightningCLI):
             wanted = family is not ModelCheckpoint or config.get("enable_checkpointing") is not False
             if wanted and not any(isinstance(callback, family) for callback in config["callbacks"]):
                 config["callbacks"].append(default())
+        check_accelerator(config.get("accelerator"))
         try:
             return super()._instantiate_trainer(with_npu(config), callbacks)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ValueError, ImportError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"trainer: {error}") from error

@@ -20,7 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.data.packing import Corpus, PackedSequences, ResumableSampler, split_documents, spread_sequences
 from pl_attnedit.data.sources import Source, open_source
-from pl_attnedit.data.tokens import LossOn, load_tokenizer, model_context, tokenize, tokenizer_digest
+from pl_attnedit.data.tokens import (
+    LossOn,
+    check_vocabulary,
+    load_tokenizer,
+    model_context,
+    model_vocabulary,
+    tokenize,
+    tokenizer_digest,
+)
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.interruption import ignore_signals
 
@@ -175,7 +183,13 @@ class TextDataModule(LightningDataModule):
 
     def _corpus(self, source: Sources) -> Corpus:
         opened = [open_source(one) for one in _listed(source)]
-        return Corpus([one.name for one in opened], tokenize(opened, self.tokenizer, self.loss_on))
+        corpus = Corpus([one.name for one in opened], tokenize(opened, self.tokenizer, self.loss_on))
+        known = model_vocabulary(self.tokenizer)
+        if known is not None and len(self.tokenizer) > known:
+            for name, store in zip(corpus.names, corpus.stores):
+                highest = int(store.tokens.max()) if len(store.tokens) else 0
+                check_vocabulary(self.tokenizer, highest, known, f"the text of {name}")
+        return corpus
 
     def _check_context(self, longest: int) -> None:
         if self.seq_len > longest:

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pl_attnedit.data.encoding import beginning, chat_template, encode
 from pl_attnedit.data.sources import document_hash
+from pl_attnedit.data.tokens import check_vocabulary
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.files import write_atomically
 from pl_attnedit.locks import LOCK, claim
@@ -83,6 +84,9 @@ class TeacherWriter:
         if self.mode == "chat" and tokenizer.chat_template is None:
             raise invalid("prompts", "chat", "needs a tokenizer with a chat template; give none")
         self.lines = [] if self.mode in ("chat", "none") else _lines(self.mode)
+        known = teacher.config.get_text_config().vocab_size
+        for part in [*(self._template() if tokenizer.chat_template else ()), *self.lines]:
+            check_vocabulary(tokenizer, max(self._ids(part), default=0), known, f"the prompt {part[:40]!r}")
         longest = self._longest_text()
         if sampling.max_tokens > longest:
             raise invalid("max_tokens", sampling.max_tokens, f"must be at most {longest}, by the teacher's context")

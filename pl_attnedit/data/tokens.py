@@ -124,6 +124,24 @@ def model_context(tokenizer: PreTrainedTokenizerBase) -> int:
     return longest
 
 
+def model_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many tokens the tokenizer's model has embeddings for, as the config beside it says; None where there is none."""
+    config = Path(tokenizer.name_or_path) / "config.json"
+    fields = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    return fields.get("vocab_size") or (fields.get("text_config") or {}).get("vocab_size")
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, highest: int, known: int, where: str) -> None:
+    """A tokenizer may have tokens that its model has no embeddings for, as long as nothing uses them.
+
+    Raises:
+        UserError: the highest token id that is used is not below `known`, the number of embeddings.
+    """
+    if highest >= known:
+        token = f"{where} has token {highest}, {tokenizer.convert_ids_to_tokens(highest)!r}"
+        raise invalid("tokenizer", tokenizer.name_or_path, f"{token}; must be below {known}, its model's embeddings")
+
+
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex SHA-256 of all that decides how text becomes tokens."""
     if tokenizer.is_fast:

