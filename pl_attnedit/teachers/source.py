@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.teachers import gguf_file
 from pl_attnedit.teachers.checks import ADAPTER_FILE, check_adapter, check_fields, check_model, check_weights
 
 CACHE_VARIABLE = "PL_ATTNEDIT_CACHE"
@@ -208,48 +209,15 @@ def gguf_in_package(name: str) -> Path:
     return files[0]
 
 
-def _converted(gguf: Path) -> Path:
-    """The cached safetensors folder of a GGUF file, keyed by its size and its first and last mebibyte."""
-    if not gguf.is_file():
-        raise invalid("teacher", str(gguf), "there is no such file; allowed: " + TEACHER_SOURCES)
-    with gguf.open("rb") as file:
-        head = file.read(2**20)
-        file.seek(max(0, gguf.stat().st_size - 2**20))
-        key = hashlib.sha256(f"{gguf.stat().st_size}".encode() + head + file.read()).hexdigest()[:16]
-    if not head.startswith(b"GGUF"):
-        raise invalid("teacher", str(gguf), "is not a GGUF file")
-    return build_once(cache_root() / "teachers" / f"{gguf.stem}-{key}", lambda part: _convert(gguf, part))
-
-
-def _convert(gguf: Path, target: Path) -> None:
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except Exception as error:  # the readers raise whatever a broken or unknown file leads them to
-        raise invalid("teacher", str(gguf), f"cannot be read as a GGUF causal language model: {error}") from error
-    check_model(str(gguf), model.config)
-    fields = _gguf_fields(gguf)
-    header, used = fields.get(f"{fields['general.architecture']}.rope.freq_base"), _rope_theta(model.config)
-    if None not in (header, used) and header != used:
-        raise invalid("teacher", str(gguf), f"the file says rope theta {header}, this transformers reads {used}")
-    # The weights are plain float32 now; what is left of the quantisation would make save_pretrained refuse.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    if used is not None:
-        model.config.rope_theta = used  # older readers ignore rope_parameters and silently take 10000
-    for kind in ("bos", "eos"):  # transformers 5.17 takes one for the other
-        if (token := fields.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
-            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(int(token)))
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
-
-def _gguf_fields(gguf: Path) -> dict[str, Any]:
-    """The numbers and names in the head of a GGUF file."""
-    from gguf import GGUFReader
-
-    return {name: field.contents() for name, field in GGUFReader(gguf).fields.items() if len(field.data) == 1}
+def _converted(file: Path) -> Path:
+    """The cached safetensors folder of a GGUF file, keyed by its content and by what converts it."""
+    if not file.is_file():
+        raise invalid("teacher", str(file), "there is no such file; allowed: " + TEACHER_SOURCES)
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise invalid("teacher", str(file), "is not a GGUF file")
+    key = hashlib.sha256(f"{file_sha256(file)} {gguf_file.made_by()}".encode()).hexdigest()[:16]
+    return build_once(cache_root() / "teachers" / f"{file.stem}-{key}", lambda part: gguf_file.convert(file, part))
 
 
 def _rope_theta(config: PreTrainedConfig) -> float | None:
