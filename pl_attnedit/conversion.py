@@ -75,6 +75,9 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     data.setup()
     trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
     check_devices(recipe, trainer.strategy.root_device.type, trainer.world_size, here=True)
+    for stage in (recipe.stage1, recipe.stage2):
+        data.phases = stage.phases
+        data.check_batches(trainer.world_size)
     folder = RunFolder(Path(recipe.runs) / recipe.name, plain, follows=not trainer.is_global_zero)
     if not trainer.is_global_zero:
         Conversion(recipe, data, folder, None, plain).follow()
@@ -192,7 +195,7 @@ class Conversion:
 
     def stage(self, name: str, stage: StageRecipe, start: str) -> dict[str, float]:
         """Trains one stage from its last checkpoint, or from the student in the folder `start`; saves and measures it."""
-        if not stage.steps:
+        if not stage.total_steps:
             return self.leave_out(name, start)
         seed_everything(self.recipe.seed, verbose=False)
         checkpoint = latest_checkpoint(self.folder.path / name)
@@ -202,6 +205,7 @@ class Conversion:
             check_checkpoint(checkpoint, stage=name, teacher=fingerprint)
             self.say(f"{name}: goes on from {checkpoint.name}")
         trainer = self.trainer(name, stage)
+        self.data.phases = stage.phases  # type: ignore[attr-defined]
         self.data.seed = self.recipe.seed + list(STAGES).index(name)  # type: ignore[attr-defined]  # stage 2 sees new text
         trainer.fit(module, self.data, ckpt_path=str(checkpoint) if checkpoint else None)
         self.folder.save_folder(RESULTS[name], lambda path: save_student(module, path))
@@ -209,8 +213,8 @@ class Conversion:
         if not self.follows:
             self.runs.run(name).finish()
         batch = trainer.num_devices * trainer.num_nodes * stage.accumulate
-        data = self.data
-        return found | {"tokens": stage.steps * batch * data.batch_size * data.seq_len}  # type: ignore[attr-defined]
+        phases = stage.all_phases(self.data.seq_len, self.data.batch_size)  # type: ignore[attr-defined]
+        return found | {"tokens": batch * sum(phase.steps * phase.batch_size * phase.seq_len for phase in phases)}
 
     def leave_out(self, name: str, start: str) -> dict[str, float]:
         """What a stage of no steps hands on: the student it got, and that one's figures."""
@@ -314,7 +318,7 @@ class Conversion:
         else:
             every = stage.validate_every
             options |= {
-                "max_steps": stage.steps,
+                "max_steps": stage.total_steps,
                 "accumulate_grad_batches": stage.accumulate,
                 "limit_val_batches": 1.0 if every else 0,
                 "val_check_interval": every * stage.accumulate if every else None,

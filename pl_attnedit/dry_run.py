@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from pl_attnedit.data import TextDataModule
+from pl_attnedit.data import Phase, TextDataModule
 from pl_attnedit.distillation.settings import weight_dtype
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
@@ -60,19 +61,25 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
         result["memory"]["init"] = init_memory(teacher, student, data.batch_size, data.seq_len)
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         frozen = on_meta(config, _dtype(recipe, stage))
-        step = _step(name, stage, recipe, data, result["devices"])
-        result["memory"][name] = stage_memory(frozen, student, step)
-        tokens = stage.steps * stage.accumulate * result["devices"] * step.tokens
-        block_loss = stage.options.get("supervise") == "block"
-        sizes: dict[str, Any] = {"seq_len": data.seq_len, "block_loss": block_loss, "train_layers": step.train_layers}
-        each = step_flops(frozen, student, stage=name, trained=step.trained, **sizes)
-        flops = tokens * each
+        phases, memory = [], []
+        for phase in stage.all_phases(data.seq_len, data.batch_size):
+            step = _step(name, stage, phase, recipe, devices)
+            memory.append(stage_memory(frozen, student, step))
+            tokens = phase.steps * stage.accumulate * devices * step.tokens
+            block_loss = stage.options.get("supervise") == "block"
+            sizes: dict[str, Any] = {
+                "seq_len": phase.seq_len,
+                "block_loss": block_loss,
+                "train_layers": step.train_layers,
+            }
+            flops = tokens * step_flops(frozen, student, stage=name, trained=step.trained, **sizes)
+            seconds = flops / (result["matmul_flops"] * result["efficiency"] * devices)
+            phases.append(asdict(phase) | {"tokens": tokens, "flops": flops, "seconds": seconds})
+        result["memory"][name] = max(memory, key=lambda found: found.total)
         result["stages"][name] = {
             "trained_parameters": sum(p.numel() for p in trained_parameters(student, step)),
-            "steps": stage.steps,
-            "tokens": tokens,
-            "flops": flops,
-            "seconds": flops / (result["matmul_flops"] * result["efficiency"] * result["devices"]),
+            **{figure: sum(phase[figure] for phase in phases) for figure in ("steps", "tokens", "flops", "seconds")},
+            "phases": [phase | {"memory": found.total} for phase, found in zip(phases, memory)],
         }
     return result
 
@@ -91,12 +98,12 @@ def _name(device: torch.device) -> str:
     return module.get_device_name() if hasattr(module, "get_device_name") else device.type
 
 
-def _step(name: str, stage: StageRecipe, recipe: Recipe, data: TextDataModule, devices: int) -> Step:
+def _step(name: str, stage: StageRecipe, phase: Phase, recipe: Recipe, devices: int) -> Step:
     options = stage.options
     layers = options.get("train_layers")
     return Step(
         stage=name,
-        tokens=data.batch_size * data.seq_len,
+        tokens=phase.batch_size * phase.seq_len,
         trained=options.get("train", "attention"),
         train_layers=None if layers is None else tuple(layers),
         feature_weight=float(options.get("feature_weight", 0.0)),
@@ -120,6 +127,12 @@ def _dtype(recipe: Recipe, frozen: StageRecipe | None = None) -> torch.dtype:
     return weight_dtype(str(recipe.trainer.get("precision")), recipe.dtype)
 
 
+def _budget(found: dict[str, Any]) -> str:
+    """Cells of a stage or of one of its phases."""
+    work = f"{found['flops'] / 1e15:10,.3g}"
+    return f"{found['steps']:5}   {count(found['tokens']):>8} {work}   {duration(found['seconds'])}"
+
+
 def dry_run_table(result: dict[str, Any]) -> str:
     """The estimate as text."""
     stages = result["stages"]
@@ -134,9 +147,12 @@ def dry_run_table(result: dict[str, Any]) -> str:
         lines.append(f"{row['context']:16,} tokens   {sizes}   {percent(row['budget']):>9}")
     lines += ["", "         trained parameters   steps     tokens      PFLOP   time here"]
     for name, stage in stages.items():
-        trained, tokens = count(stage["trained_parameters"]), count(stage["tokens"])
-        work = f"{stage['flops'] / 1e15:10,.3g}"
-        lines.append(f"{name}   {trained:>18}   {stage['steps']:5}   {tokens:>8} {work}   {duration(stage['seconds'])}")
+        trained = count(stage["trained_parameters"])
+        lines.append(f"{name}   {trained:>18}   {_budget(stage)}")
+        if len(stage["phases"]) > 1:
+            for phase in stage["phases"]:
+                of = f"{phase['batch_size']} x {phase['seq_len']:,}"
+                lines.append(f"{of:>27}   {_budget(phase)}, {phase['memory'] / 1e9:.2f} GB")
     rate = f"{result['efficiency']:.0%} of the {result['matmul_flops'] / 1e12:.3g} TFLOP/s"
     lines += [
         f"time on {result['devices']} x {result['device_here']}, if each reaches {rate} that a matrix product "

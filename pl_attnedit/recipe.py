@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.pytorch import Callback, Trainer
 
-from pl_attnedit.data import TextDataModule
+from pl_attnedit.data import Phase, TextDataModule
 from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling.edit import Init
@@ -25,6 +25,8 @@ class StageRecipe:
     Args:
         steps: optimiser steps; 0 leaves the stage out.
         learning_rate: peak learning rate; linear warm-up, then a cosine.
+        phases: instead of steps and learning_rate, e.g. through sequence lengths: one training in which each phase has
+            its own and its batches; by default it is one phase, of the data's seq_len and batch_size.
         warmup_steps: optimiser steps of warm-up.
         accumulate: batches per optimiser step.
         validate_every: optimiser steps between validations on the way; None = only before and after the stage.
@@ -33,8 +35,9 @@ class StageRecipe:
             ResumableCheckpoint replaces the one with the default interval (its folder is the run folder's).
     """
 
-    steps: int
-    learning_rate: float
+    steps: int | None = None
+    learning_rate: float | None = None
+    phases: list[Phase] = field(default_factory=list)
     warmup_steps: int = 10
     accumulate: int = 1
     validate_every: int | None = None
@@ -42,11 +45,34 @@ class StageRecipe:
     callbacks: list[Callback] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for name in ("steps", "learning_rate"):
+            value = getattr(self, name)
+            if (value is None) != bool(self.phases):
+                allowed = "has each phase its own: leave it out" if self.phases else "must be given, or phases"
+                raise invalid(name, value, allowed)
         for name, least in (("steps", 0), ("accumulate", 1), ("validate_every", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise invalid(name, getattr(self, name), f"must be at least {least}")
-        if self.learning_rate <= 0:
+        if self.learning_rate is not None and self.learning_rate <= 0:
             raise invalid("learning_rate", self.learning_rate, "must be positive")
+
+    def all_phases(self, seq_len: int, batch_size: int) -> list[Phase]:
+        """What the stage goes through; seq_len and batch_size are the data's."""
+        if self.phases:
+            return self.phases
+        assert self.steps is not None
+        assert self.learning_rate is not None
+        return [Phase(seq_len, batch_size, self.steps, self.learning_rate)]
+
+    @property
+    def total_steps(self) -> int:
+        return sum(phase.steps for phase in self.all_phases(1, 1))
+
+    @property
+    def first_rate(self) -> float:
+        """The peak learning rate, of the first phase that has steps."""
+        phases = self.all_phases(1, 1)
+        return next((phase.learning_rate for phase in phases if phase.steps), phases[0].learning_rate)
 
 
 @dataclass
@@ -180,7 +206,7 @@ def recipe_parser() -> ArgumentParser:
     help_ = "recipe YAML; a second one, e.g. of configs/trainer, and options given after it override it"
     parser.add_argument("-c", "--config", action=_LayeredConfig, help=help_)
     parser.add_class_arguments(Recipe)
-    parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer"}, instantiate=False)
+    parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer", "phases"}, instantiate=False)
     dry_run = "only print what would be trained, cached and held in memory, and for how long: needs no weights, no text"
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
     return parser

@@ -39,6 +39,9 @@ def check_recipe(recipe: Recipe) -> tuple[PreTrainedConfig, EditPlan]:
                 callback.check(module, plan.letters)
             elif isinstance(callback, TeacherForcing):
                 callback.check(module)
+        for phase in stage.phases:
+            if phase.seq_len > (limit := config.max_position_embeddings):
+                raise invalid(f"{name}.phases: seq_len", phase.seq_len, f"must be at most {limit}, the model's context")
         weight_dtype(str(recipe.trainer.get("precision")), recipe.dtype, stage.options.get("teacher_dtype"))
         check_trained_layers(stage.options.get("train_layers"), plan.edited_layers)
     return config, plan
@@ -63,9 +66,9 @@ def check_edits(
 def check_devices(recipe: Recipe, device_type: str, processes: int, here: bool) -> None:
     """`UserError` where a stage is to run what these devices cannot. here: they are this machine's."""
     for stage in (recipe.stage1, recipe.stage2):
-        if stage.steps and stage.options.get("cuda_graph"):
+        if stage.total_steps and stage.options.get("cuda_graph"):
             check_cuda_graph(device_type, processes, stage.options.get("activation_checkpointing", False))
-        if stage.steps and stage.options.get("liger"):
+        if stage.total_steps and stage.options.get("liger"):
             liger.check_device(device_type)
             if here:
                 liger.check_installed()
@@ -82,7 +85,7 @@ def stage_module(recipe: Recipe, name: str, stage: StageRecipe, init_from: str |
         calibration_tokens=recipe.calibration_tokens,
         init_from=init_from,
         dtype=recipe.dtype,
-        learning_rate=stage.learning_rate,
+        learning_rate=stage.first_rate,
         warmup_steps=stage.warmup_steps,
         **stage.options,
     )

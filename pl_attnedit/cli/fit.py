@@ -52,6 +52,7 @@ class AttentionEditingCLI(LightningCLI):
     def before_fit(self) -> None:
         self.model.resuming = _is_file(self.config.fit.ckpt_path)  # an init would be overwritten
         self._check_inputs()
+        self.datamodule.check_steps(self.trainer)
 
     def before_validate(self) -> None:
         self._check_inputs()

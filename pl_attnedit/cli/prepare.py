@@ -46,11 +46,17 @@ def _teacher_and_data(path: str) -> dict[str, Any]:
     content = read_config(path)
     model: Any = content.get("model")  # of a stage
     named = (model.get("init_args") or {}) if isinstance(model, dict) else content
-    return {"teacher": named.get("teacher"), "data": content.get("data") or {}}
+    data = dict(content.get("data") or {})
+    stages = [content.get(stage) for stage in ("stage1", "stage2")]  # of a recipe
+    if phases := [phase for stage in stages if isinstance(stage, dict) for phase in stage.get("phases") or []]:
+        data["phases"] = phases
+    return {"teacher": named.get("teacher"), "data": data}
 
 
 def _summary(data: TextDataModule) -> str:
     packed, held_out = data.train_sequences, data.held_out
+    lengths = sorted({data.seq_len, *(phase.seq_len for phase in data.phases)})
+    documents = f"from {len(packed.documents):,} documents"
     rows: list[tuple[str, ...]] = [("source", "documents", "tokens", "bytes", "of an epoch", "passes", "folder")]
     rows += _rows(packed.corpus, *_epoch(data))
     if data.val_source is not None:
@@ -59,7 +65,7 @@ def _summary(data: TextDataModule) -> str:
     return "\n".join(
         [
             *aligned(rows),
-            f"epoch: {len(packed):,} sequences of {data.seq_len} tokens, from {len(packed.documents):,} documents",
+            *(f"epoch: {len(data.packed(length)):,} sequences of {length} tokens, {documents}" for length in lengths),
             f"held out: {data.val_sequences} of {len(held_out):,} sequences, from {len(held_out.documents):,} documents",
             f"fingerprint: {data.fingerprint}",
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pl_attnedit.data.datamodule import TextDataModule
+from pl_attnedit.data.phases import Phase
 from pl_attnedit.data.sources import Source
 
-__all__ = ["Source", "TextDataModule"]
+__all__ = ["Phase", "Source", "TextDataModule"]

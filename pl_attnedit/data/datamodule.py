@@ -6,12 +6,13 @@ import hashlib
 import json
 import logging
 import math
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.data.packing import Corpus, PackedSequences, ResumableSampler, split_documents, spread_sequences
+from pl_attnedit.data.phases import Phase, PhasedSampler, PhasedSequences
 from pl_attnedit.data.sources import Source, open_source
 from pl_attnedit.data.tokens import (
     LossOn,
@@ -61,6 +63,9 @@ class TextDataModule(LightningDataModule):
     small one repeatedly within one, each of its sequences as often as the others. Then a sequence has documents of one
     source only. Weights do not change which documents are held out.
 
+    Phases: training goes through sequence lengths, one phase after the other, over the same documents; `seq_len` and
+    `batch_size` are then of validation, calibration and evaluation. The same documents are held out at every length.
+
     Exact resume: the order of an epoch is a function of `seed` and the epoch, and the place in it is the number of
     batches that training has consumed, which Lightning keeps in its checkpoints. A run resumed with `ckpt_path` sees
     the next batch and no other, whatever the loader had read ahead. Data, seed, global batch size, and numbers of
@@ -73,6 +78,8 @@ class TextDataModule(LightningDataModule):
             a list of these.
         seq_len: tokens per sequence (T).
         batch_size: sequences per batch of one process (B).
+        phases: of training; by default it is one, of `seq_len` and `batch_size`. Their steps together are the Trainer's
+            `max_steps`, their learning rates replace the module's.
         val_sequences: number of held-out sequences, spread evenly over the held-out documents.
         val_source: text for the held-out sequences; by default documents of `source` are held out of training.
         loss_on: all tokens, or in conversations only the answers of the assistant.
@@ -89,6 +96,7 @@ class TextDataModule(LightningDataModule):
         source: Sources = "builtin:",
         seq_len: int = 512,
         batch_size: int = 8,
+        phases: list[Phase] | None = None,
         val_sequences: int = 64,
         val_source: Sources | None = None,
         loss_on: LossOn = "all",
@@ -114,6 +122,7 @@ class TextDataModule(LightningDataModule):
         self.source = source
         self.seq_len = seq_len
         self.batch_size = batch_size
+        self.phases = phases or []
         self.val_sequences = val_sequences
         self.val_source = val_source
         self.loss_on: LossOn = loss_on
@@ -121,13 +130,23 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.max_context = max_context
-        self._train: PackedSequences | None = None
+        self._split: tuple[Corpus, np.ndarray] | None = None  # the documents to train on
+        self._packed: dict[int, PackedSequences] = {}  # of them, by length
         self._held_out: PackedSequences | None = None
         self._resumed: dict[str, Any] = {}
         if max_context is not None:
             if max_context < 1:
                 raise invalid("max_context", max_context, "must be at least 1")
             self._check_context(max_context)
+
+    @property
+    def phases(self) -> list[Phase]:
+        """Of the next training, those that have steps; empty: one of `seq_len` and `batch_size`."""
+        return self._phases
+
+    @phases.setter
+    def phases(self, phases: list[Phase]) -> None:
+        self._phases = [phase for phase in phases if phase.steps]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -146,7 +165,7 @@ class TextDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Split and pack. Needs no Trainer: `TextDataModule(...).setup()` is enough to use what is below."""
-        if self._train is not None:
+        if self._split is not None:
             return
         train = self._corpus(self.source)
         if self.val_source is None:
@@ -155,27 +174,36 @@ class TextDataModule(LightningDataModule):
         else:
             held_out = self._corpus(self.val_source)
             documents, val_documents = np.flatnonzero(~np.isin(train.hashes, held_out.hashes)), np.arange(len(held_out))
-        packed = self._pack(train, documents)
+        self._split = train, documents
+        packed = self.packed(self.seq_len)
         self._held_out = PackedSequences(held_out, [val_documents], self.seq_len, self.respect_documents)
         self._val = Subset(self._held_out, spread_sequences(self._held_out, self.val_sequences).tolist())
-        self._train = packed
         log.info(
             "data: %d training documents, %d tokens, %d sequences of %d; held out: %d documents, %d sequences",
             *(len(documents), packed.n_tokens, len(packed), self.seq_len, len(val_documents), len(self._val)),
         )
 
-    def _pack(self, corpus: Corpus, documents: np.ndarray) -> PackedSequences:
+    def packed(self, seq_len: int) -> PackedSequences:
+        """The training split in sequences of this length."""
+        self.setup()
+        if seq_len not in self._packed:
+            self._packed[seq_len] = self._pack(seq_len)
+        return self._packed[seq_len]
+
+    def _pack(self, seq_len: int) -> PackedSequences:
+        assert self._split is not None
+        corpus, documents = self._split
         groups = [documents]
         if self.weights:  # each source's documents apart
             groups = [documents[corpus.source[documents] == i] for i in range(len(corpus.stores))]
-        packed = PackedSequences(corpus, groups, self.seq_len, self.respect_documents, self.weights or None)
+        packed = PackedSequences(corpus, groups, seq_len, self.respect_documents, self.weights or None)
         if not len(packed):
             raise invalid(
-                "source", str(self.source), f"{packed.n_tokens} tokens to train on, one sequence has {self.seq_len}"
+                "source", str(self.source), f"{packed.n_tokens} tokens to train on, one sequence has {seq_len}"
             )
         for i, weight in enumerate(self.weights):
             if not packed.sizes[i]:
-                raise invalid("weight", weight, f"{corpus.names[i]} has no sequence of {self.seq_len} tokens")
+                raise invalid("weight", weight, f"{corpus.names[i]} has no sequence of {seq_len} tokens")
             if not packed.per_epoch()[i]:
                 allowed = f"too small for one of the epoch's {len(packed)} sequences to be of {corpus.names[i]}"
                 raise invalid("weight", weight, allowed)
@@ -192,17 +220,16 @@ class TextDataModule(LightningDataModule):
         return corpus
 
     def _check_context(self, longest: int) -> None:
-        if self.seq_len > longest:
-            raise invalid("seq_len", self.seq_len, f"must be at most {longest}, the context of the model")
+        for seq_len in (self.seq_len, *(phase.seq_len for phase in self.phases)):
+            if seq_len > longest:
+                raise invalid("seq_len", seq_len, f"must be at most {longest}, the context of the model")
 
     # What training and evaluation take
 
     @property
     def train_sequences(self) -> PackedSequences:
         """The training split, in document order; each item is one sequence of a batch."""
-        self.setup()
-        assert self._train is not None
-        return self._train
+        return self.packed(self.seq_len)
 
     @property
     def held_out(self) -> PackedSequences:
@@ -214,17 +241,42 @@ class TextDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches of this process, from the first one that training has not consumed."""
         shards = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-        global_batch = self.batch_size * shards["num_replicas"]
-        if len(self.train_sequences) < global_batch:
-            raise invalid(
-                "batch_size",
-                self.batch_size,
-                f"{shards['num_replicas']} process(es) of it need {global_batch} training sequences, the text has"
-                f" {len(self.train_sequences)}",
-            )
+        self.check_batches(shards["num_replicas"])
+        if self.trainer is not None:
+            self.check_steps(self.trainer)
         self._check_resumed()
-        sampler = ResumableSampler(self.train_sequences, self.batch_size, self.seed, self._consumed_batches, **shards)
-        return TrainLoader(self.train_sequences, sampler=sampler, drop_last=True, **self._loader_options())
+        if not self.phases:
+            sampler = self._sampler(self.seq_len, self.batch_size, shards)
+            return TrainLoader(self.train_sequences, sampler=sampler, drop_last=True, **self._loader_options())
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        packed = PhasedSequences([self.packed(phase.seq_len) for phase in self.phases])
+        samplers = [self._sampler(phase.seq_len, phase.batch_size, shards) for phase in self.phases]
+        batches = [phase.steps * accumulate for phase in self.phases]
+        whole = {"sampler": PhasedSampler(samplers, batches, self._consumed_batches), "batch_size": None}
+        return TrainLoader(packed, **(self._loader_options() | whole))
+
+    def _sampler(self, seq_len: int, batch_size: int, shards: dict[str, int]) -> ResumableSampler:
+        return ResumableSampler(self.packed(seq_len), batch_size, self.seed, self._consumed_batches, **shards)
+
+    def check_batches(self, num_replicas: int) -> None:
+        """`UserError` where the text is too short for a batch of these many processes."""
+        sizes = [(phase.seq_len, phase.batch_size) for phase in self.phases] or [(self.seq_len, self.batch_size)]
+        for seq_len, batch_size in sizes:
+            there, needed = len(self.packed(seq_len)), batch_size * num_replicas
+            if there < needed:
+                raise invalid(
+                    "batch_size",
+                    batch_size,
+                    f"{num_replicas} process(es) of it need {needed} training sequences, the text has {there}",
+                )
+
+    def check_steps(self, trainer: Trainer) -> None:
+        """`UserError` where the Trainer would not go through the phases."""
+        steps, overfit = sum(phase.steps for phase in self.phases), trainer.overfit_batches  # type: ignore[attr-defined]
+        if self.phases and trainer.max_steps != steps:
+            raise invalid("max_steps", trainer.max_steps, f"must be {steps}, the steps of the phases")
+        if self.phases and overfit:
+            raise invalid("overfit_batches", overfit, "is for a training without phases")
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The held-out sequences, always the same in the same order."""
@@ -288,7 +340,7 @@ class TextDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must agree on; the number of consumed batches is in Lightning's own part."""
-        return self._order() if self.trainer is not None and self._train is not None else {}
+        return self._order() if self.trainer is not None and self._split is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember what the checkpoint's run agreed on; it is compared when training starts."""
@@ -304,12 +356,14 @@ class TextDataModule(LightningDataModule):
             "global_batch_size": self.batch_size * processes,
             "num_processes": processes,
             "num_workers": self.num_workers,
+            **({"phases": [asdict(phase) for phase in self.phases]} if self.phases else {}),
         }
 
     def _check_resumed(self) -> None:
         resumed, self._resumed = self._resumed, {}
-        for field, now in self._order().items() if resumed else ():
-            before = resumed.get(field)
+        order = self._order()
+        for field in sorted({*resumed, *order}) if resumed else ():
+            before, now = resumed.get(field), order.get(field)
             if before != now:
                 raise UserError(
                     f"resume: the data's {field} was {before!r} in the checkpoint and is {now!r} now; a resumed run"

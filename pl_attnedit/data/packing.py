@@ -247,18 +247,20 @@ class ResumableSampler(DistributedSampler[int]):
         self.batch_size = batch_size
         self.consumed = consumed
         self.batches_per_epoch = len(dataset) // (batch_size * num_replicas)
+        self._order: tuple[int, np.ndarray] | None = None  # of an epoch
 
     def __len__(self) -> int:
         return self.batches_per_epoch * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        return self._indices(self.consumed())
-
-    def _indices(self, first: int) -> Iterator[int]:
-        epoch = -1
+        first = self.consumed()
         for batch in range(first, first + self.batches_per_epoch):
-            if batch // self.batches_per_epoch != epoch:
-                epoch = batch // self.batches_per_epoch
-                order = epoch_order(self.sizes, self.counts, self.seed, epoch)
-            place = (batch % self.batches_per_epoch * self.num_replicas + self.rank) * self.batch_size
-            yield from order[place : place + self.batch_size].tolist()
+            yield from self.batch(batch)
+
+    def batch(self, number: int) -> list[int]:
+        """This process's sequences of a batch, counted from the first epoch's first."""
+        epoch, place = divmod(number, self.batches_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, epoch_order(self.sizes, self.counts, self.seed, epoch)
+        first = (place * self.num_replicas + self.rank) * self.batch_size
+        return self._order[1][first : first + self.batch_size].tolist()

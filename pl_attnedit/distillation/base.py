@@ -54,9 +54,9 @@ class DistillationModule(OptimisedModule):
         liger: run Liger's kernels in the trunk (extra `gpu`); worth it where compiled is false, see the README.
         cuda_graph: record a step as a CUDA graph and replay it, on one GPU: faster where a small model waits for launches,
             see the README. Its memory is held throughout, so not for a model that fills the GPU.
-        learning_rate: peak of the schedule.
+        learning_rate: peak of the schedule; the data's phases have rates of their own.
         warmup_steps: optimiser steps of linear warm-up; a cosine to `final_lr_share` follows until the last step.
-        final_lr_share: learning rate at the last step over the peak.
+        final_lr_share: learning rate at the last step over the peak (of phases, over the last one's).
         weight_decay: AdamW's, on matrices only.
         nmse_batches: validation batches whose per-layer error is measured; the others only count for the whole model's.
     """

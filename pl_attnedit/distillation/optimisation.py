@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Hashable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -108,15 +110,21 @@ class OptimisedModule(LightningModule):
         self.zero_grad()
 
     def lr_share(self, step: int) -> float:
-        """Learning rate at a step over the peak."""
+        """Learning rate at a step over the peak: a linear warm-up, then a cosine to the end, or of each phase to the next
+        one's rate; the last phase ends at `final_lr_share` of its own."""
         if not math.isfinite(self.trainer.estimated_stepping_batches):
             raise invalid(
                 "max_steps", self.trainer.max_steps, "must be the number of optimiser steps; the schedule ends there"
             )
         total = int(self.trainer.estimated_stepping_batches)
-        warmup = min(self.hparams["warmup_steps"], total)
+        phases = getattr(getattr(self.trainer, "datamodule", None), "phases", [])
+        rates = [phase.learning_rate / self.hparams["learning_rate"] for phase in phases] or [1.0]
+        ends = list(accumulate(phase.steps for phase in phases)) or [total]
+        warmup = min(self.hparams["warmup_steps"], ends[0])
         if step < warmup:
-            return (step + 1) / warmup
-        progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-        final = self.hparams["final_lr_share"]
-        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+            return rates[0] * (step + 1) / warmup
+        phase = min(bisect_right(ends, step), len(ends) - 1)
+        first = ends[phase - 1] if phase else warmup
+        final = [*rates, rates[-1] * self.hparams["final_lr_share"]][phase + 1]
+        progress = min((step - first) / max(ends[phase] - first, 1), 1.0)
+        return final + (rates[phase] - final) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -12,7 +12,7 @@ import torch
 
 from pl_attnedit import dry_run as module
 from pl_attnedit.cli import main
-from pl_attnedit.data import TextDataModule
+from pl_attnedit.data import Phase, TextDataModule
 from pl_attnedit.dry_run import dry_run
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.shapes import config_of
@@ -20,6 +20,7 @@ from pl_attnedit.recipe import Recipe, StageRecipe
 from pl_attnedit.recipe_checks import device_count
 
 LATENT = {"type": "mla", "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+A_PHASE = {"seq_len": 32, "batch_size": 2, "steps": 1, "learning_rate": 1.0}
 WINDOW = {"type": "gate_swa", "window": 512, "sinks": 4}
 
 
@@ -64,6 +65,28 @@ def test_qwen3_8b_from_its_config(config_folder: Callable[[str], str]) -> None:
     init = found["memory"]["init"]  # whole on each device
     assert init.weights == pytest.approx(8 * memory.weights)
     assert memory.weights == pytest.approx(2 * (found["teacher_parameters"] + 36 * attention) / 8)
+
+
+def test_phases_have_budgets_of_their_own(config_folder: Callable[[str], str]) -> None:
+    folder, phases = config_folder("qwen3-8b"), [Phase(2048, 4, 30, 1e-4), Phase(8192, 2, 70, 5e-5)]
+    data = TextDataModule(folder, seq_len=2048, batch_size=4)
+    found = dry_run(a_recipe(folder, LATENT, stage2=StageRecipe(phases=phases, accumulate=2)), data)
+    stage = found["stages"]["stage2"]
+    assert [phase["tokens"] for phase in stage["phases"]] == [30 * 2 * 8 * 4 * 2048, 70 * 2 * 8 * 2 * 8192]
+    for phase, parts in zip(stage["phases"], phases, strict=True):
+        alone = StageRecipe(parts.steps, 1e-4, accumulate=2)
+        sizes = {"seq_len": parts.seq_len, "batch_size": parts.batch_size}
+        other = dry_run(a_recipe(folder, LATENT, stage2=alone), TextDataModule(folder, **sizes))
+        assert {name: phase[name] for name in ("tokens", "flops", "seconds")} == {
+            name: other["stages"]["stage2"][name] for name in ("tokens", "flops", "seconds")
+        }
+        assert phase["memory"] == other["memory"]["stage2"].total
+    assert found["memory"]["stage2"].total == max(phase["memory"] for phase in stage["phases"])
+    assert stage["seconds"] == sum(phase["seconds"] for phase in stage["phases"])
+    assert stage["steps"] == 100
+    table = module.dry_run_table(found)
+    assert "4 x 2,048" in table
+    assert "2 x 8,192" in table
 
 
 def test_plain_svd_looks_at_text_too_and_is_for_mla_alone(config_folder: Callable[[str], str]) -> None:
@@ -127,6 +150,10 @@ def test_printed_and_nothing_written(
             "weight_decay = -1.0: must be",
         ),
         ({"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"cuda_graph": True}}}, "is for one NVIDIA GPU"),
+        ({"stage2": {"steps": 1, "phases": [A_PHASE]}}, "steps = 1: has each phase its own: leave it out"),
+        ({"stage2": {"learning_rate": 1.0}}, "steps = None: must be given, or phases"),
+        ({"stage2": {"phases": [A_PHASE | {"seq_len": 1024}]}}, "stage2.phases: seq_len = 1024: must be at most 512"),
+        ({"stage2": {"phases": [A_PHASE | {"batch_size": 0}]}}, "phases: batch_size = 0: must be at least 1"),
         ({"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"liger": True}}}, "liger = True: needs a CUDA GPU"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from forked_runs import STEP_SECONDS, ForkedFit, same
 
 STEPS = 24
+PHASES = [(32, 2, 9, 3e-3), (64, 1, 15, 1e-3)]
 
 
 def killed(run: ForkedFit, kills: int, seed: int) -> None:
@@ -36,10 +37,12 @@ def test_killed_at_random_moments_the_final_weights_have_the_same_bits(
 ) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed of the moments: {seed}")  # shown where the test fails
-    unbroken = ForkedFit(tmp_path / "unbroken", fit_config(stage, STEPS))
+    config = fit_config(stage, STEPS)
+    config["data"]["phases"] = [dict(zip(("seq_len", "batch_size", "steps", "learning_rate"), each)) for each in PHASES]
+    unbroken = ForkedFit(tmp_path / "unbroken", config)
     unbroken.start()
     assert unbroken.end() == 0, unbroken.output()
-    broken = ForkedFit(tmp_path / "broken", fit_config(stage, STEPS))
+    broken = ForkedFit(tmp_path / "broken", config)
     killed(broken, kills, seed)
     last = f"last-{STEPS:08d}.ckpt"
     for name in (last, "best.ckpt"):

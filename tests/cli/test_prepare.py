@@ -29,7 +29,8 @@ def prepare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> Cal
 def test_recipe_is_prepared(
     prepare: Callable[..., str], recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = recipe()
+    phase = {"seq_len": 64, "batch_size": 1, "steps": 1, "learning_rate": 1e-3}
+    path = recipe(stage2={"phases": [phase]})
     content = yaml.safe_load(path.read_text())
     printed = prepare("-c", path)
     [row] = [line for line in printed.splitlines() if line.startswith(content["data"]["source"])]
@@ -44,6 +45,7 @@ def test_recipe_is_prepared(
     data.setup()
     assert f"fingerprint: {data.fingerprint}" in printed
     assert f"epoch: {len(data.train_sequences):,} sequences of 32 tokens" in printed
+    assert f"epoch: {len(data.packed(64)):,} sequences of 64 tokens" in printed
     store = data.train_sequences.corpus.stores[0]
     assert (documents, n_tokens) == (f"{len(store.hashes):,}", f"{len(store.tokens):,}")
 

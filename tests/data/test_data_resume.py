@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
-from pl_attnedit.data import Source, TextDataModule
+from pl_attnedit.data import Phase, Source, TextDataModule
 from pl_attnedit.errors import UserError
 
 SILENT: dict[str, Any] = {
@@ -137,6 +137,7 @@ def test_short_lightning_epochs_go_through_the_whole_text(tokenizer: Any, corpus
         ({"batch_size": 6}, "global_batch_size"),
         ({"seq_len": 16}, "fingerprint"),
         ({"num_workers": 1}, "num_workers"),
+        ({"phases": [Phase(32, 12, 4, 1e-3)]}, "phases"),
     ],
 )
 def test_resume_with_other_data_is_refused(
@@ -177,6 +178,63 @@ def test_two_processes_share_each_global_batch(tokenizer: Any, corpus: str, tmp_
     Trainer(**options).fit(RankRecorder(tmp_path), make_data(tokenizer, corpus, batch_size=6))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert [one + other for one, other in zip(*ranks)] == single.seen
+
+
+PHASES = [Phase(32, 12, 3, 1e-3), Phase(96, 5, 2, 5e-4), Phase(32, 6, 3, 1e-4), Phase(64, 4, 0, 1.0)]
+
+
+@pytest.mark.parametrize(("workers", "accumulate"), [(0, 1), (2, 2)])
+def test_phases_are_gone_through_and_resumed_at_any_step(
+    tokenizer: Any, corpus: str, tmp_path: Path, workers: int, accumulate: int
+) -> None:
+    options = {**SILENT, "max_steps": 8, "accumulate_grad_batches": accumulate, "default_root_dir": tmp_path}
+    save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, data = Recorder(), make_data(tokenizer, corpus, phases=PHASES, num_workers=workers)
+    Trainer(**options, callbacks=[save]).fit(whole, data)
+    shapes = [(len(batch), len(batch[0])) for batch in whole.seen]
+    assert shapes == [(12, 32)] * 3 * accumulate + [(5, 96)] * 2 * accumulate + [(6, 32)] * 3 * accumulate
+    for resumed_at in range(1, 8):
+        resumed, data = Recorder(), make_data(tokenizer, corpus, phases=PHASES, num_workers=workers)
+        trainer = Trainer(**options, enable_checkpointing=False)
+        trainer.fit(resumed, data, ckpt_path=tmp_path / "ckpt" / f"step={resumed_at}.ckpt")
+        assert resumed.seen == whole.seen[resumed_at * accumulate :]
+
+
+def test_a_phase_goes_on_in_the_text_where_one_of_its_length_stopped(tokenizer: Any, corpus: str) -> None:
+    phases, plain = Recorder(), Recorder()
+    options = {**SILENT, "max_steps": 8, "enable_checkpointing": False}
+    Trainer(**options).fit(phases, make_data(tokenizer, corpus, phases=PHASES))
+    Trainer(**options | {"max_steps": 9}).fit(plain, make_data(tokenizer, corpus, batch_size=6))
+    short = [sequence for batch in phases.seen for sequence in batch if len(sequence) == 32]
+    assert short == [sequence for batch in plain.seen for sequence in batch]
+    data = make_data(tokenizer, corpus)
+    held_out = set(data.held_out.documents)
+    assert all(held_out.isdisjoint(data.packed(phase.seq_len).documents) for phase in PHASES)
+
+
+def test_two_processes_share_the_batches_of_phases(tokenizer: Any, corpus: str, tmp_path: Path) -> None:
+    phases = [[Phase(32, 6 * n, 2, 1e-3), Phase(64, 2 * n, 2, 1e-3)] for n in (1, 2)]
+    options = {**SILENT, "max_steps": 4, "enable_checkpointing": False}
+    Trainer(**options).fit(single := Recorder(), make_data(tokenizer, corpus, phases=phases[1]))
+    several = {"devices": 2, "strategy": "ddp_fork"}
+    Trainer(**options | several).fit(RankRecorder(tmp_path), make_data(tokenizer, corpus, phases=phases[0]))
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert [one + other for one, other in zip(*ranks)] == single.seen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 9}, "max_steps = 9: must be 8, the steps of the phases"),
+        ({"overfit_batches": 1}, "overfit_batches = 1: is for a training without phases"),
+    ],
+)
+def test_a_trainer_that_would_not_go_through_the_phases(
+    tokenizer: Any, corpus: str, options: dict[str, Any], message: str
+) -> None:
+    trainer = Trainer(**SILENT | {"max_steps": 8, "enable_checkpointing": False} | options)
+    with pytest.raises(UserError, match=message):
+        trainer.fit(Recorder(), make_data(tokenizer, corpus, phases=PHASES))
 
 
 class RankRecorder(Recorder):

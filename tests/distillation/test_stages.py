@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fixtures_stages import LATENT, WINDOW, Losses, make_trainer, same, weights
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
 from pl_attnedit.attention import target_from_dict
 from pl_attnedit.callbacks import NaNGuard
+from pl_attnedit.data import Phase
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden
@@ -100,6 +101,28 @@ def test_a_resumed_run_ends_bit_equal(make_stage: Make, make_data: Make, tmp_pat
     torch.manual_seed(99)
     make_trainer(steps=6).fit(resumed, make_data(), ckpt_path=str(tmp_path / "c.ckpt"), weights_only=True)
     assert same(weights(resumed.student), weights(unbroken.student))
+
+
+def test_the_rate_goes_from_each_phase_to_the_next(make_stage: Make, make_data: Make) -> None:
+    def train(**options: Any) -> tuple[list[float], list[float]]:
+        losses, rates = Losses(), Rates()
+        make_trainer(losses, rates, steps=8).fit(make_stage(init="random", warmup_steps=2), make_data(**options))
+        return losses.values, rates.values
+
+    plain = train()
+    assert train(phases=[Phase(32, 2, 8, 3e-3)]) == plain
+    _, rates = train(phases=[Phase(32, 2, 4, 3e-3), Phase(64, 1, 4, 1e-3)])
+    assert rates == pytest.approx([1.5e-3, 3e-3, 3e-3, 2e-3, *(1e-3 * unbroken_share(step) for step in range(2, 6))])
+
+
+class Rates(Callback):
+    """The learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.values.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def unbroken_share(step: int) -> float:
