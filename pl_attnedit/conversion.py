@@ -77,7 +77,8 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     check_devices(recipe, trainer.strategy.root_device.type, trainer.world_size, here=True)
     for stage in (recipe.stage1, recipe.stage2):
         data.phases = stage.phases
-        data.check_batches(trainer.world_size)
+        if stage.total_steps:
+            data.check_batches(trainer.world_size)
     folder = RunFolder(Path(recipe.runs) / recipe.name, plain, follows=not trainer.is_global_zero)
     if not trainer.is_global_zero:
         Conversion(recipe, data, folder, None, plain).follow()

@@ -204,7 +204,10 @@ def slow_stages(recipe: Make, tmp_path: Path) -> Path:
     )
     each_step = {"class_path": "pl_attnedit.callbacks.ResumableCheckpoint", "init_args": {"every_seconds": 0}}
     stage = {"steps": 12, "learning_rate": 3e-3, "callbacks": ["waiting.Waiting", each_step]}
-    return recipe(stage1=stage, stage2=stage, init="random")
+    phases = [{"seq_len": 32, "batch_size": 2, "steps": 5, "learning_rate": 3e-3}]
+    phases.append({"seq_len": 64, "batch_size": 1, "steps": 7, "learning_rate": 1e-3})
+    through = {"phases": phases, "callbacks": stage["callbacks"]}
+    return recipe(stage1=stage, stage2=through, init="random")
 
 
 def test_killed_and_interrupted_conversions_go_on_to_the_same_figures(
@@ -243,7 +246,8 @@ def test_killed_and_interrupted_conversions_go_on_to_the_same_figures(
     found = json.loads((folder / "summary.json").read_text())
     for name in ("kl_before", "kl_after_stage1", "kl_after_stage2", "top1_after", "ppl_student"):
         assert found[name] == pytest.approx(unbroken[name], rel=0.02), name
-    assert found["tokens_stage1"] == unbroken["tokens_stage1"]
+    assert found["tokens_stage1"] == unbroken["tokens_stage1"] == 12 * 64
+    assert found["tokens_stage2"] == unbroken["tokens_stage2"] == 5 * 2 * 32 + 7 * 64
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}"])
