@@ -24,6 +24,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
+from transformers import PreTrainedModel
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.language_model import SharedPrefixLM
@@ -32,6 +33,8 @@ from pl_attnedit.teachers.source import cache_root
 
 Sample = dict[str, Any]  # one of lm-eval's logged samples
 
+# Raise it when models would be asked or scored differently.
+VERSION = 1
 # "auto" starts here and halves; a CPU is no quicker with more.
 LARGEST_BATCH = {"cpu": 4}
 LARGEST_BATCH_ELSEWHERE = 64
@@ -130,15 +133,31 @@ def _prepare(task: Task, request: TaskRequest) -> LoadedTask:
         task.set_config("num_fewshot", request.num_fewshot or 0)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     config = {key: value for key, value in task.dump_config().items() if key != "dataset_kwargs"}  # paths
-    digest = hashlib.sha256(_dumps([version("lm_eval"), config, request.limit]).encode())
+    asked = hashlib.sha256(_dumps([version("lm_eval"), config, request.limit]).encode())
     for doc in islice(task.eval_docs, request.limit):
-        digest.update(_dumps(doc).encode())
-    return LoadedTask(task, request.limit, digest.hexdigest())
+        asked.update(_dumps(doc).encode())
+    return LoadedTask(task, request.limit, asked.hexdigest())
+
+
+def circumstances(model: PreTrainedModel) -> dict[str, Any]:
+    """What decides a model's figures besides its content and what it is asked; part of the key of all that is kept."""
+    generation = model.generation_config
+    return {
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "generation": None if generation is None else generation.to_diff_dict(),
+        "versions": [VERSION, version("transformers")],
+    }
 
 
 def answers_folder() -> Path:
     """Where teachers' answers are kept, for all evaluations."""
     return cache_root() / "answers"
+
+
+def digest(key: dict[str, Any]) -> str:
+    """Hex SHA-256 of a key."""
+    return hashlib.sha256(_dumps(key).encode()).hexdigest()
 
 
 def kept(
@@ -147,7 +166,7 @@ def kept(
     """What `compute` returns, as JSON data, and whether it was there before; None for a folder keeps nothing."""
     if folder is None:
         return json.loads(_dumps(compute())), False
-    path = folder / f"{hashlib.sha256(_dumps(key).encode()).hexdigest()[:32]}.json"
+    path = folder / f"{digest(key)[:32]}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8")), True
     text = _dumps({"key": key, **compute()})

@@ -11,21 +11,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pl_attnedit.data import TextDataModule
-from pl_attnedit.data.sources import BUILTIN, document_hash, open_source
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.answers import TaskRequest, answers_folder, evaluation_mode, kept
+from pl_attnedit.eval.answers import TaskRequest, answers_folder, circumstances, digest, evaluation_mode, kept
 from pl_attnedit.eval.by_position import by_position, compare_positions, fidelity, packed_sequences
 from pl_attnedit.eval.harness import AnsweredPair, EvaluationResult, answer_both, compare_samples, model_context
+from pl_attnedit.eval.held_out import HeldOut, held_out_texts, trained_on
 from pl_attnedit.eval.retrieval import build_retrieval_tasks
 from pl_attnedit.eval.students import load_pair, student_fingerprint
 from pl_attnedit.eval.suites import Efficiency, Suite
 from pl_attnedit.eval.tasks import BIGBENCH, OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks
 from pl_attnedit.files import write_atomically
 from pl_attnedit.teachers.source import resolve_teacher, teacher_fingerprint
+from pl_attnedit.trained_on import TrainedOn
 
 SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none
-MOST_CHARACTERS = 4_000_000  # about a million tokens of English
 Rows = list[dict[str, Any]]
 Files = str | Path | Sequence[str | Path]
 
@@ -48,7 +47,7 @@ def evaluate_suite(
         student: folder of a converted or an exported model, or a checkpoint of a training (`load_student`).
         teacher: hub name, folder, GGUF file or package:NAME.
         out_dir: receives results.json, the tasks, and one jsonl per task and model with every sample.
-        text: see `held_out_texts`.
+        text: see `held_out_texts`; documents that the student was trained on are left out.
         bigbench: files, or their folder, for a suite with `bigbench`.
         device: torch device.
         dtype: of both models' weights, such as float32; None = the one in which the student is saved.
@@ -61,9 +60,11 @@ def evaluate_suite(
         raise invalid("--bigbench", None, f"suite {suite.name} needs BIG-bench's questions: a folder or .jsonl files")
     out = Path(out_dir)
     pair = _Pair(suite, student, teacher, device, dtype)
-    texts = held_out_texts(teacher, text)
+    trained = trained_on(student)
+    held_out = held_out_texts(teacher, text, trained) if suite.needs_text else HeldOut([], 0)
+    texts = held_out.texts
     # what can be missing is noticed before the models have answered for hours
-    requests = build_tasks(suite, texts, pair.tokenizer, out / "tasks", pair.max_length, bigbench)
+    requests = build_tasks(suite, texts, pair.tokenizer, out / "tasks", pair.max_length, bigbench, trained)
     tokens = pair.sequences(texts)
     found = pair.answer(requests, out, batch_size)
     further: dict[str, Any] = {}
@@ -76,7 +77,7 @@ def evaluate_suite(
     result = EvaluationResult(
         compare_samples(found.pairs, found.higher_is_better, suite.margins, pools_of(requests)),
         found.samples,
-        {**found.settings, "text": text},
+        {**found.settings, "text": text, **held_out.settings},
         {"name": suite.name, "version": suite.version},
         further,
     )
@@ -123,8 +124,8 @@ class _Pair:
 
     def by_position(self, tokens_NT: torch.Tensor, folder: Path) -> dict[str, Any]:
         """`by_position` and `fidelity` of results.json."""
-        dtype = str(self.models[1].dtype).removeprefix("torch.")
-        teacher = f"hidden-{self.teacher_print[:32]}-{dtype}"
+        of_teacher, of_student = map(circumstances, self.models)
+        teacher = f"hidden-{self.teacher_print[:32]}-{digest(of_teacher)[:16]}"
         text = hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest()
         key = {"positions": list(tokens_NT.shape), "text": text, "teacher": teacher, "student": self.student_print}
 
@@ -133,7 +134,7 @@ class _Pair:
                 values = compare_positions(*self.models, tokens_NT, teacher_kept_in=answers_folder() / teacher)
             return {"by_position": by_position(values), "fidelity": fidelity(values)}
 
-        found, _ = kept(folder, {**key, "dtype": dtype}, measure)
+        found, _ = kept(folder, {**key, **of_student}, measure)
         return {name: found[name] for name in ("by_position", "fidelity")}
 
     def efficiency(self, options: Efficiency) -> dict[str, Rows]:
@@ -154,30 +155,6 @@ class _Pair:
         return found
 
 
-def held_out_texts(teacher: str, text: str) -> list[str]:
-    """The text that tasks are made of: of `builtin:` what conversions hold out of training, of other text everything, and
-    it is for the user to know that the student has not seen it. Of much text `MOST_CHARACTERS`, chosen by content.
-
-    Raises:
-        UserError: no such text, or conversations.
-    """
-    if text == BUILTIN:
-        data = TextDataModule(teacher, text)
-        data.setup("validate")
-        return data.held_out_texts()
-    found: dict[int, str] = {}
-    for document in open_source(text).documents():
-        if not isinstance(document, str):
-            raise invalid("--text", text, "must be plain text; these are conversations")
-        found[document_hash(document)] = document
-    chosen, characters = [], 0
-    for key in sorted(found):
-        if characters < MOST_CHARACTERS:
-            chosen.append(found[key])
-            characters += len(found[key])
-    return chosen
-
-
 def build_tasks(
     suite: Suite,
     texts: Sequence[str],
@@ -185,6 +162,7 @@ def build_tasks(
     folder: Path,
     max_length: int,
     bigbench: Files | None = None,
+    trained: TrainedOn | None = None,
 ) -> list[TaskRequest]:
     """Write the suite's own tasks into `folder`; returns the requests for these and for lm-eval's library."""
     names: list[str] = []
@@ -193,7 +171,7 @@ def build_tasks(
         build_offline_tasks(texts, folder, **sizes, tokenizer=tokenizer, max_length=max_length)
         names += OFFLINE_TASKS
     if suite.bigbench and bigbench is not None:
-        names += build_bigbench_tasks(bigbench, folder, suite.bigbench.limit)
+        names += build_bigbench_tasks(bigbench, folder, suite.bigbench.limit, trained)
     if suite.retrieval:
         retrieval = asdict(suite.retrieval)
         retrieval["contexts"] = contexts = suite.retrieval.contexts or _doublings(max_length)

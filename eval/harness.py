@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pl_attnedit.data.tokens import tokenizer_digest
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.answers import (
     LoadedTask,
@@ -23,6 +24,7 @@ from pl_attnedit.eval.answers import (
     TaskRequest,
     answer,
     answers_folder,
+    circumstances,
     evaluation_mode,
     kept,
     load_tasks,
@@ -108,6 +110,7 @@ def evaluate_pair(
     task_folder: str | Path | None,
     out_dir: str | Path | None = None,
     limit: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> EvaluationResult:
     """Evaluate `student` against `teacher` on lm-eval tasks.
@@ -118,6 +121,7 @@ def evaluate_pair(
             lm-eval's own library where it is None.
         limit: only the first samples of each task, to try things out.
         out_dir: receives results.json and one jsonl per task and model with every sample; nothing is kept if None.
+        settings: more of these, for results.json.
         options: further arguments of `answer_both`.
 
     Raises:
@@ -126,7 +130,8 @@ def evaluate_pair(
     folder = None if task_folder is None else Path(task_folder)
     requests = [TaskRequest(name, folder, limit=limit) for name in tasks]
     found = answer_both(teacher, student, tokenizer, requests, out_dir=out_dir, **options)
-    result = EvaluationResult(compare_samples(found.pairs, found.higher_is_better), found.samples, found.settings)
+    rows = compare_samples(found.pairs, found.higher_is_better)
+    result = EvaluationResult(rows, found.samples, {**found.settings, **(settings or {})})
     if out_dir is not None:
         write_atomically(Path(out_dir) / "results.json", result.to_json())
     return result
@@ -171,8 +176,10 @@ def answer_both(
     for name, model in {"teacher": teacher, "student": student}.items():
         identity = {
             "model": teacher_fingerprint if name == "teacher" else student_fingerprint,
-            "dtype": str(model.dtype),
+            "tokenizer": tokenizer_digest(tokenizer),
             "max_length": max_length,
+            "batch_size": batch_size,
+            **circumstances(model),
         }
         with evaluation_mode(model):
             lm = SharedPrefixLM(model, tokenizer, name=name, max_length=max_length, batch_size=1)

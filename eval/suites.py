@@ -147,6 +147,11 @@ class Suite:
                 raise invalid(f"suite {self.name}: margins", f"{name}: {value}", "must be positive")
 
     @property
+    def needs_text(self) -> bool:
+        """Whether tasks are made of held-out text."""
+        return any(part is not None for part in (self.text, self.by_position, self.retrieval))
+
+    @property
     def version(self) -> str:
         """Identifies what the suite measures: its content and the versions of its tasks."""
         content = [asdict(self), TASKS_VERSION, version("lm_eval") if self.library else None]

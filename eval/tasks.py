@@ -21,11 +21,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.data.encoding import encode
+from pl_attnedit.data.sources import document_hash
 from pl_attnedit.errors import invalid
+from pl_attnedit.trained_on import TrainedOn
 
 PERPLEXITY_TASK = "heldout_perplexity"
 CLOZE_TASK = "heldout_cloze"
@@ -129,7 +132,10 @@ def _check_choices(questions: Sequence[dict[str, Any]], tokenizer: PreTrainedTok
 
 
 def build_bigbench_tasks(
-    source: str | Path | Sequence[str | Path], folder: str | Path, limit: int | None = None
+    source: str | Path | Sequence[str | Path],
+    folder: str | Path,
+    limit: int | None = None,
+    trained: TrainedOn | None = None,
 ) -> list[str]:
     """Write a multiple-choice task ``bigbench_NAME`` for each file NAME.jsonl and return the tasks' names.
 
@@ -137,6 +143,7 @@ def build_bigbench_tasks(
         source: a folder with .jsonl files, or files; each line an object with `question` (may be empty), `choices` and
             `answer` (the index of the right choice), as in BIG-bench's multiple-choice tasks.
         limit: questions of a task, at most; they are spread evenly over its file.
+        trained: questions that are among these documents are left out.
 
     Raises:
         UserError: no such file, or a line that is no question.
@@ -146,8 +153,16 @@ def build_bigbench_tasks(
         questions = [
             _question(file, number, line) for number, line in enumerate(file.read_text("utf-8").splitlines(), 1)
         ]
+        total = len(questions)
+        if trained is not None:
+            known = trained.has(np.array([document_hash(question["question"]) for question in questions], np.uint64))
+            questions = [question for question, is_known in zip(questions, known) if not is_known]
+        if len(questions) < total:
+            log.warning(
+                "%s: left out %d of %d questions, on which the student was trained", file, total - len(questions), total
+            )
         if len(questions) < MIN_SAMPLES:
-            raise invalid("bigbench", str(file), f"has fewer than {MIN_SAMPLES} questions")
+            raise invalid("bigbench", str(file), f"has fewer than {MIN_SAMPLES} questions that are new to the student")
         count = min(limit or len(questions), len(questions))
         name = f"{BIGBENCH}_" + re.sub(r"\W+", "_", file.stem)
         if name in names:

@@ -86,6 +86,8 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     if folder.done("report"):
         Conversion.say(f"{recipe.name}: done before")
         return read_summary(folder.path)
+    teacher = teacher_fingerprint(resolve_teacher(recipe.teacher))
+    folder.keep_to({"teacher": teacher, "text": data.fingerprint})
     kinds = {target.type for target in plan.targets.values()}
     tags = {
         "teacher": recipe.teacher,
@@ -371,3 +373,4 @@ def save_student(module: DistillationModule, path: Path) -> None:
     if module.global_rank == 0:
         module.student.save_pretrained(path, state_dict=state)
         module.tokenizer.save_pretrained(path)
+        module.trained_on().save(path)

@@ -112,6 +112,15 @@ class RunFolder:
         else:
             write_atomically(known, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
+    def keep_to(self, inputs: dict[str, str]) -> None:
+        """`UserError` where the conversion was begun with other inputs, by their names and what identifies them."""
+        before = self.progress.setdefault("inputs", inputs)
+        if changed := " and ".join(name for name in inputs if before.get(name) != inputs[name]):
+            raise UserError(
+                f"run folder {self.path}: was begun with another {changed} under the same name; give --name another value, "
+                "or remove the folder"
+            )
+
     def done(self, phase: str) -> bool:
         return phase in self.progress
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pl_attnedit.cli.devices import torch_device
 from pl_attnedit.errors import invalid
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--text",
         default="builtin:",
-        help="text to make tasks of; with a suite all of a file that the student has not seen, else what a conversion on "
-        "this text holds out (default builtin:)",
+        help="text to make tasks of: all of it that the student was not trained on, of builtin: what conversions hold out "
+        "(default builtin:)",
     )
     parser.add_argument(
         "--bigbench", nargs="+", help="folder or .jsonl files with BIG-bench's questions (suite offline)"
@@ -94,8 +94,8 @@ def _by_suite(options: Namespace) -> EvaluationResult:
 
 
 def _by_tasks(options: Namespace) -> EvaluationResult:
-    from pl_attnedit.data import TextDataModule
     from pl_attnedit.eval.harness import evaluate_pair
+    from pl_attnedit.eval.held_out import held_out_texts, trained_on
     from pl_attnedit.eval.students import load_pair, student_fingerprint
     from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
     from pl_attnedit.teachers.source import resolve_teacher, teacher_fingerprint
@@ -103,13 +103,14 @@ def _by_tasks(options: Namespace) -> EvaluationResult:
     teacher, student, tokenizer = load_pair(options.student, options.teacher, options.dtype)
     folder: str | Path | None = options.task_folder
     seq_len = 512 if options.seq_len is None else options.seq_len
+    settings: dict[str, Any] = {}
     if options.tasks is None:
-        data = TextDataModule(options.teacher, options.text, seq_len=seq_len)
-        data.setup("validate")
+        held_out = held_out_texts(options.teacher, options.text, trained_on(options.student), seq_len, whole=False)
+        settings = {"text": options.text, **held_out.settings}
         sizes = {"n_documents": options.documents, "n_cloze": options.cloze}
         given = {name: size for name, size in sizes.items() if size is not None}
         given |= {"tokenizer": tokenizer, "max_length": seq_len}
-        folder = build_offline_tasks(data.held_out_texts(), options.out / "tasks", **given)
+        folder = build_offline_tasks(held_out.texts, options.out / "tasks", **given)
     return evaluate_pair(
         teacher.to(options.device),
         student.to(options.device),
@@ -120,6 +121,7 @@ def _by_tasks(options: Namespace) -> EvaluationResult:
         batch_size=options.batch_size,
         limit=options.limit,
         out_dir=options.out,
+        settings=settings,
         teacher_fingerprint=teacher_fingerprint(resolve_teacher(options.teacher)),
         student_fingerprint=student_fingerprint(options.student),
     )

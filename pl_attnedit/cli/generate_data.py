@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 
     check_output("--output", options.output)
     from pl_attnedit.data.generated import Sampling, TeacherWriter, generate_data
-    from pl_attnedit.teachers.source import load_teacher
+    from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
 
     names = ("prompts", "temperature", "top_p", "max_tokens", "batch_size", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
@@ -55,6 +55,9 @@ def main(arguments: Sequence[str]) -> int:
         done = f"{documents:,} documents, {tokens:,}/{options.tokens:,} tokens, {seconds:.0f} s"
         print(f"generate-data  {done}", file=sys.stderr)
 
-    documents, tokens = generate_data(writer, options.teacher, Path(options.output), options.tokens, report)
+    fingerprint = teacher_fingerprint(resolve_teacher(options.teacher))
+    documents, tokens = generate_data(
+        writer, options.teacher, Path(options.output), options.tokens, report, fingerprint
+    )
     print(f"{options.output}: {documents:,} documents, {tokens:,} tokens")
     return 0

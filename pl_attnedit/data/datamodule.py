@@ -29,10 +29,10 @@ from pl_attnedit.data.tokens import (
     model_context,
     model_vocabulary,
     tokenize,
-    tokenizer_digest,
 )
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.interruption import ignore_signals
+from pl_attnedit.trained_on import TrainedOn
 
 log = logging.getLogger(__name__)
 
@@ -174,10 +174,18 @@ class TextDataModule(LightningDataModule):
         else:
             held_out = self._corpus(self.val_source)
             documents, val_documents = np.flatnonzero(~np.isin(train.hashes, held_out.hashes)), np.arange(len(held_out))
+            if not len(documents):
+                allowed = (
+                    f"holds all {len(train)} documents of source, so none is left to train on: name other text, or"
+                )
+                raise invalid(
+                    "val_source", str(self.val_source), f"{allowed} leave it out to hold out a part of source"
+                )
+            if shared := len(train) - len(documents):
+                log.warning("source: left out %d of %d documents, which val_source holds, too", shared, len(train))
         self._split = train, documents
         packed = self.packed(self.seq_len)
-        self._held_out = PackedSequences(held_out, [val_documents], self.seq_len, self.respect_documents)
-        self._val = Subset(self._held_out, spread_sequences(self._held_out, self.val_sequences).tolist())
+        self._hold_out(held_out, val_documents)
         log.info(
             "data: %d training documents, %d tokens, %d sequences of %d; held out: %d documents, %d sequences",
             *(len(documents), packed.n_tokens, len(packed), self.seq_len, len(val_documents), len(self._val)),
@@ -189,6 +197,43 @@ class TextDataModule(LightningDataModule):
         if seq_len not in self._packed:
             self._packed[seq_len] = self._pack(seq_len)
         return self._packed[seq_len]
+
+    def _hold_out(self, corpus: Corpus, documents: np.ndarray, most: int | None = None) -> None:
+        """most: sequences for validation, where fewer than wanted will do."""
+        packed = PackedSequences(corpus, [documents], self.seq_len, self.respect_documents)
+        wanted = self.val_sequences if most is None else min(self.val_sequences, max(len(packed), most))
+        self._val = Subset(packed, spread_sequences(packed, wanted).tolist())
+        self._held_out = packed
+
+    def leave_out(self, trained: TrainedOn) -> int:
+        """Holds out no documents that a student was trained on; how many that takes away is returned, and said.
+
+        Raises:
+            UserError: what is left is less than one sequence.
+        """
+        packed = self.held_out
+        known = trained.has(packed.corpus.hashes[packed.documents])
+        if not known.any():
+            return 0
+        name = str(self.source if self.val_source is None else self.val_source)
+        if packed.lengths[~known].sum() < self.seq_len:
+            field = "source" if self.val_source is None else "val_source"
+            allowed = f"the student was trained on {known.sum()} of {len(known)} held-out documents; too little is left"
+            raise invalid(field, name, f"{allowed}, name other text")
+        log.warning(
+            "%s: left out %d of %d held-out documents, on which the student was trained", name, known.sum(), len(known)
+        )
+        self._hold_out(packed.corpus, packed.documents[~known], most=1)
+        self.__dict__.pop("fingerprint", None)  # is of the held-out documents, too
+        return int(known.sum())
+
+    @property
+    def training_documents(self) -> TrainedOn:
+        """What a student knows after training on this text, or calibration on it."""
+        self.setup()
+        assert self._split is not None
+        corpus, documents = self._split
+        return TrainedOn(np.unique(corpus.hashes[documents]))
 
     def _pack(self, seq_len: int) -> PackedSequences:
         assert self._split is not None
@@ -313,16 +358,16 @@ class TextDataModule(LightningDataModule):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the text, the tokenizer and all settings that decide what is in a sequence, wherever the files
-        lie. Seed and batch size are not part of it."""
+        """Hex digest of the text, its tokens, and all settings that decide what is in a sequence, wherever the files lie and
+        whatever made the tokens what they are. Seed and batch size are not part of it."""
         train, held_out = self.train_sequences, self.held_out
         settings: list[object] = [self.seq_len, self.respect_documents, self.loss_on, self.val_sequences]
         if self.weights:
             settings += [train.sizes.tolist(), train.per_epoch().tolist()]
-        digest = hashlib.sha256(json.dumps([tokenizer_digest(self.tokenizer), *settings]).encode())
+        digest = hashlib.sha256(json.dumps(settings).encode())
         for packed in (train, held_out):
-            digest.update(np.ascontiguousarray(packed.corpus.hashes[packed.documents]).tobytes())
-            digest.update(b"|")
+            for hashes in (packed.corpus.hashes, packed.corpus.token_hashes):
+                digest.update(hashes[packed.documents].tobytes() + b"|")
         return digest.hexdigest()[:32]
 
     def _loader_options(self) -> dict[str, Any]:

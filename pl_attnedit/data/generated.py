@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pl_attnedit.data.encoding import beginning, chat_template, encode
 from pl_attnedit.data.sources import document_hash
-from pl_attnedit.data.tokens import check_vocabulary
+from pl_attnedit.data.tokens import check_vocabulary, tokenizer_digest
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.files import write_atomically
 from pl_attnedit.locks import LOCK, claim
@@ -188,6 +188,7 @@ def generate_data(
     path: Path,
     tokens: int,
     report: Callable[[int, int], None] = lambda documents, tokens: None,
+    fingerprint: str = "",
 ) -> tuple[int, int]:
     """Writes at least `tokens` tokens of distinct documents to a parquet file with columns text and source.
 
@@ -196,6 +197,7 @@ def generate_data(
     Args:
         name: of the teacher, for the column `source`.
         report: called after each batch with the numbers of documents and tokens so far.
+        fingerprint: of the teacher; a run goes on with the teacher that began it alone.
 
     Returns:
         Numbers of documents and tokens.
@@ -210,14 +212,16 @@ def generate_data(
     if lock is None:
         raise invalid("output", str(path), "is being written by another process")
     with lock:
+        teacher = {"teacher": name, "dtype": str(writer.teacher.dtype), "device": writer.teacher.device.type}
+        content: dict[str, Any] = {"fingerprint": fingerprint, "tokenizer": tokenizer_digest(writer.tokenizer)}
+        content["prompts_content"] = document_hash("\n".join(writer.lines))
+        _settle(parts, {**teacher, **asdict(writer.sampling), **content})
         return _write_parts(writer, name, path, parts, tokens, report)
 
 
 def _write_parts(
     writer: TeacherWriter, name: str, path: Path, parts: Path, tokens: int, report: Callable[[int, int], None]
 ) -> tuple[int, int]:
-    teacher = {"teacher": name, "dtype": str(writer.teacher.dtype), "device": writer.teacher.device.type}
-    _settle(parts, {**teacher, **asdict(writer.sampling), "prompts_content": document_hash("\n".join(writer.lines))})
     source = f"{name} {writer.mode}"
     seen: set[int] = set()
     found = number = fruitless = 0

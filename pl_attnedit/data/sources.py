@@ -89,7 +89,12 @@ def _check_local(source: Source, files: list[Path]) -> None:
 def document_hash(document: Document) -> int:
     """64-bit hash of a document's content; the order, the held-out split and the removal of duplicates rest on it."""
     text = document if isinstance(document, str) else json.dumps(document, sort_keys=True, default=str)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return bytes_hash(text.encode())
+
+
+def bytes_hash(content: bytes) -> int:
+    """64-bit hash."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _local_files(name: str) -> list[Path]:

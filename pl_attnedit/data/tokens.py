@@ -6,10 +6,12 @@ import hashlib
 import itertools
 import json
 import os
+import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pl_attnedit.data.chat import check_chat, mark_answers, render
 from pl_attnedit.data.encoding import encode
-from pl_attnedit.data.sources import Document, OpenSource, document_hash
+from pl_attnedit.data.sources import Document, OpenSource, bytes_hash, document_hash
 from pl_attnedit.errors import invalid
 from pl_attnedit.teachers.source import (
     PACKAGE_PREFIX,
@@ -32,7 +34,7 @@ from pl_attnedit.teachers.source import (
 )
 
 # Part of the cache key: raise it when documents would be tokenised differently.
-VERSION = 3
+VERSION = 4
 # Documents are handed to the tokenizer, which spreads them over the cores, until they have this many characters: bounded
 # memory for books, enough work for many cores. Its Encodings take some 100 bytes per token.
 BATCH_CHARACTERS = 4_000_000
@@ -73,6 +75,11 @@ class TokenStore:
     def hashes(self) -> np.ndarray:
         """Hash of each document's content, shape (D,), uint64."""
         return np.load(self.path / "hashes.npy", mmap_mode="r")
+
+    @cached_property
+    def token_hashes(self) -> np.ndarray:
+        """Hash of each document's tokens and of which are answers, shape (D,), uint64."""
+        return np.load(self.path / "token_hashes.npy", mmap_mode="r")
 
     @property
     def n_bytes(self) -> int:
@@ -143,14 +150,30 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, highest: int, known: in
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex SHA-256 of all that decides how text becomes tokens."""
+    """Hex SHA-256 of all that decides how text becomes tokens, and tokens text."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         rules.update(truncation=None, padding=None)  # left behind by the last call, of no effect on the next
     else:
-        rules = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
-    described = [rules, tokenizer.eos_token_id, tokenizer.chat_template]
+        rules = [type(tokenizer).__name__, tokenizer.get_vocab(), _vocabulary_files(tokenizer)]
+    options = [getattr(tokenizer, name, None) for name in ("split_special_tokens", "clean_up_tokenization_spaces")]
+    libraries = [version("transformers"), version("tokenizers")]
+    described = [
+        rules,
+        tokenizer.special_tokens_map,
+        tokenizer.eos_token_id,
+        tokenizer.chat_template,
+        options,
+        libraries,
+    ]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Digests of what a tokenizer without a backend of its own is read from: merges, a sentencepiece model."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = sorted(tokenizer.save_vocabulary(folder) or ())
+        return [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
 
 
 def tokenize(sources: Sequence[OpenSource], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> list[TokenStore]:
@@ -179,7 +202,7 @@ def _stored(source: OpenSource, tokenizer: PreTrainedTokenizerBase, digest: str,
 
 
 def _write(folder: Path, source: OpenSource, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> None:
-    starts, hashes = array("q", [0]), array("Q")
+    starts, hashes, token_hashes = array("q", [0]), array("Q"), array("Q")
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "int32"
     chat = False
     documents = tqdm(source.documents(), "tokenising", unit=" documents", delay=2, leave=False, disable=None)
@@ -187,7 +210,9 @@ def _write(folder: Path, source: OpenSource, tokenizer: PreTrainedTokenizerBase,
         for batch in _batches(documents):
             chat = chat or any(not isinstance(document, str) for document in batch)
             for ids, marked in _encode(batch, tokenizer, loss_on):
-                tokens.write(np.asarray(ids, dtype).tobytes())
+                content = np.asarray(ids, dtype).tobytes()
+                tokens.write(content)
+                token_hashes.append(bytes_hash(np.asarray(ids, np.int64).tobytes() + marked.tobytes()))
                 if loss_on == "answers":
                     answers.write(marked.tobytes())
                 starts.append(starts[-1] + len(ids))
@@ -198,6 +223,7 @@ def _write(folder: Path, source: OpenSource, tokenizer: PreTrainedTokenizerBase,
         (folder / "answers.bool").unlink()
     np.save(folder / "starts.npy", np.array(starts, dtype=np.int64))
     np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
+    np.save(folder / "token_hashes.npy", np.array(token_hashes, dtype=np.uint64))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

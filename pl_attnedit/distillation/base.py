@@ -26,6 +26,8 @@ from pl_attnedit.modeling import EditPlan, edited_attention, unshare_trunk
 from pl_attnedit.modeling.edit import FROM_TEXT, Init, assemble, check_teacher, initialise
 from pl_attnedit.modeling.weights import copy_weights, default_dtype
 from pl_attnedit.teachers.source import load_teacher, resolve_teacher, teacher_fingerprint
+from pl_attnedit.trained_on import KEY as TRAINED_ON
+from pl_attnedit.trained_on import TrainedOn
 
 # settings whose values a checkpoint's optimizer brings along
 OF_THE_OPTIMIZER = ("train", "learning_rate", "weight_decay")
@@ -97,6 +99,7 @@ class DistillationModule(OptimisedModule):
         self.layer_nmse: LayerNMSE | None = None
         # the teacher's last hidden states on the held-out text, the same at every validation
         self.teacher_hidden: TeacherHidden = {}
+        self.trained_before = TrainedOn()  # by the student that it starts from
         self.resuming = False  # set by who knows: the Trainer only looks for its checkpoint when the models are there
         self.sharded = False  # over processes; its parameters are on the devices then, and stay there
 
@@ -164,6 +167,8 @@ class DistillationModule(OptimisedModule):
             attention.to(dtype)
         if hparams["init_from"] is not None:  # also when resuming: its trunk may not be in the checkpoint
             copy_weights(student, Path(hparams["init_from"]), dtype)
+            if self._trainer is not None:
+                self._leave_out(TrainedOn.of_folder(hparams["init_from"]))
         elif self.resuming:
             initialise(student, teacher, "random", None)
         else:
@@ -206,6 +211,19 @@ class DistillationModule(OptimisedModule):
         """The teacher with its tokenizer and fingerprint."""
         source = self.hparams["teacher"]
         return *load_teacher(source, dtype=dtype), teacher_fingerprint(resolve_teacher(source))
+
+    def _leave_out(self, trained: TrainedOn) -> None:
+        """Text that the student knows is not held out any more."""
+        self.trained_before |= trained
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "leave_out"):
+            data.leave_out(self.trained_before)
+
+    def trained_on(self) -> TrainedOn:
+        """The training text of the Trainer's data, and of the students that this one comes from."""
+        data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        own = getattr(data, "training_documents", TrainedOn(complete=False))
+        return self.trained_before | own
 
     def _initialise(self, student: Any, teacher: Any) -> None:
         calibration, init = None, self.hparams["init"]
@@ -338,7 +356,7 @@ class DistillationModule(OptimisedModule):
         return {"stage": self.stage, "teacher": self.fingerprint, "plan": self.plan.to_dict()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["pl_attnedit"] = self._identity()
+        checkpoint["pl_attnedit"] = {**self._identity(), TRAINED_ON: self.trained_on().to_checkpoint()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         found = checkpoint.get("pl_attnedit")
@@ -354,3 +372,5 @@ class DistillationModule(OptimisedModule):
             if name in settings and settings[name] != now:
                 other = f"was trained with {name} {settings[name]!r}, this run has {now!r}"
                 raise UserError(f"checkpoint: {other}; to change that, start anew with init_from")
+        if self._trainer is not None:
+            self._leave_out(TrainedOn.of_checkpoint(checkpoint["pl_attnedit"]))

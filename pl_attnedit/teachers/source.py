@@ -175,7 +175,8 @@ def file_sha256(path: str | Path) -> str:
     status = path.stat()
     if status.st_size < _DIGEST_CACHED_FROM:
         return _sha256(path)
-    key = hashlib.sha256(f"{path}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()
+    changed = f"{status.st_mtime_ns}|{status.st_ctime_ns}"  # a copy may bring the old modification time along
+    key = hashlib.sha256(f"{path}|{status.st_size}|{changed}".encode()).hexdigest()
     cached = build_once(cache_root() / "digests" / key, lambda part: _write(part / "sha256", _sha256(path)))
     return (cached / "sha256").read_text("ascii")
 

@@ -1,0 +1,80 @@
+"""Which documents a student was trained on: it carries them, so that it is judged on others.
+
+A document is known by the 64-bit hash of its whole text (`pl_attnedit.data.sources.document_hash`), whatever file it comes
+from; one that was changed is another document. Calibration reads the training text, so it counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pl_attnedit.errors import invalid
+
+FILE = "trained_on.npz"  # beside a student's config.json
+KEY = "trained_on"  # in a checkpoint's own part
+log = logging.getLogger(__name__)
+
+
+def _none() -> np.ndarray:
+    return np.empty(0, np.uint64)
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """Hashes of documents, (D,) uint64, sorted, 8 bytes each; and whether these are all: a student whose training began
+    with one that carried nothing may know others."""
+
+    documents: np.ndarray = field(default_factory=_none)
+    complete: bool = True
+
+    def __or__(self, other: TrainedOn) -> TrainedOn:
+        return TrainedOn(np.union1d(self.documents, other.documents), self.complete and other.complete)
+
+    def has(self, hashes: np.ndarray) -> np.ndarray:
+        """Which of these documents are among them, bool."""
+        if not len(self.documents):
+            return np.zeros(len(hashes), bool)
+        place = np.searchsorted(self.documents, hashes).clip(max=len(self.documents) - 1)
+        return self.documents[place] == hashes
+
+    def save(self, folder: Path) -> None:
+        """Beside the student's weights."""
+        np.savez(folder / FILE, documents=self.documents, complete=self.complete)
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        return {"documents": torch.from_numpy(self.documents.view(np.int64)), "complete": self.complete}
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> TrainedOn:
+        """What a saved student says; where it says nothing, that is said.
+
+        Raises:
+            UserError: the file is broken.
+        """
+        path = Path(folder) / FILE
+        if not path.exists():
+            return cls._unknown(str(folder))
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                return cls(content["documents"].astype(np.uint64, casting="equiv"), bool(content["complete"]))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise invalid("student", str(path), f"is broken ({error}); save the student again") from error
+
+    @classmethod
+    def of_checkpoint(cls, content: dict[str, Any], where: str = "the checkpoint") -> TrainedOn:
+        """What a checkpoint's own part says, likewise."""
+        if (found := content.get(KEY)) is None:
+            return cls._unknown(where)
+        return cls(found["documents"].numpy().view(np.uint64), bool(found["complete"]))
+
+    @classmethod
+    def _unknown(cls, where: str) -> TrainedOn:
+        log.warning("%s does not say what it was trained on: held-out text may hold some of it", where)
+        return cls(complete=False)
