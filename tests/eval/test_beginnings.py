@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from fixtures_stages import FRAMES, framed
 from lm_eval.api.instance import Instance
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pl_attnedit import GateSWAConfig, edit_model
 from pl_attnedit.cli import main
@@ -30,6 +30,14 @@ def adding(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -
     return request.param, framed(tokenizer, request.param)
 
 
+def model_for(tokenizer: Any, teacher: PreTrainedModel) -> Any:
+    """A copy of the tiny model that knows all tokens, and longer texts."""
+    model = copy.deepcopy(teacher)
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.max_position_embeddings = 512
+    return model
+
+
 def spy(model: Any, seen: list[tuple[int, list[int]]]) -> Any:
     """The model, which notes what is fed to it: tokens in its cache before, and each row."""
 
@@ -43,7 +51,7 @@ def spy(model: Any, seen: list[tuple[int, list[int]]]) -> Any:
 
 @pytest.mark.parametrize("begun", [False, True], ids=["plain", "begun"])
 def test_what_tasks_feed_begins_as_in_training(
-    begun: bool, adding: tuple[str, Any], documents: list[str], tmp_path: Path
+    begun: bool, adding: tuple[str, Any], teacher: PreTrainedModel, documents: list[str], tmp_path: Path
 ) -> None:
     """Perplexity, cloze, BIG-bench, retrieval and copying, also of text that brings its BOS along."""
     kind, tokenizer = adding
@@ -57,8 +65,7 @@ def test_what_tasks_feed_begins_as_in_training(
     sizes: dict[str, Any] = {"contexts": [300], "depths": [0.5], "samples": 2}
     build_retrieval_tasks(texts, tokenizer, folder, tasks=["needle_1", "copy"], **sizes)
     seen: list[tuple[int, list[int]]] = []
-    model = spy(tiny_llama(tokenizer), seen)
-    model.config.max_position_embeddings = 512
+    model = spy(model_for(tokenizer, teacher), seen)
     requests = [TaskRequest(name, folder) for name in [*names, "needle_1", "copy"]]
     answer_both(model, model, tokenizer, requests, max_length=400, batch_size=2)
     assert seen
@@ -71,10 +78,12 @@ def test_what_tasks_feed_begins_as_in_training(
             assert own.count(bos) == (adds and not before)
 
 
-def test_perplexity_is_of_the_texts_own_tokens(adding: tuple[str, Any], documents: list[str]) -> None:
+def test_perplexity_is_of_the_texts_own_tokens(
+    adding: tuple[str, Any], teacher: PreTrainedModel, documents: list[str]
+) -> None:
     """As the next-token distributions of training's sequences give it."""
     kind, tokenizer = adding
-    model = tiny_llama(tokenizer)
+    model = model_for(tokenizer, teacher)
     text = documents[0][:200]
     lm = SharedPrefixLM(model, tokenizer, name="model", max_length=256, batch_size=2)
     requests = [Instance("loglikelihood_rolling", {}, (start + text,), i) for i, start in enumerate(["", "<bos>"])]
@@ -100,13 +109,15 @@ def test_documents_are_joined_as_in_training(adding: tuple[str, Any], documents:
     assert found.flatten().tolist() == ids[: len(ids) // 2 * 2]
 
 
-def test_prompts_begin_as_in_training(adding: tuple[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_begin_as_in_training(
+    adding: tuple[str, Any], teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind, tokenizer = adding
     tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
     seen: list[tuple[int, list[int]]] = []
-    model = spy(tiny_llama(tokenizer), seen)
+    model = spy(model_for(tokenizer, teacher), seen)
     greedy_continuations(model, model, tokenizer, ["the time"], max_new_tokens=1)
-    student = edit_model(tiny_llama(tokenizer), GateSWAConfig(window=8, gate="none"), init="copy")
+    student = edit_model(model_for(tokenizer, teacher), GateSWAConfig(window=8, gate="none"), init="copy")
     student.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     spy(student, seen)
