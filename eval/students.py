@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from pl_attnedit.callbacks import check_checkpoint
 from pl_attnedit.distillation import STAGES
 from pl_attnedit.errors import invalid
-from pl_attnedit.modeling import edited_attention, load
+from pl_attnedit.modeling import load
 from pl_attnedit.modeling.weights import share_weights
 from pl_attnedit.teachers.source import file_sha256, load_teacher, teacher_fingerprint
 
@@ -22,8 +22,8 @@ def load_student(path: str | Path, dtype: str | None = None) -> PreTrainedModel:
     The folder holds a converted model, or one of Hugging Face's own classes, such as `pl_attnedit.export` writes.
 
     A checkpoint holds what was trained. The rest of the student comes from the teacher, and from `init_from` where the
-    training had one; relative names of both begin in the training's working folder. After mixed precision the new
-    attention gets the dtype of the trunk.
+    training had one; relative names of both begin in the training's working folder. What trained gets the dtype that the
+    student would be saved in.
 
     Args:
         dtype: of the weights, such as float32; None = as saved.
@@ -38,19 +38,22 @@ def load_student(path: str | Path, dtype: str | None = None) -> PreTrainedModel:
     stage = check_checkpoint(path)["stage"]
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     trained = content["state_dict"]
-    saved = str(next(iter(trained.values())).dtype).removeprefix("torch.")  # `bf16-true` is not in the settings
+    saved = next(iter(trained.values())).dtype
     # LightningCLI adds names of its own, which begin with an underscore
     settings = {name: value for name, value in content["hyper_parameters"].items() if not name.startswith("_")}
-    module = STAGES[stage](**{**settings, "dtype": saved})
+    if before := settings.pop("teacher_dtype", None):  # in checkpoints of earlier versions, beside `dtype: float32`
+        settings["dtype"] = before
+    if saved == torch.float64:  # `64-true` is not in the settings
+        settings["dtype"] = "float64"
+    module = STAGES[stage](**settings)
     module.resuming = True  # no init: the weights follow
     module.configure_model()
     module.on_load_checkpoint(content)
     module.load_state_dict(trained)
     student = module.student
-    for attention in edited_attention(student).values():
-        attention.to(student.dtype)
     for parameter in student.parameters():  # not `to`, which would round RoPE's frequencies as well
-        parameter.data = parameter.data.to(getattr(torch, dtype) if dtype else parameter.dtype)
+        saved_as = parameter.data.to(getattr(torch, module.hparams["dtype"]))
+        parameter.data = saved_as if dtype is None else saved_as.to(getattr(torch, dtype))
     return student.eval()
 
 

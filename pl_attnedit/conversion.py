@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 
@@ -28,6 +29,7 @@ from pl_attnedit.callbacks import (
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import STAGES, DistillationModule
 from pl_attnedit.distillation.base import TeacherHidden
+from pl_attnedit.distillation.settings import frozen_dtype
 from pl_attnedit.distillation.sharding import whole_state_dict
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.card import write_card
@@ -74,6 +76,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     resolve_teacher(recipe.teacher)
     data.setup()
     trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
+    frozen_dtype(trainer.precision, recipe.dtype)  # of a plugin, too
     check_devices(recipe, trainer.strategy.root_device.type, trainer.world_size, here=True)
     for stage in (recipe.stage1, recipe.stage2):
         data.phases = stage.phases
@@ -211,7 +214,8 @@ class Conversion:
         self.data.phases = stage.phases  # type: ignore[attr-defined]
         self.data.seed = self.recipe.seed + list(STAGES).index(name)  # type: ignore[attr-defined]  # stage 2 sees new text
         trainer.fit(module, self.data, ckpt_path=str(checkpoint) if checkpoint else None)
-        self.folder.save_folder(RESULTS[name], lambda path: save_student(module, path))
+        dtype = module.frozen_dtype if name == "stage2" else None
+        self.folder.save_folder(RESULTS[name], lambda path: save_student(module, path, dtype))
         found = self.validate(trainer, module)
         if not self.follows:
             self.runs.run(name).finish()
@@ -366,11 +370,20 @@ def build_trainer(options: dict[str, Any]) -> Trainer:
         raise UserError(f"trainer: {error}") from error
 
 
-def save_student(module: DistillationModule, path: Path) -> None:
-    """The student as a Hugging Face folder with its tokenizer. All processes must call it; rank 0 writes."""
+def save_student(module: DistillationModule, path: Path, dtype: torch.dtype | None = None) -> None:
+    """The student as a Hugging Face folder with its tokenizer. All processes must call it; rank 0 writes.
+
+    dtype: of all its weights; None = each as it is, for a training that goes on from there.
+    """
     assert module.tokenizer is not None
     state = whole_state_dict(module.student)
     if module.global_rank == 0:
+        if dtype is not None:
+            once = {id(value): value.to(dtype) for value in state.values()}  # what is tied stays one
+            state = {name: once[id(value)] for name, value in state.items()}
         module.student.save_pretrained(path, state_dict=state)
+        if dtype not in (None, module.student.dtype):  # `save_pretrained` has written the module's own
+            module.student.config.dtype = dtype
+            module.student.config.save_pretrained(path)
         module.tokenizer.save_pretrained(path)
         module.trained_on().save(path)

@@ -186,7 +186,7 @@ def obstacles(trainer: dict[str, Any], platforms: dict[str, Platform]) -> list[s
     check_accelerator(accelerator)
     asked = {"gpu": "cuda"}.get(accelerator, accelerator)
     try:
-        check_precision(str(trainer.get("precision")))
+        check_precision(trainer.get("precision"))
         built = build_trainer({"logger": False, "enable_checkpointing": False, **trainer})
     except UserError as error:
         known = platforms[asked].problems if asked in platforms else []

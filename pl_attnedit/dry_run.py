@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pl_attnedit.data import Phase, TextDataModule
-from pl_attnedit.distillation.settings import weight_dtype
+from pl_attnedit.distillation.settings import frozen_dtype, trained_dtype
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
 from pl_attnedit.eval.bench.memory import StageMemory, Step, init_memory, stage_memory, trained_parameters
@@ -36,8 +36,9 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     limit = config.max_position_embeddings
     if data.seq_len > limit:
         raise invalid("seq_len", data.seq_len, f"must be at most {limit}, the context of the model")
-    dtype, served = _dtype(recipe), _dtype(recipe, recipe.stage1)
-    teacher, student = on_meta(config, served), on_meta(edited_config(config, plan), dtype)
+    frozen = frozen_dtype(recipe.trainer.get("precision"), recipe.dtype)
+    dtype = trained_dtype(frozen)
+    teacher, student = on_meta(config, frozen), on_meta(edited_config(config, plan), dtype)
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert here is not None
     parameters = sum(p.numel() for p in teacher.parameters())
@@ -49,7 +50,7 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
         "pattern": plan.pattern,
         "layers": len(plan.letters),
         "edited_layers": len(plan.edited_layers),
-        "kv": _kv(teacher, on_meta(student.config, served), limit),
+        "kv": _kv(teacher, on_meta(student.config, frozen), limit),
         "device_here": _name(here),
         "matmul_flops": matmul_rate(here, torch.bfloat16 if _low(recipe) else dtype),
         "efficiency": MIXTURE_EFFICIENCY if mixture else SMALL_EFFICIENCY if parameters < SMALL else EFFICIENCY,
@@ -60,11 +61,10 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     if recipe.init in FROM_TEXT:
         result["memory"]["init"] = init_memory(teacher, student, data.batch_size, data.seq_len)
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
-        frozen = on_meta(config, _dtype(recipe, stage))
         phases, memory = [], []
         for phase in stage.all_phases(data.seq_len, data.batch_size):
-            step = _step(name, stage, phase, recipe, devices)
-            memory.append(stage_memory(frozen, student, step))
+            step = _step(name, stage, phase, recipe, devices, 2 if _low(recipe) else dtype.itemsize)
+            memory.append(stage_memory(teacher, student, step))
             tokens = phase.steps * stage.accumulate * devices * step.tokens
             block_loss = stage.options.get("supervise") == "block"
             sizes: dict[str, Any] = {
@@ -72,7 +72,7 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
                 "block_loss": block_loss,
                 "train_layers": step.train_layers,
             }
-            flops = tokens * step_flops(frozen, student, stage=name, trained=step.trained, **sizes)
+            flops = tokens * step_flops(teacher, student, stage=name, trained=step.trained, **sizes)
             seconds = flops / (result["matmul_flops"] * result["efficiency"] * devices)
             phases.append(asdict(phase) | {"tokens": tokens, "flops": flops, "seconds": seconds})
         result["memory"][name] = max(memory, key=lambda found: found.total)
@@ -98,7 +98,7 @@ def _name(device: torch.device) -> str:
     return module.get_device_name() if hasattr(module, "get_device_name") else device.type
 
 
-def _step(name: str, stage: StageRecipe, phase: Phase, recipe: Recipe, devices: int) -> Step:
+def _step(name: str, stage: StageRecipe, phase: Phase, recipe: Recipe, devices: int, itemsize: int) -> Step:
     options = stage.options
     layers = options.get("train_layers")
     return Step(
@@ -110,7 +110,7 @@ def _step(name: str, stage: StageRecipe, phase: Phase, recipe: Recipe, devices: 
         activation_checkpointing=bool(options.get("activation_checkpointing", False)),
         devices=devices,
         sharded="fsdp" in str(recipe.trainer.get("strategy", "")),
-        itemsize=2 if _low(recipe) else _dtype(recipe).itemsize,
+        itemsize=itemsize,
         device_type="cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda",
     )
 
@@ -118,13 +118,6 @@ def _step(name: str, stage: StageRecipe, phase: Phase, recipe: Recipe, devices: 
 def _low(recipe: Recipe) -> bool:
     """Whether arithmetic is in bfloat16."""
     return str(recipe.trainer.get("precision", "")).startswith("bf16")
-
-
-def _dtype(recipe: Recipe, frozen: StageRecipe | None = None) -> torch.dtype:
-    """Of the weights that train, or of a stage's frozen ones, which may have a dtype of their own."""
-    if frozen is not None and (own := frozen.options.get("teacher_dtype")) is not None:
-        return getattr(torch, own)
-    return weight_dtype(str(recipe.trainer.get("precision")), recipe.dtype)
 
 
 def _budget(found: dict[str, Any]) -> str:

@@ -109,7 +109,7 @@ class Recipe:
         layers: explicit indices of the layers to edit, instead of a pattern.
         init: random | copy | calibrated | plain_svd (a baseline, for MLA alone).
         calibration_tokens: tokens of training text that a calibrated (or plain_svd) init looks at.
-        dtype: dtype of all weights.
+        dtype: dtype of the teacher, of what is frozen and of the saved student; what trains is in float32 at least.
         seed: of everything random.
         evaluation: what teacher and student are asked at the end.
         trainer: further arguments of Lightning's Trainer, e.g. accelerator, devices, precision.

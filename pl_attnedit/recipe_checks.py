@@ -16,7 +16,7 @@ from pl_attnedit.callbacks import ProgressiveUnfreezing, TeacherForcing
 from pl_attnedit.distillation import STAGES, DistillationModule, liger
 from pl_attnedit.distillation.layerwise import check_trained_layers
 from pl_attnedit.distillation.optimisation import check_cuda_graph
-from pl_attnedit.distillation.settings import check_precision, parse_targets, weight_dtype
+from pl_attnedit.distillation.settings import check_precision, frozen_dtype, parse_targets
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling import EditPlan
 from pl_attnedit.recipe import Recipe, StageRecipe
@@ -42,8 +42,8 @@ def check_recipe(recipe: Recipe) -> tuple[PreTrainedConfig, EditPlan]:
         for phase in stage.phases:
             if phase.seq_len > (limit := config.max_position_embeddings):
                 raise invalid(f"{name}.phases: seq_len", phase.seq_len, f"must be at most {limit}, the model's context")
-        weight_dtype(str(recipe.trainer.get("precision")), recipe.dtype, stage.options.get("teacher_dtype"))
         check_trained_layers(stage.options.get("train_layers"), plan.edited_layers)
+    frozen_dtype(recipe.trainer.get("precision"), recipe.dtype)
     return config, plan
 
 
@@ -98,7 +98,7 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         known = [str(each) for kind in get_args(_PRECISION_INPUT) for each in get_args(kind)]
         if str(precision) not in known:
             raise invalid("trainer.precision", precision, f"must be one of {', '.join(known)}")
-        check_precision(str(precision))
+        check_precision(precision)
     check_accelerator(trainer.get("accelerator"))
     strategy = trainer.get("strategy")
     strategies = {"auto", *StrategyRegistry.available_strategies()}

@@ -103,7 +103,7 @@ def make_module(teacher: PreTrainedModel, options: StepBench) -> DistillationMod
         "cuda_graph": options.cuda_graph,
         "learning_rate": 1e-5,
         "warmup_steps": 0,
-        "dtype": "bfloat16" if options.precision == "bf16-true" else "float32",
+        "dtype": "bfloat16" if options.precision == "bf16-mixed" else "float32",
     }
     module: DistillationModule
     if options.stage == "stage1":

@@ -100,7 +100,10 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
     stage.add_argument("--batch", type=int, default=4, help="sequences (default 4)")
     stage.add_argument("--seq", type=int, default=512, help="tokens of a sequence (default 512)")
     stage.add_argument(
-        "--precision", choices=["32-true", "bf16-mixed", "bf16-true"], default="32-true", help="the Trainer's"
+        "--precision",
+        choices=["32-true", "bf16-mixed"],
+        default="32-true",
+        help="the Trainer's, and of what is frozen",
     )
     stage.add_argument("--device", default="cpu", help="torch device (default cpu)")
     stage.add_argument("--compiled", type=yaml.safe_load, help="true or false: torch.compile; default: on a GPU")

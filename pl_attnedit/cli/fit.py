@@ -15,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from pl_attnedit.callbacks import NaNGuard, ProcessWatch, Progress, ResumableCheckpoint, Throughput, check_checkpoint
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import DistillationModule
-from pl_attnedit.distillation.settings import weight_dtype
+from pl_attnedit.distillation.settings import frozen_dtype
 from pl_attnedit.errors import UserError
 from pl_attnedit.recipe_checks import check_accelerator, check_edits
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
@@ -60,7 +60,7 @@ class AttentionEditingCLI(LightningCLI):
     def _check_inputs(self) -> None:
         """A precision, a teacher or a text that cannot be used is an error before there is an MLflow run."""
         given = self.model.hparams
-        weight_dtype(str(self.trainer.precision), given["dtype"], given["teacher_dtype"])
+        frozen_dtype(self.trainer.precision, given["dtype"])
         init = given["init"] if given["init_from"] is None else None
         check_edits(given["teacher"], given["targets"], given["pattern"], given["layers"], init)
         resolve_teacher(given["teacher"])

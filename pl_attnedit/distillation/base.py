@@ -19,7 +19,13 @@ from pl_attnedit.distillation.liger import use_liger
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 from pl_attnedit.distillation.optimisation import OptimisedModule
 from pl_attnedit.distillation.pairs import Batch, Pairs
-from pl_attnedit.distillation.settings import check_hyperparameters, parse_targets, plain_targets, weight_dtype
+from pl_attnedit.distillation.settings import (
+    check_hyperparameters,
+    frozen_dtype,
+    parse_targets,
+    plain_targets,
+    trained_dtype,
+)
 from pl_attnedit.distillation.sharding import data_parallel_mesh, shard, take_from
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, unshare_trunk
@@ -49,9 +55,8 @@ class DistillationModule(OptimisedModule):
         calibration_tokens: tokens of the training text that a calibrated (or plain_svd) init looks at.
         init_from: folder of a converted model whose weights to start from, instead of `init`. Other than resuming with
             `--ckpt_path`, which also restores optimiser, step and place in the data.
-        dtype: dtype of all weights; the Trainer's `precision: bf16-true` sets it to bfloat16.
-        teacher_dtype: dtype of the teacher and so of a shared trunk, where another than `dtype`: bfloat16 with
-            `precision: bf16-mixed` keeps only what trains in float32. Without mixed precision they must be the same.
+        dtype: dtype of the teacher, of what is frozen and of the saved student; bfloat16 needs `precision: bf16-mixed`. What
+            trains is in float32 at least, with its optimizer states.
         compiled: run the layers through torch.compile. Default: where there is a GPU for it. Not on an NPU.
         liger: run Liger's kernels in the trunk (extra `gpu`); worth it where compiled is false, see the README.
         cuda_graph: record a step as a CUDA graph and replay it, on one GPU: faster where a small model waits for launches,
@@ -75,7 +80,6 @@ class DistillationModule(OptimisedModule):
         calibration_tokens: int = 16384,
         init_from: str | None = None,
         dtype: str = "float32",
-        teacher_dtype: str | None = None,
         compiled: bool | None = None,
         liger: bool = False,
         cuda_graph: bool = False,
@@ -140,21 +144,21 @@ class DistillationModule(OptimisedModule):
     def configure_model(self) -> None:
         """Builds teacher and student once. A run that resumes skips the init: its weights come from the checkpoint."""
         if self._held is None:
-            dtype = self._weight_dtype()
-            with default_dtype(torch.float32):  # of what is computed on the way; `bf16-true` has changed it
-                self._build(dtype)
+            with default_dtype(torch.float32):  # of what is computed on the way; `64-true` has changed it
+                self._build()
         if self.sharded:
             self._prepare_for_shards()
 
-    def _weight_dtype(self) -> torch.dtype:
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of the teacher, of what is frozen and of the saved student."""
         if self._trainer is None:
             return getattr(torch, self.hparams["dtype"])
-        return weight_dtype(self.trainer.precision, self.hparams["dtype"], self.hparams["teacher_dtype"])
+        return frozen_dtype(self.trainer.precision, self.hparams["dtype"])
 
-    def _build(self, dtype: torch.dtype) -> None:
-        hparams = self.hparams
-        frozen = dtype if hparams["teacher_dtype"] is None else getattr(torch, hparams["teacher_dtype"])
-        teacher, self.tokenizer, self.fingerprint = self.find_teacher(frozen)
+    def _build(self) -> None:
+        hparams, dtype = self.hparams, trained_dtype(self.frozen_dtype)
+        teacher, self.tokenizer, self.fingerprint = self.find_teacher(self.frozen_dtype)
         teacher.requires_grad_(False)
         check_teacher(teacher)
         plan = EditPlan.build(
@@ -261,7 +265,7 @@ class DistillationModule(OptimisedModule):
     def unshare(self) -> None:
         """Makes the whole student trainable: it gets its own copy of the trunk, and joins the module tree."""
         unshare_trunk(self.student)
-        self.student.to(self._weight_dtype())
+        self.student.to(trained_dtype(self.frozen_dtype))
         self.student.requires_grad_(True)
         self.student_model = self.student
 
@@ -272,7 +276,7 @@ class DistillationModule(OptimisedModule):
         self._place()
 
     def _sum_exactly(self, device: torch.device) -> None:
-        """Sums of validation are float64, also where `bf16-true` has rounded their dtype; NPUs have none worth the name."""
+        """Sums of validation are float64; NPUs have none worth the name."""
         for metric in (self.fidelity, self.layer_nmse):
             assert metric is not None
             metric.set_dtype(torch.float32 if device.type == "npu" else torch.float64)
@@ -284,7 +288,7 @@ class DistillationModule(OptimisedModule):
             rotary = model.model.rotary_emb.to(self.device)
             if not self.sharded:
                 self._place_parts(model)
-            if rotary.inv_freq.dtype != torch.float32:  # `bf16-true` has converted it; positions need it exact
+            if rotary.inv_freq.dtype != torch.float32:  # `64-true` has converted it; the teacher's are float32
                 model.model.rotary_emb = type(rotary)(config=model.config).to(self.device)
 
     def _place_parts(self, model: Any) -> None:

@@ -36,7 +36,7 @@ def plain_targets(targets: TargetConfig | dict[str, TargetConfig]) -> dict[str, 
     return {letter: target.to_dict() for letter, target in targets.items()}
 
 
-DTYPES = ("float32", "bfloat16", "float64")  # of weights; float16 loses small gradients
+DTYPES = ("float32", "bfloat16", "float64")  # of frozen weights; float16 loses small gradients
 
 
 def check_least(name: str, value: float, least: float) -> None:
@@ -49,12 +49,8 @@ def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
     """`UserError` for a value that cannot work with any teacher."""
     if hparams["init"] not in INITS:
         raise invalid("init", hparams["init"], f"must be one of {', '.join(INITS)}")
-    for name in ("dtype", "teacher_dtype"):
-        dtype = hparams[name]
-        if dtype is None and name == "teacher_dtype":
-            continue
-        if dtype not in DTYPES:
-            raise invalid(name, dtype, f"must be one of {', '.join(DTYPES)}")
+    if hparams["dtype"] not in DTYPES:
+        raise invalid("dtype", hparams["dtype"], f"must be one of {', '.join(DTYPES)}")
     if not 0 < hparams["learning_rate"] < math.inf:
         raise invalid("learning_rate", hparams["learning_rate"], "must be positive")
     if not 0 <= hparams["final_lr_share"] <= 1:
@@ -63,22 +59,34 @@ def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
         check_least(name, hparams[name], least)
 
 
-def weight_dtype(precision: str, dtype: str, teacher_dtype: str | None = None) -> torch.dtype:
-    """The dtype of the weights that train: `dtype`, or what a precision such as `bf16-true` makes of it.
+def frozen_dtype(precision: Any, dtype: str) -> torch.dtype:
+    """The dtype of the teacher, of all that is frozen and of the saved student: `dtype`, unless the precision is float64.
 
     Raises:
-        UserError: a precision that no stage trains in, or a frozen trunk of another dtype without mixed precision.
+        UserError: a precision that no stage trains in, or frozen weights in bfloat16 without mixed precision.
     """
     check_precision(precision)
-    found = {"bf16-true": torch.bfloat16, "64-true": torch.float64, "64": torch.float64}.get(precision)
-    found = getattr(torch, dtype) if found is None else found
-    if teacher_dtype is not None and getattr(torch, teacher_dtype) != found and precision not in ("bf16-mixed", "bf16"):
-        name = str(found).removeprefix("torch.")
-        raise invalid("teacher_dtype", teacher_dtype, f"needs precision: bf16-mixed beside weights in {name}")
-    return found
+    if str(precision).startswith("64"):
+        return torch.float64
+    if dtype == "bfloat16" and precision not in MIXED:
+        raise invalid("dtype", dtype, "needs the Trainer's precision: bf16-mixed, since what trains stays in float32")
+    return getattr(torch, dtype)
 
 
-def check_precision(precision: str) -> None:
+def trained_dtype(frozen: torch.dtype) -> torch.dtype:
+    """The dtype of the weights that train and of their optimizer states: at least float32. In bfloat16 an update of less
+    than 1/256 of a weight is rounded away: 80 steps at 1e-4 moved no norm and 11% of `o_proj`."""
+    return torch.promote_types(frozen, torch.float32)
+
+
+MIXED = ("bf16-mixed", "bf16")
+PRECISIONS = (None, "32-true", "32", 32, "64-true", "64", 64, *MIXED)  # None: Lightning's default
+
+
+def check_precision(precision: Any) -> None:
     """`UserError` for a precision of the Trainer's that no stage trains in."""
-    if precision in ("16-mixed", "16-true", "16", "transformer-engine-float16"):
-        raise invalid("precision", precision, "float16 loses small gradients: use 32-true, bf16-mixed or bf16-true")
+    if precision not in PRECISIONS:
+        coarse = str(precision) in ("bf16-true", "transformer-engine")
+        lost = "bfloat16 rounds small updates of weights away" if coarse else "float16 loses small gradients"
+        instead = "use bf16-mixed, with dtype: bfloat16 to hold what does not train in bfloat16, or 32-true"
+        raise invalid("precision", precision, f"{lost}: {instead}")

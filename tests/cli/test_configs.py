@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from fixtures_stages import make_trainer
 
 from pl_attnedit.cli import main
 from pl_attnedit.cli.fit import AttentionEditingCLI
-from pl_attnedit.recipe import recipe_parser
+from pl_attnedit.recipe import read_recipe, recipe_parser
+from pl_attnedit.recipe_checks import check_recipe, stage_module
 
 FOLDER = Path(__file__).parents[2] / "configs"
 STUDIES = sorted(FOLDER.glob("studies/*.yaml"))  # tests/cli/test_study.py
@@ -52,14 +56,38 @@ def test_a_config_runs(
         assert list((tmp_path / "runs" / path.stem).glob("last-*.ckpt"))
 
 
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_trains_in_float32(
+    path: Path, teacher_folder: Callable[..., str], make_data: Callable[..., Any]
+) -> None:
+    """And holds what is frozen in the dtype that it states."""
+    values = yaml.safe_load(path.read_text())
+    targets = json.dumps({letter: TINY[target["type"]] for letter, target in values["targets"].items()})
+    tiny = ["--teacher", teacher_folder(), "--targets", targets, "--pattern", "".join(values["targets"]) + "F"]
+    parser = recipe_parser()
+    recipe, _ = read_recipe(parser, parser.parse_args(["-c", str(path), *tiny, "--calibration_tokens", "64"]))
+    check_recipe(recipe)
+    for name in ("stage1", "stage2"):
+        stage = getattr(recipe, name)
+        stage.options.pop("cuda_graph", None)
+        module = stage_module(recipe, name, stage, None)
+        trainer = make_trainer(steps=1, precision=recipe.trainer["precision"])
+        trainer.fit(module, make_data())
+        assert module.teacher.dtype == getattr(torch, recipe.dtype)
+        [optimizer] = trainer.optimizers
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        moments = [optimizer.state[parameter]["exp_avg_sq"] for parameter in trained]
+        assert {tensor.dtype for tensor in (*trained, *moments)} == {torch.float32}
+
+
 @pytest.mark.parametrize("path", TRAINERS, ids=lambda path: path.stem)
 def test_a_trainer_comes_after_a_recipe_or_a_stage(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It changes its own fields of the trainer and no others; options after it change single fields again."""
-    expected = yaml.safe_load(path.read_text())["trainer"] | {"precision": "bf16-true"}
+    expected = yaml.safe_load(path.read_text())["trainer"] | {"precision": "64-true"}
     recipe = tmp_path / "recipe.yaml"
     values = yaml.safe_load((FOLDER / "quickstart.yaml").read_text())
     recipe.write_text(yaml.safe_dump(values | {"trainer": {"accelerator": "gpu", "gradient_clip_val": 1.0}}))
-    layers = ["-c", str(path), "--trainer.precision", "bf16-true"]
+    layers = ["-c", str(path), "--trainer.precision", "64-true"]
     config = recipe_parser().parse_args(["-c", str(recipe), *layers])
     assert config.trainer == {"gradient_clip_val": 1.0, **expected}
     assert config.stage1.steps == values["stage1"]["steps"]

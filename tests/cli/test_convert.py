@@ -139,9 +139,16 @@ def test_one_layer_of_a_mixture_with_a_trunk_of_another_dtype(
     recipe: Make, teacher_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    stage = {"steps": 1, "learning_rate": 1e-3, "options": {"teacher_dtype": "bfloat16"}}
+    stage = {"steps": 1, "learning_rate": 1e-3}
     trainer = {"accelerator": "cpu", "precision": "bf16-mixed"}
-    path = recipe(teacher=teacher_folder("qwen3_moe"), pattern="FSFF", stage1=stage, stage2=stage, trainer=trainer)
+    path = recipe(
+        teacher=teacher_folder("qwen3_moe"),
+        pattern="FSFF",
+        stage1=stage,
+        stage2=stage,
+        trainer=trainer,
+        dtype="bfloat16",
+    )
     assert main(["convert", "-c", str(path)]) == 0
     summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
     assert pl_attnedit.load(tmp_path / "runs" / "tiny" / "student").dtype == torch.bfloat16

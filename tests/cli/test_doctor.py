@@ -54,9 +54,9 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_config_that_runs(config: Write, capsys: pytest.CaptureFixture[str]) -> None:
     """The second config overrides the first field by field, options override both."""
     first, second = config("first", accelerator="npu", devices=2, strategy="ddp"), config("second", accelerator="cpu")
-    assert main(["doctor", "-c", first, "-c", second, "--trainer.precision", "bf16-true", "--json"]) == 0
+    assert main(["doctor", "-c", first, "-c", second, "--trainer.precision", "bf16-mixed", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["config"]
-    assert found["trainer"] == {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "precision": "bf16-true"}
+    assert found["trainer"] == {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "precision": "bf16-mixed"}
     assert found["runs"]
 
 
@@ -65,6 +65,7 @@ def test_a_config_that_runs(config: Write, capsys: pytest.CaptureFixture[str]) -
     [
         ({"accelerator": "npu", "devices": 8}, "torch_npu is not installed"),
         ({"accelerator": "cpu", "precision": "16-mixed"}, "float16 loses small gradients"),
+        ({"accelerator": "cpu", "precision": "bf16-true"}, "use bf16-mixed"),
         ({"accelerator": "cpu", "strategy": "no_such"}, "invalid strategy name"),
         ({"accelerator": "cpu", "devices": 0}, "is not a valid input"),
     ],

@@ -43,7 +43,7 @@ def config_folder(tmp_path: Path) -> Callable[[str], str]:
 
 
 def a_recipe(teacher: str, target: dict[str, Any], **fields: Any) -> Recipe:
-    defaults = {"accelerator": "gpu", "devices": 8, "strategy": "fsdp2", "precision": "bf16-true"}
+    defaults = {"accelerator": "gpu", "devices": 8, "strategy": "fsdp2", "precision": "bf16-mixed"}
     stages = {name: StageRecipe(steps=100, learning_rate=1e-4, accumulate=2) for name in ("stage1", "stage2")}
     return Recipe("dry", teacher, {"S": target}, **{**stages, "trainer": defaults, "dtype": "bfloat16", **fields})
 
@@ -64,7 +64,7 @@ def test_qwen3_8b_from_its_config(config_folder: Callable[[str], str]) -> None:
     memory = found["memory"]["stage1"]
     init = found["memory"]["init"]  # whole on each device
     assert init.weights == pytest.approx(8 * memory.weights)
-    assert memory.weights == pytest.approx(2 * (found["teacher_parameters"] + 36 * attention) / 8)
+    assert memory.weights == pytest.approx((2 * found["teacher_parameters"] + 4 * 36 * attention) / 8)
 
 
 def test_phases_have_budgets_of_their_own(config_folder: Callable[[str], str]) -> None:
@@ -102,8 +102,8 @@ def test_printed_and_nothing_written(
     recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    stage = {"steps": 3, "learning_rate": 1e-3, "options": {"train": "all", "teacher_dtype": "bfloat16"}}
-    path = recipe(stage2=stage, trainer={"accelerator": "cpu", "precision": "bf16-mixed"})
+    stage = {"steps": 3, "learning_rate": 1e-3, "options": {"train": "all"}}
+    path = recipe(stage2=stage, dtype="bfloat16", trainer={"accelerator": "cpu", "precision": "bf16-mixed"})
     before = sorted(tmp_path.iterdir())
     assert main(["convert", "--dry-run", "-c", str(path)]) == 0
     printed = capsys.readouterr().out

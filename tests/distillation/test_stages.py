@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from pl_attnedit.attention import target_from_dict
 from pl_attnedit.callbacks import NaNGuard
 from pl_attnedit.data import Phase
-from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden
 from pl_attnedit.modeling import edit_model, load
@@ -161,10 +160,10 @@ def test_stage_2_starts_from_saved_weights(
 
 @pytest.mark.parametrize("train", ["attention", "layers"])
 def test_saved_weights_keep_their_precision(make_stage2: Make, make_data: Make, tmp_path: Path, train: str) -> None:
-    first = make_stage2(teacher_dtype="bfloat16", train=train)
+    first = make_stage2(dtype="bfloat16", train=train)
     make_trainer(steps=2, precision="bf16-mixed").fit(first, make_data())
     first.student.save_pretrained(tmp_path)
-    second = make_stage2(teacher_dtype="bfloat16", init_from=str(tmp_path))
+    second = make_stage2(dtype="bfloat16", init_from=str(tmp_path))
     make_trainer(precision="bf16-mixed", limit_val_batches=1).validate(second, make_data(), verbose=False)
     expected, found = weights(first.student), weights(second.student)
     assert {name: value.dtype for name, value in found.items()} == {
@@ -174,11 +173,10 @@ def test_saved_weights_keep_their_precision(make_stage2: Make, make_data: Make, 
     assert any(not torch.equal(value, value.bfloat16().float()) for value in found.values())
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
-def test_a_true_precision_is_that_of_all_weights(make_stage: Make, make_data: Make, precision: str) -> None:
+def test_float64_is_that_of_all_weights(make_stage: Make, make_data: Make) -> None:
     module = make_stage()
-    make_trainer(steps=1, precision=precision, limit_val_batches=1.0, val_check_interval=1).fit(module, make_data())
-    assert {p.dtype for p in module.student.parameters()} == {{"64-true": torch.float64}.get(precision, torch.bfloat16)}
+    make_trainer(steps=1, precision="64-true", limit_val_batches=1.0, val_check_interval=1).fit(module, make_data())
+    assert {p.dtype for p in module.student.parameters()} == {torch.float64}
 
 
 def test_no_step_is_logged_where_none_is_wanted(make_stage: Make, make_data: Make) -> None:
@@ -299,40 +297,10 @@ def test_accumulation_is_the_mean_over_all_tokens_that_count(make_stage2: Make, 
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_bf16_true(make_stage: Make, make_data: Make) -> None:
-    module, losses = make_stage(targets=LATENT), Losses()
-    make_trainer(losses, steps=20, precision="bf16-true").fit(module, make_data())
-    assert {p.dtype for p in module.student.parameters()} == {torch.bfloat16}
-    assert module.student.model.rotary_emb.inv_freq.dtype == torch.float32
-    assert sum(losses.values[-5:]) < sum(losses.values[:5])
-
-
-def test_validation_under_bf16_true_is_summed_in_float64(make_stage: Make, make_data: Make) -> None:
-    module, data = make_stage(), make_data(val_sequences=20)
-    exact = (Fidelity(), LayerNMSE(3))  # which no Trainer converts
-
-    def both(one: Any, other: Any) -> Any:
-        first = one.update
-        return lambda *args, **options: (first(*args, **options), other.update(*args, **options))
-
-    trainer = make_trainer(steps=2, precision="bf16-true", limit_val_batches=1.0, val_check_interval=2)
-    module.configure_model = lambda: (  # type: ignore[method-assign]
-        type(module).configure_model(module),
-        setattr(module.fidelity, "update", both(module.fidelity, exact[0])),
-        setattr(module.layer_nmse, "update", both(module.layer_nmse, exact[1])),
-        setattr(module, "configure_model", lambda: None),
-    )
-    trainer.fit(module, data)
-    found = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    for name, value in exact[0].compute().items():
-        assert found[f"val/{name}"] == pytest.approx(value.item(), rel=1e-6), name
-    assert found["val/nmse"] == pytest.approx(exact[1].compute().mean().item(), rel=1e-6)
-
-
 def test_validation_knows_the_teachers_states_of_its_own_dtype(make_stage2: Make, make_data: Make) -> None:
     data, known = make_data(), {}
-    for dtype in ("bfloat16", None):
-        module = make_stage2(teacher_dtype=dtype, nmse_batches=1)
+    for dtype in ("bfloat16", "float32"):
+        module = make_stage2(dtype=dtype, nmse_batches=1)
         module.teacher_hidden = known
         [shared] = make_trainer(limit_val_batches=1.0, precision="bf16-mixed").validate(module, data, verbose=False)
     module.teacher_hidden = {}
@@ -374,19 +342,18 @@ def test_gradients_are_clipped_under_mixed_precision(make_stage: Make, make_data
     assert norms == pytest.approx([1e-3] * 3, rel=0.01)
 
 
-def test_bf16_true_keeps_the_positions_of_a_trunk_that_trains(make_stage2: Make, make_data: Make) -> None:
+def test_float64_keeps_the_positions_of_a_trunk_that_trains(make_stage2: Make, make_data: Make) -> None:
     module = make_stage2(train="all")
-    make_trainer(steps=2, precision="bf16-true").fit(module, make_data())
+    make_trainer(steps=2, precision="64-true").fit(module, make_data())
     exact = make_configured(make_stage2).teacher.model.rotary_emb.inv_freq
     assert torch.equal(module.student.model.rotary_emb.inv_freq, exact)
     assert torch.equal(module.teacher.model.rotary_emb.inv_freq, exact)
 
 
-def test_float16_is_refused(make_stage: Make, make_data: Make) -> None:
-    module = make_stage()
-    module._trainer = type("Fake", (), {"precision": "16-mixed"})()
-    with pytest.raises(UserError, match="float16"):
-        module._weight_dtype()
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_what_loses_updates_is_refused(make_stage: Make, make_data: Make, precision: str) -> None:
+    with pytest.raises(UserError, match=f"precision = '{precision}'.*use bf16-mixed"):
+        make_trainer(steps=1, precision=precision).fit(make_stage(), make_data())
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ from pl_attnedit.eval.students import load_pair, load_student
     ("stage", "precision", "options"),
     [
         ("make_stage1", "32-true", {"targets": LATENT}),
-        ("make_stage2", "bf16-true", {}),
+        ("make_stage2", "bf16-mixed", {"train": "layers", "dtype": "bfloat16"}),
         ("make_stage2", "32-true", {"train": "all"}),
-        ("make_stage2", "bf16-mixed", {"teacher_dtype": "bfloat16"}),
+        ("make_stage2", "bf16-mixed", {"dtype": "bfloat16"}),
     ],
 )
 def test_a_checkpoint_is_the_student_that_was_trained(

@@ -119,9 +119,9 @@ def build(case: str, folder: Path, **overrides: Any) -> Any:
     module = STAGES[spec["stage"]](str(folder / spec["family"]), **options)
     build_models = module._build
 
-    def seeded(dtype: torch.dtype) -> None:
+    def seeded() -> None:
         torch.manual_seed(int(os.environ.get("RANK", 0)))  # each process would have a random init of its own
-        build_models(dtype)
+        build_models()
 
     module._build = seeded
     return module
