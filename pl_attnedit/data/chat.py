@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.data.encoding import chat_template
-from pl_attnedit.errors import invalid
+from pl_attnedit.errors import UserError, invalid
 
-Messages = Sequence[Mapping[str, Any]]
-
+# Columns beside the messages that `apply_chat_template` takes: lists of dicts, and a dict of further arguments.
+OF_A_CHAT = ("tools", "documents", "chat_template_kwargs")
 # A character of the private use area: no template and no text contains it.
 _MARK = "\ue000"
+_PART = re.compile(r"""\{['"](?:type|text)['"]: """)  # how a template shows a part of a content that it takes for text
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Conversation(list[dict[str, Any]]):
+    """The messages of a conversation, with what else its template is to know.
+
+    Args:
+        options: by the names in `OF_A_CHAT`; JSON where it is text.
+        where: the file and row it comes from, for messages.
+    """
+
+    def __init__(
+        self, messages: Sequence[Any] = (), options: Mapping[str, Any] | None = None, where: str = "the conversation"
+    ) -> None:
+        super().__init__(messages)
+        self.where = where
+        self.options = {name: _parsed(name, value, where) for name, value in (options or {}).items() if value != ""}
+
+    def template_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `apply_chat_template`."""
+        further = self.options.get("chat_template_kwargs") or {}
+        taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+        if not isinstance(further, Mapping) or taken.keys() & further.keys():
+            allowed = f"in {self.where}, must be variables of the chat template"
+            raise invalid("chat_template_kwargs", _shorten(further), allowed)
+        return {**{name: self.options.get(name) for name in OF_A_CHAT[:2]}, **further}
 
 
 class Rendered(NamedTuple):
@@ -34,29 +63,48 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, answers: bool) -> None:
         raise invalid("loss_on", "answers", "needs a fast tokenizer; this one cannot map tokens to characters")
 
 
-def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, answers: bool) -> Rendered:
+def render(conversation: Sequence[Any], tokenizer: PreTrainedTokenizerBase, answers: bool) -> Rendered:
     """The conversation in the tokenizer's template; with `answers`, also where the assistant speaks.
 
-    An answer is the text content of an assistant message, what the template adds to it on the assistant's behalf (for
-    instance its reasoning) and the end-of-turn token. A template with ``{% generation %}`` marks it itself.
+    An answer is what the assistant generates: the content of its message and its tool calls, what the template adds on the
+    assistant's behalf (for instance its reasoning) and the end-of-turn token. A template with ``{% generation %}`` marks it
+    itself.
 
     Raises:
-        UserError: the conversation is no list of messages with role and text content, or the template refuses it.
+        UserError: no list of messages with role and text content, a template that refuses it, or (with `answers`) one in
+            which the assistant's part cannot be told from the rest.
     """
-    chat = [_clean(message) for message in messages]
+    if not isinstance(conversation, Conversation):
+        conversation = Conversation(conversation)
     try:
-        text = _apply(tokenizer, chat)
-        if not answers:
-            return Rendered(text, [])
-        if "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
-            return Rendered(text, _marked_by_template(chat, tokenizer))
-        spans = [
-            _answer(text, _apply(tokenizer, [*chat[:i], {**message, "content": _MARK}, *chat[i + 1 :]]), tokenizer)
-            for i, message in enumerate(chat)
-            if message["role"] == "assistant" and message.get("content")
-        ]
-    except TemplateError as error:
-        raise invalid("messages", _shorten(messages), f"the tokenizer's chat template refuses them: {error}") from error
+        return _render(conversation, tokenizer, answers)
+    except UserError:
+        raise
+    except Exception as error:  # a template is a program that can fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        refused = f"in {conversation.where}, the tokenizer's chat template refuses them: {reason}"
+        raise invalid("messages", _shorten(conversation), refused) from error
+
+
+def _render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, answers: bool) -> Rendered:
+    template = _Template(tokenizer, conversation.template_arguments())
+    chat = template.readable([_clean(message, conversation.where) for message in conversation])
+    text = template(chat)
+    if not answers:
+        return Rendered(text, [])
+    if _GENERATION.search(template.source):
+        return Rendered(text, template.marked(chat))
+    spans = []
+    for i, message in enumerate(chat):
+        if message["role"] == "assistant" and any(value for name, value in message.items() if name != "role"):
+            span = _answer(text, chat, i, template)
+            if span is None:
+                problem = (
+                    f"in {conversation.where}, what is the assistant's part of message {i + 1} cannot be told: loss_on: "
+                    "answers needs a chat template with {% generation %} marks here"
+                )
+                raise invalid("messages", _shorten(message), problem)
+            spans.append(span)
     return Rendered(text, spans)
 
 
@@ -69,47 +117,118 @@ def mark_answers(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int
     return inside
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]]) -> str:
-    return str(tokenizer.apply_chat_template(chat, chat_template=chat_template(tokenizer), tokenize=False))
+class _Template:
+    """A tokenizer's chat template with the arguments of one conversation."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self.source = chat_template(tokenizer, arguments["tools"])
+        self.apply: Any = partial(tokenizer.apply_chat_template, chat_template=self.source, **arguments)
+
+    def __call__(self, chat: list[dict[str, Any]], **arguments: Any) -> str:
+        return str(self.apply(chat, tokenize=False, **arguments))
+
+    def attempt(self, chat: list[dict[str, Any]], **arguments: Any) -> str:
+        """'' where the template does not take it."""
+        try:
+            return self(chat, **arguments)
+        except Exception:  # whatever a template does with what it was not made for
+            return ""
+
+    def readable(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The chat with contents in parts where the template shows their text, otherwise with their text on lines."""
+        flat = [
+            {**message, "content": "\n".join(part["text"] for part in message["content"])}
+            if isinstance(message.get("content"), list)
+            else message
+            for message in chat
+        ]
+        if flat == chat:
+            return chat
+        parts, plain = self.attempt(chat), self.attempt(flat)
+        if not plain:
+            return chat
+        texts = [
+            part["text"] for message in chat if isinstance(message.get("content"), list) for part in message["content"]
+        ]
+        shown = all(text in parts for text in map(str.strip, texts) if text in plain)
+        return chat if shown and len(_PART.findall(parts)) <= len(_PART.findall(plain)) else flat
+
+    def marked(self, chat: list[dict[str, Any]]) -> list[tuple[int, int]]:
+        """The character ranges that a template with ``{% generation %}`` marks."""
+        encoded: Any = self.apply(
+            chat,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        return [span for span, inside in zip(encoded["offset_mapping"], encoded["assistant_masks"]) if inside]
 
 
-def _clean(message: Any) -> dict[str, Any]:
-    """The message without the empty fields that a table adds to it."""
+def _clean(message: Any, where: str) -> dict[str, Any]:
+    """The message without empty fields, as `apply_chat_template` of newer versions drops them itself."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise invalid("messages", _shorten(message), "each message must have a role and a content")
-    if not isinstance(message.get("content"), str | None):
-        raise invalid("messages", _shorten(message), "the content must be text")
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
+        raise invalid("messages", _shorten(message), f"in {where}, each message must have a role and a content")
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    texts = [isinstance(part, Mapping) and part.get("type") == "text" and part.get("text") for part in parts]
+    if not isinstance(content, str | list | None) or not all(isinstance(text, str) for text in texts):
+        raise invalid("messages", _shorten(message), f"in {where}, the content must be text, or parts of type text")
+    return {key: value for key, value in message.items() if value is not None}
 
 
-def _answer(text: str, marked: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Where `text` differs from the same conversation with a mark in place of one answer, up to the end of turn.
+def _answer(text: str, chat: list[dict[str, Any]], i: int, template: _Template) -> tuple[int, int] | None:
+    """The assistant's part of message `i` in the rendered text, None where it cannot be told.
 
-    Comparing two whole renderings holds for templates that treat earlier and later turns differently (Qwen3 drops
-    earlier reasoning), where the rendering of a shorter conversation is no prefix of the longer one.
+    It begins behind the generation prompt, if the template has one, and ends with the turn. Where other turns change with
+    this one's place (Qwen3 drops earlier reasoning), the rendering of a shorter conversation is no beginning of the longer
+    one: then the whole is compared with the same conversation with a mark in place of this message.
     """
-    start = _common_prefix(text, marked)
-    end = len(text) - _common_prefix(text[start:][::-1], marked[start:][::-1])
-    ends_turn = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values())
-    if ends_turn and (found := re.compile(rf"\s*(?:{ends_turn})").match(text, end)):
-        end = found.end()
-    return start, end
-
-
-def _marked_by_template(chat: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
-    encoded: Any = tokenizer.apply_chat_template(
-        chat,
-        chat_template=chat_template(tokenizer),
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )
-    return [span for span, inside in zip(encoded["offset_mapping"], encoded["assistant_masks"]) if inside]
+    before, behind = chat[:i], chat[i + 1 :]
+    start = end = None
+    mark: Any = [{"type": "text", "text": _MARK}] if isinstance(chat[i].get("content"), list) else _MARK
+    named = {name: value for name, value in chat[i].items() if name in ("role", "name")}
+    marked = template.attempt([*before, {**named, "content": mark}, *behind])
+    first = _common_prefix(text, marked)
+    last = _common_prefix(text[first:][::-1], marked[first:][::-1])
+    if marked[first : len(marked) - last].endswith(_MARK):
+        start, end = first, len(text) - last
+        ends_turn = "|".join(re.escape(token.content) for token in template.tokenizer.added_tokens_decoder.values())
+        if ends_turn and (found := re.compile(rf"\s*(?:{ends_turn})").match(text, end)):
+            end = found.end()
+    else:  # what follows depends on this message, as the results of its tool calls may
+        closed = template.attempt(chat[: i + 1])
+        if closed and text.startswith(closed):
+            end = len(closed.rstrip())
+    if before and "add_generation_prompt" in template.source:
+        opened = template.attempt(before, add_generation_prompt=True)
+        if opened and text.startswith(opened) and opened != template.attempt(before):
+            start = len(opened)
+    return None if start is None or end is None or start > end else (start, end)
 
 
 def _common_prefix(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _parsed(name: str, value: Any, where: str) -> Any:
+    """The value of a column of `OF_A_CHAT`, read where it is JSON as text."""
+    if isinstance(value, list):
+        return [_parsed(name, item, where) for item in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise invalid(name, _shorten(value), f"in {where}, is no JSON: {error}") from error
 
 
 def _shorten(value: Any) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pl_attnedit.data.builtin import builtin_documents, builtin_identity
-from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.data.chat import OF_A_CHAT, Conversation
+from pl_attnedit.data.files import ParquetTable, find_files, json_rows, kind_of, table_rows, text_lines
+from pl_attnedit.errors import invalid
 from pl_attnedit.teachers.source import file_sha256, hub_snapshot
 
 BUILTIN = "builtin:"
@@ -24,7 +26,7 @@ COLUMNS = ("messages", "text")  # looked for in this order where no column is na
 # A text file longer than this is cut at blank lines into passages, which are its documents.
 PASSAGE_CHARACTERS = 16_000
 
-Document = str | list[dict[str, Any]]
+Document = str | Conversation
 
 
 @dataclass
@@ -64,13 +66,13 @@ def open_source(source: str | Source) -> OpenSource:
         UserError: nothing found under this name, or an option that does not belong to this kind of source.
     """
     source = Source(source) if isinstance(source, str) else source
-    files = [] if source.name == BUILTIN else _local_files(source.name)
+    files = [] if source.name == BUILTIN else find_files("source", source.name, SUFFIXES, ALLOWED)
     if source.name == BUILTIN or files:
         _check_local(source, files)
     if source.name == BUILTIN:
         return OpenSource(BUILTIN, builtin_identity(), builtin_documents)
     if files:
-        content = [f"{file.suffix} {file_sha256(file)}" for file in files]
+        content = [f"{kind_of(file)} {file_sha256(file)}" for file in files]
         identity = json.dumps(["files", PASSAGE_CHARACTERS, source.column, content])
         return OpenSource(source.name, identity, lambda: _read_files(files, source.column))
     return _open_hub(source)
@@ -82,13 +84,16 @@ def _check_local(source: Source, files: list[Path]) -> None:
         raise invalid("config", source.config, f"is for a dataset of the hub, not for {source.name}")
     if source.split != "train":
         raise invalid("split", source.split, f"is for a dataset of the hub, not for {source.name}")
-    if source.column is not None and {file.suffix for file in files} <= {".txt", ".md"}:
+    if source.column is not None and set(map(kind_of, files)) <= {".txt", ".md"}:
         raise invalid("column", source.column, f"is for tables, not for {source.name}")
 
 
 def document_hash(document: Document) -> int:
     """64-bit hash of a document's content; the order, the held-out split and the removal of duplicates rest on it."""
-    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True, default=str)
+    content: Any = document
+    if isinstance(document, Conversation) and document.options:
+        content = [document, document.options]
+    text = content if isinstance(content, str) else json.dumps(content, sort_keys=True, default=str)
     return bytes_hash(text.encode())
 
 
@@ -97,87 +102,19 @@ def bytes_hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _local_files(name: str) -> list[Path]:
-    """The files that a path, folder or glob stands for; empty where the name is none of these."""
-    if not name.strip():  # a path that would be the working folder
-        raise invalid("source", name, f"must not be empty; allowed: {ALLOWED}")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-        if not found:
-            raise invalid("source", name, f"this folder has no {', '.join(SUFFIXES)} file")
-    elif re.search(r"[*?\[]", name):
-        anchor = Path(path.anchor or ".")
-        found = sorted(file for file in anchor.glob(str(path.relative_to(path.anchor))) if file.is_file())
-        if not found:
-            raise invalid("source", name, f"no file matches; allowed: {ALLOWED}")
-    elif path.is_file():
-        found = [path]
-    elif path.suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or ":" in name:
-        raise invalid("source", name, f"there is no such file; allowed: {ALLOWED}")
-    else:
-        return []
-    for file in found:
-        if file.suffix not in SUFFIXES:
-            raise invalid("source", str(file), f"must end in one of {', '.join(SUFFIXES)}")
-        if file.stat().st_size == 0:
-            raise invalid("source", str(file), "this file is empty")
-    return found
-
-
 def _read_files(files: list[Path], column: str | None) -> Iterator[Document]:
-    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl}
     for file in files:
-        if file.suffix in readers:
-            yield from readers[file.suffix](file, column)
+        kind = kind_of(file)
+        if kind == ".parquet":
+            table = ParquetTable("source", file)
+            chosen = _choose_column(str(file), table.columns, column)
+            wanted = [name for name in (chosen, *OF_A_CHAT) if name in table.columns]
+            unread = set(table.columns).difference(wanted)
+            yield from _documents(str(file), table.rows(wanted), chosen, unread)
+        elif kind == ".jsonl":
+            yield from _documents(str(file), json_rows("source", file), column, set())
         else:
-            with file.open("rb") as lines:
-                yield from _passages(_decode_lines(file, lines))
-
-
-def _read_parquet(file: Path, column: str | None) -> Iterator[Document]:
-    try:
-        table = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-        chosen = _choose_column(str(file), table.column_names or [], column)
-        for row in table.select_columns(chosen):
-            yield from _document(str(file), chosen, row[chosen])
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise invalid("source", str(file), f"must be UTF-8 text: {error}") from error
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise invalid("source", str(file), f"cannot be read as parquet: {error}") from error
-
-
-def _read_jsonl(file: Path, column: str | None) -> Iterator[Document]:
-    chosen = column
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(_decode(file, line, f"line {number}, "))
-            except json.JSONDecodeError as error:
-                raise invalid("source", str(file), f"line {number} is no JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise invalid(
-                    "source", str(file), f"line {number} must be a JSON object with a column text or messages"
-                )
-            if chosen is None or chosen not in row:
-                chosen = _choose_column(f"{file}, line {number}", list(row), column)
-            yield from _document(f"{file}, line {number}", chosen, row[chosen])
-
-
-def _decode(file: Path, content: bytes, where: str = "") -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise invalid("source", str(file), f"must be UTF-8 text: {where}byte {error.start} is none") from error
-
-
-def _decode_lines(file: Path, lines: Iterable[bytes]) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        yield _decode(file, line, f"line {number}, ")
+            yield from _passages(text_lines("source", file))
 
 
 def _passages(lines: Iterable[str]) -> Iterator[str]:
@@ -205,14 +142,16 @@ def _open_hub(source: Source) -> OpenSource:
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise invalid("source", source.name, f"cannot be loaded from the hub: {error}") from error
     chosen = _choose_column(source.name, table.column_names, source.column)
-    rows = table.select_columns(chosen)
+    wanted = [name for name in (chosen, *OF_A_CHAT) if name in table.column_names]
+    unread = set(table.column_names).difference(wanted)
+    batches = table.select_columns(wanted).with_format("arrow")
     identity = json.dumps(["hub", source.name, source.config, source.split, chosen, table._fingerprint])
 
-    def documents() -> Iterator[Document]:
-        for row in rows:
-            yield from _document(source.name, chosen, row[chosen])
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        several = (table_rows(batch) for batch in batches.iter(64))
+        return ((f"row {n}", row) for n, row in enumerate(itertools.chain.from_iterable(several), start=1))
 
-    return OpenSource(source.name, identity, documents)
+    return OpenSource(source.name, identity, lambda: _documents(source.name, rows(), chosen, unread))
 
 
 def _choose_column(where: str, columns: list[str], wanted: str | None) -> str:
@@ -223,15 +162,61 @@ def _choose_column(where: str, columns: list[str], wanted: str | None) -> str:
     raise invalid("column", looked_for, f"not in {where}; its columns are {', '.join(columns) or '(none)'}")
 
 
-def _document(where: str, column: str, value: Any) -> Iterator[Document]:
-    """The value of a cell as a document; empty cells are skipped."""
+def _documents(
+    name: str, rows: Iterable[tuple[str, dict[str, Any]]], column: str | None, unread: set[str]
+) -> Iterator[Document]:
+    """The document in each row, empty ones skipped; a warning names what stands beside conversations and is not read."""
+    chosen, chats = column, False
+    for place, row in rows:
+        where = f"{name}, {place}"
+        if chosen is None or chosen not in row:
+            chosen = _choose_column(where, list(row), column)
+        document = _document(where, chosen, row)
+        if isinstance(document, Conversation):
+            chats = True
+            unread |= row.keys() - {chosen, *OF_A_CHAT}
+        if document:
+            yield document
+    if chats and unread:
+        rank_zero_warn(f"source {name}: of its conversations these columns are not read: {', '.join(sorted(unread))}")
+
+
+def _document(where: str, column: str, row: dict[str, Any]) -> Document | None:
+    """What the cell of a row holds; None where it is empty."""
+    value = row[column]
+    if isinstance(value, str) and column != "text":
+        value = _messages(where, column, value)
     if isinstance(value, str):
-        if value.strip():
-            yield value.encode(
-                "utf-8", "replace"
-            ).decode()  # JSON can hold half a surrogate pair, no tokenizer takes it
-    elif isinstance(value, list):
-        if value:
-            yield value
-    elif value is not None:
+        return _encodable(value) if value.strip() else None
+    if isinstance(value, list):
+        options = {name: row[name] for name in OF_A_CHAT if row.get(name) is not None}
+        return Conversation(_encodable(value), _encodable(options), where)
+    if value is not None:
         raise invalid("column", column, f"must hold text or a list of messages, {where} has {type(value).__name__}")
+    return None
+
+
+def _messages(where: str, column: str, text: str) -> Any:
+    """The messages that a cell holds as JSON; the text itself where it is none and need not be."""
+    must = column == "messages" and bool(text.strip())
+    if not must and text.lstrip()[:1] != "[":
+        return text
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if not must:
+            return text
+        raise invalid("column", column, f"must hold messages, {where} has text that is no JSON: {error}") from error
+    are_messages = isinstance(found, list) and all(isinstance(one, dict) and "role" in one for one in found)
+    return found if must or are_messages else text
+
+
+def _encodable(value: Any) -> Any:
+    """The same without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_encodable(name): _encodable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
+    return value

@@ -250,7 +250,7 @@ def _encode(
                 yield ids, np.ones(len(ids), bool)
             continue
         check_chat(tokenizer, want_answers)
-        rendered = [render(document, tokenizer, want_answers) for document in group]  # type: ignore[arg-type]
+        rendered = [render(document, tokenizer, want_answers) for document in group]
         encoded = tokenizer(
             [conversation.text for conversation in rendered],
             add_special_tokens=False,  # the template has put them

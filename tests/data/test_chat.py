@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pl_attnedit.data.chat import check_chat, mark_answers, render
+from pl_attnedit.data.chat import Conversation, check_chat, mark_answers, render
 from pl_attnedit.errors import UserError
 
 CHAT = [
@@ -80,6 +80,95 @@ def test_reasoning_in_the_answer_belongs_to_it(with_template: Any) -> None:
     chat = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>two twos</think>4"}]
     text, [(start, end)] = render(chat, with_template(template), answers=True)
     assert text[start:end] == "two twos\n</think>\n\n4<|im_end|>"
+
+
+# As Qwen3 and its like: calls and their results, earlier reasoning dropped, a generation prompt.
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}{% for call in m.tool_calls %}<call>{{ call.function | tojson }}</call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As gpt-oss and Mistral: the result of a call is refused where no call is before it.
+STRICT = TOOLS.replace(
+    "{% for m in messages %}<|im_start|>",
+    "{% for m in messages %}{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+    "{{ raise_exception('no call') }}{% endif %}<|im_start|>",
+)
+
+
+@pytest.mark.parametrize("template", [TOOLS, STRICT])
+def test_tool_calls_are_answers_and_their_results_are_not(with_template: Any, template: str) -> None:
+    call = {"type": "function", "function": {"name": "tide", "arguments": {"place": "Kiel"}}}
+    chat = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?", "reasoning_content": "dropped"},
+        {"role": "user", "content": "Tide?"},
+        {"role": "assistant", "tool_calls": [call, call], "reasoning_content": "I ask."},
+        {"role": "tool", "content": "high"},
+        {"role": "assistant", "content": "It is high.", "reasoning_content": "I know."},
+    ]
+    text, spans = render(Conversation(chat, {"tools": [call]}), with_template(template), answers=True)
+    called = '<call>{"name": "tide", "arguments": {"place": "Kiel"}}</call>'
+    assert [text[start:end] for start, end in spans] == [
+        "Yes?<|im_end|>",
+        f"<think>\nI ask.\n</think>\n\n{called}{called}<|im_end|>",
+        "<think>\nI know.\n</think>\n\nIt is high.<|im_end|>",
+    ]
+
+
+def test_an_answer_that_cannot_be_told_is_refused(with_template: Any) -> None:
+    tokenizer = with_template("{{ messages | length }}{% for m in messages %}{{ messages | tojson }}{% endfor %}")
+    with pytest.raises(
+        UserError, match=r"in a.jsonl, line 3, what is the assistant's part of message 3 cannot be told"
+    ):
+        render(Conversation(CHAT, where="a.jsonl, line 3"), tokenizer, answers=True)
+
+
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}<part>{{ part.text }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        (PLAIN, "one\ntwo"),  # joins strings: an error
+        (PLAIN.replace("message['content'] +", "message['content'] ~"), "one\ntwo"),  # would show the list itself
+        (PLAIN.replace("message['content'] +", "message['content'] | tojson ~"), '"one\\ntwo"'),
+        (REASONING.replace("m.content.", "(m.content if m.content is string else '')."), "one\ntwo"),  # would drop them
+        (PARTS, "<part>one<part>two"),
+    ],
+)
+def test_content_in_parts(with_template: Any, template: str, shown: str) -> None:
+    parts = [{"type": "text", "text": "one"}, {"text": "two", "type": "text"}]
+    chat = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": parts},
+        {"role": "user", "content": "x"},
+    ]
+    text, [(start, end)] = render(chat, with_template(template), answers=True)
+    assert text.count(shown) == 2
+    assert text[start:end].replace("<part>", "") == shown.replace("<part>", "") + "<|im_end|>"
+
+
+def test_further_columns_reach_the_template(with_template: Any) -> None:
+    template = "{{ tools[0].name }} {{ documents[0].text }} {{ enable_thinking }}"
+    options = {
+        "tools": '[{"name": "t"}]',
+        "documents": [{"text": "d"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert render(Conversation(CHAT, options), with_template(template), answers=False).text == "t d False"
+
+
+@pytest.mark.parametrize("template", ["{{ messages[9].role.x }}", "{{ messages + 1 }}", "{{ 1 / 0 }}", "{% if %}"])
+def test_templates_fail_in_every_way(with_template: Any, template: str) -> None:
+    with pytest.raises(UserError, match=r"in a.jsonl, line 3, the tokenizer's chat template refuses them: .+"):
+        render(Conversation(CHAT, where="a.jsonl, line 3"), with_template(template), answers=False)
 
 
 def test_without_answers_there_are_no_spans(tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from pl_attnedit.data import TextDataModule, sources
 from pl_attnedit.data.sources import Source, open_source
+from pl_attnedit.data.tokens import tokenize
 from pl_attnedit.errors import UserError
 
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
@@ -73,8 +75,108 @@ def test_columns_of_jsonl_and_parquet(write_jsonl: Callable[..., str], tmp_path:
 def test_messages_are_found(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
     parquet = str(tmp_path / "chat.parquet")
     datasets.Dataset.from_list([{"messages": CHAT}]).to_parquet(parquet)
-    assert read(write_jsonl([{"messages": CHAT, "text": "not this"}])) == [CHAT]
+    with pytest.warns(UserWarning, match="of its conversations these columns are not read: text"):
+        assert read(write_jsonl([{"messages": CHAT, "text": "not this"}])) == [CHAT]
     assert read(parquet) == [CHAT]
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "tide", "parameters": {"properties": {"place": {"type": "string"}}}}},
+    {"type": "function", "function": {"name": "sum", "parameters": {"properties": {"of": {"type": "array"}}}}},
+]
+
+
+def _call(name: str, **arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "tool_calls": [call]}
+
+
+ROWS = [
+    {
+        "messages": [*CHAT[:1], _call("tide", place="Kiel", content="x"), {"role": "tool", "content": "high"}],
+        "tools": TOOLS,
+    },
+    {"messages": [*CHAT[:1], _call("sum", of=[1, 2], how={"signed": True})], "tools": TOOLS[1:]},
+    {"messages": CHAT},
+]
+
+
+def _as_json(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: json.dumps(value) for name, value in row.items()} for row in rows]
+
+
+def _mixed(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    """With arguments of any type, as datasets stores them: as JSON in an extension of Arrow."""
+    text = datasets.Value("string")
+    function = {"name": text, "arguments": datasets.Json()}
+    message = {"role": text, "content": text, "tool_calls": datasets.List({"type": text, "function": function})}
+    features = {"messages": datasets.List(message), "tools": datasets.List(datasets.Json())}
+    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json in jsonl", "parquet", "json in parquet", "mixed parquet", "hub"])
+def test_conversations_arrive_whole_from_every_format(
+    kind: str, write_jsonl: Callable[..., str], tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]"
+        "{% for call in m.tool_calls %}{{ call | tojson }}{% else %}{{ m.content }}{% endfor %}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    rows = _as_json(ROWS) if kind.startswith("json in") else ROWS
+    source = str(tmp_path / "rows.parquet")
+    if "jsonl" in kind:
+        source = write_jsonl(rows)
+    elif kind == "hub":
+        source = "org/name"
+        monkeypatch.setattr(sources, "hub_snapshot", lambda *args, **kwargs: Path())
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(rows))
+    else:
+        (_mixed(rows) if kind == "mixed parquet" else datasets.Dataset.from_list(rows)).to_parquet(source)
+    [store] = tokenize([open_source(source)], tokenizer, "all")
+    for row, start, end in zip(ROWS, store.starts, store.starts[1:], strict=False):
+        expected = tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), tokenize=False)
+        assert tokenizer.decode(store.tokens[start:end]) == expected + "<eos>"
+    assert "null" not in tokenizer.decode(store.tokens)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "[{'role': 'user'}]"}, "must hold messages, .*data.jsonl, line 2 has text that is no JSON"),
+        ({"messages": '{"role": "user"}'}, "must hold text or a list of messages, .*data.jsonl, line 2 has dict"),
+        ({"messages": CHAT, "tools": "none"}, "tools = 'none': in .*data.jsonl, line 2, is no JSON"),
+        ({"messages": [{"role": "user", "content": 3}]}, "in .*data.jsonl, line 2, the content must be text"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "in .*data.jsonl, line 2, each message must have a role"),
+        ({"messages": [{"role": "user"}]}, "in .*data.jsonl, line 2, the tokenizer's chat template refuses them: "),
+        (
+            {"messages": CHAT, "tools": [3]},
+            "in .*data.jsonl, line 2, the tokenizer's chat template refuses them: Tools",
+        ),
+        ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, "in .*line 2, must be variables of the chat"),
+    ],
+)
+def test_a_conversation_that_cannot_be_rendered_is_named(
+    write_jsonl: Callable[..., str], tokenizer: Any, row: dict[str, Any], message: str
+) -> None:
+    source = open_source(write_jsonl([{"messages": CHAT}, row]))
+    with pytest.raises(UserError, match=message) as error:
+        tokenize([source], tokenizer, "all")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_json_of_messages_in_another_column(write_jsonl: Callable[..., str]) -> None:
+    file = write_jsonl([{"chat": json.dumps(CHAT), "text": json.dumps(CHAT)}, {"chat": "[no messages]", "text": "x"}])
+    with pytest.warns(UserWarning, match="not read: text"):
+        assert read(Source(file, column="chat")) == [CHAT, "[no messages]"]
+    assert read(file) == [json.dumps(CHAT), "x"]
+
+
+def test_halves_of_surrogate_pairs(write_jsonl: Callable[..., str], tokenizer: Any) -> None:
+    rows = [{"messages": [{"role": "user", "content": "nice \ud83d"}, *CHAT[1:]]}]
+    for source in (write_jsonl(rows), write_jsonl(_as_json(rows), "json.jsonl")):
+        [store] = tokenize([open_source(source)], tokenizer, "answers")
+        assert "nice ?" in tokenizer.decode(store.tokens)
 
 
 def test_unknown_columns_are_listed(write_jsonl: Callable[..., str]) -> None:
