@@ -26,9 +26,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedModel
 
+from pl_attnedit.data.files import use_writable_cache
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.language_model import SharedPrefixLM
-from pl_attnedit.files import write_atomically
+from pl_attnedit.files import json_text, write_atomically
 from pl_attnedit.teachers.source import cache_root
 
 Sample = dict[str, Any]  # one of lm-eval's logged samples
@@ -114,6 +115,7 @@ def load_tasks(requests: Iterable[TaskRequest]) -> dict[str, list[LoadedTask]]:
 
 
 def _load(manager: TaskManager, name: str, *, local: bool) -> list[Task]:
+    use_writable_cache()
     try:
         return list(manager.load([name])["tasks"].values())
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -217,7 +219,11 @@ def evaluation_mode(*models: Any):
 
 def write_samples(out_dir: Path, name: str, task: str, samples: Sequence[Sample]) -> Path:
     """One jsonl per task and model."""
-    return write_atomically(out_dir / f"samples_{task}_{name}.jsonl", "".join(_dumps(s) + "\n" for s in samples))
+    return write_atomically(out_dir / f"samples_{task}_{name}.jsonl", "".join(_line(sample) for sample in samples))
+
+
+def _line(value: Any) -> str:
+    return json_text(value, indent=None, default=handle_non_serializable)
 
 
 def _dumps(value: Any) -> str:

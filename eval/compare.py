@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.formatting import aligned, context_length, json_text, markdown_table, with_error
+from pl_attnedit.eval.formatting import aligned, context_length, markdown_table, with_error
 from pl_attnedit.eval.records import SUITE_TAG, Conversion, eval_metrics, fidelity_metrics, find_conversions
+from pl_attnedit.files import json_text
 from pl_attnedit.tracking.client import EXPERIMENT
 
 

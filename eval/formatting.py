@@ -1,17 +1,14 @@
-"""Numbers as people read them, where None is shown as a dash, and as JSON."""
+"""Numbers as people read them, where None is shown as a dash."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Container, Sequence
-from typing import Any
 
 from markupsafe import Markup
 
 NONE = "–"
 MINUS = "−"
-TOO_LARGE = 1e300  # MLflow's databases keep infinity as the largest float
 
 
 def significant(value: float | None, digits: int = 3) -> str:
@@ -95,13 +92,17 @@ def byte_size(value: float | None) -> str:
     return _in_units(value, ((1e9, " GB"), (1e6, " MB"), (1e3, " kB"))) or f"{value:.0f} B"
 
 
-def ratio(value: float) -> str:
+def ratio(value: float | None) -> str:
     """1.842 as 1.84×, 0.358 as 0.36×."""
+    if value is None:
+        return NONE
     return f"{value:.2f}×" if value < 10 else f"{significant(value)}×"
 
 
-def p_value(value: float) -> str:
+def p_value(value: float | None) -> str:
     """0.0078, <0.001."""
+    if value is None:
+        return NONE
     return "<0.001" if value < 0.001 else f"{value:.2g}" if value < 0.995 else "1"
 
 
@@ -110,13 +111,17 @@ def percentage_metric(metric: str) -> bool:
     return metric.startswith(("acc", "exact_match", "em"))
 
 
-def value_of(metric: str, value: float) -> str:
+def value_of(metric: str, value: float | None) -> str:
     """A metric's value: accuracies in percent, others with three significant digits."""
+    if value is None:
+        return NONE
     return percent(value) if percentage_metric(metric) else significant(value, 4 if value < 10 else 3)
 
 
-def points_or_value(metric: str, difference: float) -> str:
+def points_or_value(metric: str, difference: float | None) -> str:
     """A signed difference: of accuracies in percentage points."""
+    if difference is None:
+        return NONE
     if difference == 0:
         return "0"
     text = f"{100 * difference:+.1f}" if percentage_metric(metric) else _digits(difference, 3, "+")
@@ -152,17 +157,3 @@ FILTERS: dict[str, Callable[..., str]] = {
     "breakable": breakable,
     "ratio": ratio,
 }
-
-
-def json_text(content: Any) -> str:
-    """As indented JSON; numbers that are not finite, such as the KL of a student that diverged, are null."""
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(content: Any) -> Any:
-    """The same with None for each number that JSON has no word for."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not abs(content) < TOO_LARGE else content

@@ -6,7 +6,6 @@ The parts, for whoever needs less than `evaluate_pair`: `pl_attnedit.eval.answer
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
@@ -40,7 +39,7 @@ from pl_attnedit.eval.statistics import (
     paired_proportions,
     perplexity,
 )
-from pl_attnedit.files import write_atomically
+from pl_attnedit.files import json_text, write_atomically
 
 Pair = tuple[Sample, Sample]
 
@@ -79,16 +78,19 @@ class EvaluationResult:
     suite: dict[str, str] | None = None
     further: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        """The content of results.json."""
-        content = {
+    def content(self) -> dict[str, Any]:
+        """What results.json holds."""
+        return {
             **({"suite": self.suite} if self.suite else {}),
             "tasks": [asdict(task) for task in self.tasks],
             **self.further,
             "samples": [path.name for path in self.samples],
             "settings": self.settings,
         }
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    def to_json(self) -> str:
+        """The content of results.json."""
+        return json_text(self.content())
 
 
 @dataclass(frozen=True)

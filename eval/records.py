@@ -24,7 +24,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.eval.formatting import TOO_LARGE
+from pl_attnedit.files import TOO_LARGE, json_text
 from pl_attnedit.tracking import TrackedRun, connect
 from pl_attnedit.tracking.client import CHECKPOINTS_TAG, EXPERIMENT, KIND_TAG, PARENT_TAG
 
@@ -67,7 +67,7 @@ def log_evaluation(
     as MLflow tables under ``tables/``, the samples under ``samples/`` (those that the evaluation wrote), and
     continuations.json where given.
     """
-    content = json.loads(result.to_json())
+    content = result.content()
     tasks = {f"{row['task']}/{row['metric']}": row for row in content.get("tasks") or []}
     differences = {f"eval/{key}/{name}": row[name] for key, row in tasks.items() for name in DIFFERENCE_FIELDS}
     whole = {f"{FIDELITY}{key}": value for key, value in (content.get("fidelity") or {}).items() if value is not None}
@@ -83,7 +83,7 @@ def log_evaluation(
     for path in result.samples:
         run.log_file(path, "samples")
     if continuations is not None:
-        run.log_text(json.dumps(list(continuations), indent=2, ensure_ascii=False) + "\n", CONTINUATIONS_FILE)
+        run.log_text(json_text(list(continuations)), CONTINUATIONS_FILE)
 
 
 def _efficiency_metrics(content: dict[str, Any]) -> dict[str, float]:
@@ -117,10 +117,11 @@ def _log_tables(run: TrackedRun, tables: dict[str, list[dict[str, Any]]]) -> Non
     for name, rows in tables.items():
         columns = list(dict.fromkeys(key for row in rows for key in row))
         flat = [
-            [json.dumps(cell) if isinstance(cell, dict) else cell for cell in map(row.get, columns)] for row in rows
+            [json_text(cell, indent=None).strip() if isinstance(cell, dict) else cell for cell in map(row.get, columns)]
+            for row in rows
         ]
         paths.append(f"tables/{name}.json")
-        run.log_text(json.dumps({"columns": columns, "data": flat}), paths[-1])
+        run.log_text(json_text({"columns": columns, "data": flat}, indent=None), paths[-1])
     run.set_tags({MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": path, "type": "table"} for path in paths])})
 
 

@@ -75,12 +75,14 @@ class Evaluation:
     @property
     def positions(self) -> list[dict[str, Any]]:
         """The spans of `by_position` that a chart has a place for: a student that diverged has none."""
-        return [row for row in self.part("by_position") if math.isfinite(row["kl"])]
+        return [row for row in self.part("by_position") if row["kl"] is not None and math.isfinite(row["kl"])]
 
     @property
     def fidelity(self) -> dict[str, Any] | None:
         """KL, top-1 agreement and perplexity over all positions, where the suite measures them."""
-        return (self.results or {}).get("fidelity")
+        found = (self.results or {}).get("fidelity")
+        missing = {"kl": math.nan, "top1": math.nan}  # null in JSON, where a student diverged
+        return found and {name: missing.get(name) if value is None else value for name, value in found.items()}
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from pl_attnedit.eval.formatting import json_text
 from pl_attnedit.eval.report_data import ConversionData
 from pl_attnedit.eval.report_markdown import Address
+from pl_attnedit.files import json_text
 
 
 def json_report(data: Sequence[ConversionData], made: datetime, address: Address) -> str:

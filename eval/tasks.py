@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-import json
+import glob
 import logging
 import random
 import re
@@ -26,8 +26,10 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.data.encoding import encode
+from pl_attnedit.data.files import encodable, find_files, json_rows
 from pl_attnedit.data.sources import document_hash
 from pl_attnedit.errors import invalid
+from pl_attnedit.files import json_text
 from pl_attnedit.trained_on import TrainedOn
 
 PERPLEXITY_TASK = "heldout_perplexity"
@@ -35,6 +37,7 @@ CLOZE_TASK = "heldout_cloze"
 BIGBENCH = "bigbench"  # begins the names of its tasks; alone it names all of them together
 OFFLINE_TASKS = (PERPLEXITY_TASK, CLOZE_TASK)
 N_CHOICES = 4
+READ = 2**18  # characters of a document, at most: the work for questions grows with the square
 MIN_SAMPLES = 2  # fewer have no interval
 
 T = TypeVar("T")
@@ -84,7 +87,7 @@ def build_offline_tasks(
         if value < least:
             raise invalid(field, value, f"must be at least {least}")
     rng = random.Random(seed)
-    texts = [stripped for text in documents if (stripped := text.strip())]
+    texts = [stripped for text in documents if (stripped := text[:READ].strip())]
     passages = [[{"text": passage} for passage in _passages(text, document_chars)] for text in texts]
     questions = [_questions(text, context_chars, continuation_chars, rng) for text in texts]
     chosen = [_choose(PERPLEXITY_TASK, passages, n_documents, rng), _choose(CLOZE_TASK, questions, n_cloze, rng)]
@@ -150,9 +153,7 @@ def build_bigbench_tasks(
     """
     names = []
     for file in _question_files(source):
-        questions = [
-            _question(file, number, line) for number, line in enumerate(file.read_text("utf-8").splitlines(), 1)
-        ]
+        questions = [_question(file, place, row) for place, row in json_rows("bigbench", file)]
         total = len(questions)
         if trained is not None:
             known = trained.has(np.array([document_hash(question["question"]) for question in questions], np.uint64))
@@ -164,7 +165,7 @@ def build_bigbench_tasks(
         if len(questions) < MIN_SAMPLES:
             raise invalid("bigbench", str(file), f"has fewer than {MIN_SAMPLES} questions that are new to the student")
         count = min(limit or len(questions), len(questions))
-        name = f"{BIGBENCH}_" + re.sub(r"\W+", "_", file.stem)
+        name = f"{BIGBENCH}_" + re.sub(r"\W+", "_", re.sub(r"(?i)\.jsonl(\.\w+)?$", "", file.name))
         if name in names:
             raise invalid("bigbench", str(file), f"would be the task {name} a second time: give it another name")
         names.append(name)
@@ -183,17 +184,18 @@ def build_bigbench_tasks(
 
 def _question_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
+    allowed = "a .jsonl file or a folder with such files"
     for path in map(Path, [source] if isinstance(source, str | Path) else source):
-        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.is_file() else []
+        found = find_files("bigbench", str(path), (".jsonl",), allowed)
         if not found:
-            raise invalid("bigbench", str(path), "must be a .jsonl file or a folder with such files")
+            raise invalid("bigbench", str(path), f"must be {allowed}")
         files += found
     return files
 
 
-def _question(file: Path, number: int, line: str) -> dict[str, Any]:
+def _question(file: Path, place: str, row: dict[str, Any]) -> dict[str, Any]:
+    row = encodable(row)
     try:
-        row = json.loads(line)
         question, choices, answer = str(row["question"]), [str(choice) for choice in row["choices"]], int(row["answer"])
         if len(choices) > 1 and 0 <= answer < len(choices):
             return {"question": question, "choices": choices, "answer": answer}
@@ -201,7 +203,7 @@ def _question(file: Path, number: int, line: str) -> dict[str, Any]:
         pass
     raise invalid(
         "bigbench",
-        f"{file}:{number}",
+        f"{file}, {place}",
         "each line must be an object with question, at least 2 choices, and answer, an index",
     )
 
@@ -277,12 +279,12 @@ def write_task(folder: Path, task: str, samples: Sequence[Any], **settings: Any)
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{task}.jsonl"
-    data.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
+    data.write_text("".join(json_text(sample, indent=None) for sample in samples), encoding="utf-8")
     config = {
         "task": task,
         "dataset_path": "json",
         # Absolute: lm-eval looks relative names up in the working folder, not beside this file.
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "dataset_kwargs": {"data_files": {"test": glob.escape(str(data))}},
         "test_split": "test",
         "num_fewshot": 0,
         **settings,

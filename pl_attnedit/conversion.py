@@ -6,7 +6,6 @@ phase it was in; within a stage, with the last checkpoint.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from functools import partial
@@ -39,7 +38,7 @@ from pl_attnedit.eval.records import log_evaluation
 from pl_attnedit.eval.report import write_report
 from pl_attnedit.eval.students import load_pair
 from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
-from pl_attnedit.files import write_atomically
+from pl_attnedit.files import json_text, write_atomically
 from pl_attnedit.memory import release_memory
 from pl_attnedit.modeling.edit import read_config
 from pl_attnedit.modeling.kv import fill_cache, kv_context, on_meta
@@ -266,7 +265,7 @@ class Conversion:
         texts = greedy_continuations(teacher, student, tokenizer, max_new_tokens=tokens) if tokens else None
         with self.runs.run("evaluation") as run:
             log_evaluation(result, run, texts)
-        return json.loads(result.to_json())["tasks"]
+        return result.content()["tasks"]
 
     def report(self) -> str:
         """report.html and the student's model card; what only a resumed conversion needs goes."""
@@ -300,7 +299,7 @@ class Conversion:
             "wall_seconds": progress["wall_seconds"],
             "peak_rss_bytes": progress["peak_rss_bytes"],
         }
-        path = write_atomically(self.folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        path = write_atomically(self.folder.path / "summary.json", json_text(summary))
         student = (self.folder.path / "student").resolve()
         where = {STUDENT_TAG: student, STUDENT_FINGERPRINT_TAG: teacher_fingerprint(student)}
         parent.set_tags({"pattern": summary["pattern"], **where})

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pl_attnedit.errors import invalid
+
+TOO_LARGE = 1e300  # MLflow's databases keep infinity as the largest float
+
+
+def json_text(content: Any, *, indent: int | None = 2, default: Callable[[Any], Any] | None = None) -> str:
+    """As JSON, a line at least; numbers that are not finite, such as the KL of a student that diverged, are null. All JSON
+    that others may read is written by this function.
+
+    default: as in `json.dumps`.
+    """
+    return json.dumps(_finite(content), indent=indent, ensure_ascii=False, allow_nan=False, default=default) + "\n"
+
+
+def _finite(content: Any) -> Any:
+    """The same with None for each number that JSON has no word for."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not abs(content) < TOO_LARGE else content
 
 
 def check_output(field: str, path: str | Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.files import write_atomically
+from pl_attnedit.files import json_text, write_atomically
 from pl_attnedit.locks import LOCK, claim, is_claimed
 
 
@@ -95,7 +95,7 @@ class RunFolder:
         self.progress["wall_seconds"] = self.progress.get("wall_seconds", 0.0) + max(until - since, 0.0)
 
     def _write(self) -> None:
-        write_atomically(self.path / "progress.json", json.dumps(self.progress, indent=2) + "\n")
+        write_atomically(self.path / "progress.json", json_text(self.progress))
 
     def _claim(self, recipe: dict[str, Any]) -> None:
         known = self.path / "recipe.yaml"

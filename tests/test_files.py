@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from pathlib import Path
 
 import pytest
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.files import check_output, write_atomically
+from pl_attnedit.files import check_output, json_text, write_atomically
 
 
 def test_replaces_the_old_file(tmp_path: Path) -> None:
@@ -47,3 +49,10 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     with pytest.raises(UserError, match="Permission denied"):
         check_output("--out", tmp_path / "page.html")
+
+
+def test_json_has_no_words_of_its_own_for_numbers() -> None:
+    content = {"kl": math.nan, "rows": [1.5, (math.inf, -math.inf, 1.8e308)], "é\u2028": "NaN"}
+    text = json_text(content)
+    assert json.loads(text, parse_constant=pytest.fail) == {"kl": None, "rows": [1.5, [None] * 3], "é\u2028": "NaN"}
+    assert len(json_text(content, indent=None).split("\n")) == 2

@@ -55,11 +55,16 @@ class LayerStatistics:
 
     @torch.no_grad()
     def update(
-        self, attention: nn.Module, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+        self,
+        attention: nn.Module,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_ids: torch.Tensor | None = None,
     ) -> None:
-        """Adds one batch. hidden_states (batch, time, hidden) are the inputs of the teacher's `attention`."""
+        """Adds one batch. hidden_states (batch, time, hidden) are the inputs of the teacher's `attention`; position_ids
+        (batch, time) begin at 0 with each document where documents do not see each other."""
         query, key, value = project_qkv(attention, hidden_states, self.spec.head_dim)
-        received = self._attention_received(query, key, position_embeddings)
+        received = self._attention_received(query, key, position_embeddings, position_ids)
         x = torch.cat([hidden_states, torch.ones_like(hidden_states[..., :1])], dim=-1).flatten(0, 1).float()
         q = query.transpose(1, 2).flatten(2).flatten(0, 1).float()
         kv = torch.cat([key, value], dim=1).transpose(1, 2).flatten(2).flatten(0, 1).float()
@@ -82,7 +87,11 @@ class LayerStatistics:
         self._sample_weight = torch.cat([self._sample_weight, received])[kept]
 
     def _attention_received(
-        self, query: torch.Tensor, key: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """Sum over queries of the squared probability that each token gets, mean over heads: (batch, time).
 
@@ -90,17 +99,22 @@ class LayerStatistics:
         """
         query, key = apply_rotary(query, key, *position_embeddings)
         groups, time = query.shape[1] // key.shape[1], query.shape[2]
-        future = torch.ones(time, time, dtype=torch.bool, device=query.device).triu(1)
         at = torch.arange(time, device=query.device)
+        hidden = (at[:, None] < at[None, :]).expand(query.shape[0], time, time)  # from a query: what comes later
+        if position_ids is None:
+            position_ids = at.expand(query.shape[0], time)
+        else:  # and other documents
+            document = (position_ids == 0).cumsum(-1)
+            hidden = hidden | (document[:, :, None] != document[:, None, :])
+        sinks = (position_ids < SINK_COLUMNS)[:, None, None, :]
         distance = (at[:, None] - at[None, :]).clamp(min=0)
         received = torch.zeros(query.shape[0], time, device=query.device)
         by_pair = torch.zeros(time, time, device=query.device)
         for head in range(key.shape[1]):
             scores = query[:, head * groups : (head + 1) * groups] @ key[:, head : head + 1].transpose(-1, -2)
-            scores = (scores.float() * self.spec.scaling).masked_fill(future, float("-inf")).softmax(-1)
-            by_pair += scores.sum((0, 1))
+            scores = (scores.float() * self.spec.scaling).masked_fill(hidden[:, None], float("-inf")).softmax(-1)
             received += scores.square().sum((1, 2))
-        by_pair[:, :SINK_COLUMNS] = 0
+            by_pair += scores.masked_fill_(sinks, 0).sum((0, 1))
         self._distance.scatter_add_(0, self._exact(distance.flatten()), self._exact(by_pair.flatten()).double())
         return received / query.shape[1]
 

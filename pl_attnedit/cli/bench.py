@@ -18,6 +18,7 @@ import yaml
 from pl_attnedit.cli.devices import torch_device
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.shapes import SHAPES
+from pl_attnedit.files import json_text
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +178,7 @@ def _stage(options: Namespace) -> int:
     if alone is not None:
         result["alone"] = alone
         result["scaling_efficiency"] = result["tokens_per_s"] / alone["tokens_per_s"]
-    print(json.dumps(result, indent=2) if options.json else step_table(result))
+    print(json_text(result).strip() if options.json else step_table(result))
     return 0
 
 
@@ -220,7 +221,7 @@ def _decode(options: Namespace) -> int:
         cuda_graph=not options.eager,
         budget_bytes=None if options.budget_gb is None else int(1e9 * options.budget_gb),
     )
-    print(json.dumps(result, indent=2) if options.json else decode_table(result))
+    print(json_text(result).strip() if options.json else decode_table(result))
     return 0
 
 
@@ -249,7 +250,7 @@ def _loss(options: Namespace) -> int:
         dtype=getattr(torch, options.dtype),
         device=torch_device(options.device),
     )
-    print(json.dumps(result, indent=2) if options.json else "\n".join(f"{k:22} {v}" for k, v in result.items()))
+    print(json_text(result).strip() if options.json else "\n".join(f"{k:22} {v}" for k, v in result.items()))
     return 0
 
 
@@ -266,7 +267,7 @@ def _trl(options: Namespace) -> int:
 
     bench = TrlBench(train=options.train, batch=options.batch, seq=options.seq, steps=options.steps)
     result = bench_trl(bench, options.beside, rounds=options.rounds)
-    print(json.dumps(result, indent=2) if options.json else trl_table(result))
+    print(json_text(result).strip() if options.json else trl_table(result))
     return 0 if result["agree"] else 1
 
 
@@ -279,7 +280,7 @@ def _cache(options: Namespace) -> int:
     for folder in options.student:
         models[_new_name(_folder_name(folder), models)] = load(folder)
     result = bench_cache(models, options.contexts)
-    print(json.dumps(result, indent=2) if options.json else cache_table(result))
+    print(json_text(result).strip() if options.json else cache_table(result))
     return 0 if result["agree"] else 1
 
 
@@ -300,5 +301,5 @@ def _init(options: Namespace) -> int:
         calibration_sequences=options.calibration_sequences,
         heldout_sequences=options.heldout_sequences,
     )
-    print(json.dumps(result, indent=2) if options.json else init_table(result))
+    print(json_text(result).strip() if options.json else init_table(result))
     return 0

@@ -14,6 +14,7 @@ import pl_attnedit.strategies  # noqa: F401  # knows `strategy: fsdp2`
 from pl_attnedit.cli.config_files import read_config
 from pl_attnedit.doctor import TRAINER_FIELDS, Platform, as_json, examine, obstacles
 from pl_attnedit.errors import invalid
+from pl_attnedit.files import json_text
 from pl_attnedit.tracking.environment import environment
 
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         result: dict[str, Any] = {"environment": environment(), "platforms": as_json(platforms)}
         if config.config or given:
             result["config"] = {"trainer": given, "runs": not reasons, "reasons": reasons}
-        print(json.dumps(result, indent=2, default=str))
+        print(json_text(result, default=str), end="")
     else:
         print(_text(platforms))
         if config.config or given:

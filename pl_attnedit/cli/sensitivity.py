@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import yaml
 
 from pl_attnedit.cli.devices import torch_device
 from pl_attnedit.errors import invalid
-from pl_attnedit.files import check_output, write_atomically
+from pl_attnedit.files import check_output, json_text, write_atomically
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     check_output("--output", options.output)
     result = _measure(options)
     print(_table(result))
-    print(write_atomically(options.output, json.dumps(result, indent=2, allow_nan=False) + "\n"))
+    print(write_atomically(options.output, json_text(result)))
     return 0
 
 
@@ -107,8 +106,8 @@ def _text(options: Any, tokenizer: Any, targets: dict[str, Any]) -> tuple[Any, A
         raise invalid("--tokens", options.tokens, f"must be at most {limit},{half} the training split")
     tokens = max(options.tokens, options.seq_len)  # at least one sequence of each kind
     if not calibrates:
-        return None, data.calibration_batches(tokens)
-    both = torch.cat(data.calibration_batches(2 * tokens))
+        return None, [batch["input_ids"] for batch in data.calibration_batches(tokens)]
+    both = torch.cat([batch["input_ids"] for batch in data.calibration_batches(2 * tokens)])
     return both[0::2].split(options.batch_size), both[1::2].split(options.batch_size)
 
 

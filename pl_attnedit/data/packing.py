@@ -123,6 +123,10 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
         offsets = self._first_tokens[group] + (indices - self._first_sequences[group]) * self.seq_len + further
         return np.minimum(offsets, self._end_tokens[group] - self.seq_len)
 
+    def loss_mask(self, indices: np.ndarray) -> np.ndarray:
+        """`loss_mask` of these sequences, (len(indices), T) bool."""
+        return self._loss_mask(self._offsets(indices))
+
     def _loss_mask(self, offsets: np.ndarray) -> np.ndarray:
         mask = np.ones((len(offsets), self.seq_len), dtype=bool)
         if self._answers:

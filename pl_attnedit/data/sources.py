@@ -15,7 +15,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pl_attnedit.data.builtin import builtin_documents, builtin_identity
 from pl_attnedit.data.chat import OF_A_CHAT, Conversation
-from pl_attnedit.data.files import ParquetTable, find_files, json_rows, kind_of, table_rows, text_lines
+from pl_attnedit.data.files import (
+    ParquetTable,
+    encodable,
+    find_files,
+    json_rows,
+    kind_of,
+    table_rows,
+    text_lines,
+    use_writable_cache,
+)
 from pl_attnedit.errors import invalid
 from pl_attnedit.teachers.source import file_sha256, hub_snapshot
 
@@ -34,8 +43,8 @@ class Source:
     """Text or conversations to train on.
 
     Args:
-        name: `builtin:`, a local file, folder or glob of .parquet, .jsonl, .txt and .md files, or the name of a dataset
-            on the Hugging Face hub.
+        name: `builtin:`, a local file, folder or glob of .parquet, .jsonl, .txt and .md files (see `find_files`), or the
+            name of a dataset on the Hugging Face hub.
         config: the configuration of a hub dataset, e.g. `sample-10BT`.
         split: the split of a hub dataset; slices such as `train[:1%]` work.
         column: the column with the text, or with the messages of a conversation. Default: `messages`, else `text`.
@@ -137,10 +146,13 @@ def _open_hub(source: Source) -> OpenSource:
     """A dataset of the hub. Its own fingerprint covers name, configuration, revision and split."""
     # Fails at once without a connection, where load_dataset would try for half a minute.
     hub_snapshot("source", source.name, ["README.md"], ALLOWED, repo_type="dataset")
+    use_writable_cache()
     try:
         table = datasets.load_dataset(source.name, source.config, split=source.split)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise invalid("source", source.name, f"cannot be loaded from the hub: {error}") from error
+        raise invalid(
+            "source", source.name, f"cannot be loaded from the hub: {' '.join(str(error).split())}"
+        ) from error
     chosen = _choose_column(source.name, table.column_names, source.column)
     wanted = [name for name in (chosen, *OF_A_CHAT) if name in table.column_names]
     unread = set(table.column_names).difference(wanted)
@@ -187,10 +199,10 @@ def _document(where: str, column: str, row: dict[str, Any]) -> Document | None:
     if isinstance(value, str) and column != "text":
         value = _messages(where, column, value)
     if isinstance(value, str):
-        return _encodable(value) if value.strip() else None
+        return encodable(value) if value.strip() else None
     if isinstance(value, list):
         options = {name: row[name] for name in OF_A_CHAT if row.get(name) is not None}
-        return Conversation(_encodable(value), _encodable(options), where)
+        return Conversation(encodable(value), encodable(options), where)
     if value is not None:
         raise invalid("column", column, f"must hold text or a list of messages, {where} has {type(value).__name__}")
     return None
@@ -209,14 +221,3 @@ def _messages(where: str, column: str, text: str) -> Any:
         raise invalid("column", column, f"must hold messages, {where} has text that is no JSON: {error}") from error
     are_messages = isinstance(found, list) and all(isinstance(one, dict) and "role" in one for one in found)
     return found if must or are_messages else text
-
-
-def _encodable(value: Any) -> Any:
-    """The same without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {_encodable(name): _encodable(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_encodable(item) for item in value]
-    return value

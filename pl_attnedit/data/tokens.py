@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pl_attnedit.data.chat import check_chat, mark_answers, render
-from pl_attnedit.data.encoding import encode
+from pl_attnedit.data.encoding import TooLongError, bare, encode
 from pl_attnedit.data.sources import Document, OpenSource, bytes_hash, document_hash
 from pl_attnedit.errors import invalid
 from pl_attnedit.teachers.source import (
@@ -209,13 +209,15 @@ def _write(folder: Path, source: OpenSource, tokenizer: PreTrainedTokenizerBase,
     with (folder / f"tokens.{dtype}").open("wb") as tokens, (folder / "answers.bool").open("wb") as answers:
         for batch in _batches(documents):
             chat = chat or any(not isinstance(document, str) for document in batch)
-            for ids, marked in _encode(batch, tokenizer, loss_on):
-                content = np.asarray(ids, dtype).tobytes()
-                tokens.write(content)
-                token_hashes.append(bytes_hash(np.asarray(ids, np.int64).tobytes() + marked.tobytes()))
-                if loss_on == "answers":
-                    answers.write(marked.tobytes())
-                starts.append(starts[-1] + len(ids))
+            try:
+                for ids, marked in _encode(batch, tokenizer, loss_on):
+                    tokens.write(np.asarray(ids, dtype).tobytes())
+                    token_hashes.append(bytes_hash(np.asarray(ids, np.int64).tobytes() + marked.tobytes()))
+                    if loss_on == "answers":
+                        answers.write(marked.tobytes())
+                    starts.append(starts[-1] + len(ids))
+            except TooLongError as error:
+                raise invalid("source", source.name, f"document {len(hashes) + len(batch)}: {error}") from error
             hashes.extend(map(document_hash, batch))
     if not hashes:
         raise invalid("source", source.name, "holds no documents with text")
@@ -230,11 +232,11 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     characters = 0
     for document in documents:
-        batch.append(document)
         characters += len(str(document))
-        if characters >= BATCH_CHARACTERS:
+        if batch and characters > BATCH_CHARACTERS:
             yield batch
-            batch, characters = [], 0
+            batch, characters = [], len(str(document))
+        batch.append(document)
     if batch:
         yield batch
 
@@ -251,18 +253,10 @@ def _encode(
             continue
         check_chat(tokenizer, want_answers)
         rendered = [render(document, tokenizer, want_answers) for document in group]
-        encoded = tokenizer(
-            [conversation.text for conversation in rendered],
-            add_special_tokens=False,  # the template has put them
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=want_answers,
-            verbose=False,
-        )
-        for i, ids in enumerate(encoded["input_ids"]):
-            marked = np.ones(len(ids), bool)
-            if want_answers:
-                marked = mark_answers(encoded["offset_mapping"][i], rendered[i].answers)
+        # special tokens, too, are what the template has put
+        encoded = bare(tokenizer, [conversation.text for conversation in rendered], offsets=want_answers)
+        for conversation, (ids, offsets) in zip(rendered, encoded):
+            marked = mark_answers(offsets, conversation.answers) if want_answers else np.ones(len(ids), bool)
             if ids[-1:] != [tokenizer.eos_token_id]:
                 ids, marked = [*ids, tokenizer.eos_token_id], np.append(marked, not want_answers)
             yield ids, marked

@@ -242,12 +242,12 @@ class DistillationModule(OptimisedModule):
             student.to(self.trainer.strategy.root_device)
         initialise(student, teacher, init, calibration)
 
-    def _reported(self, batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    def _reported(self, batches: list[Batch]) -> Iterator[Batch]:
         """The batches, with a line of progress after each."""
         started, tokens = time.monotonic(), 0
         for done, batch in enumerate(batches, start=1):
             yield batch
-            tokens += batch.numel()
+            tokens += batch["input_ids"].numel()
             bar: Any = self.trainer.progress_bar_callback
             if hasattr(bar, "report"):
                 bar.report("calibrating", done, len(batches), tokens, started)

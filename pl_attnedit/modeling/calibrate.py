@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,15 +14,18 @@ from pl_attnedit.attention import LayerStatistics
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import attention_spec
 
+CalibrationBatch = torch.Tensor | Mapping[str, torch.Tensor]
+
 
 @torch.no_grad()
 def collect_statistics(
-    teacher: PreTrainedModel, layers: list[int], calibration: Iterable[torch.Tensor]
+    teacher: PreTrainedModel, layers: list[int], calibration: Iterable[CalibrationBatch]
 ) -> dict[int, LayerStatistics]:
     """Statistics of the attention in `layers` by layer index.
 
-    calibration: batches of input ids (batch, time) int64, unpadded, all of the same time. The context that the init is
-    good for is this time: what attends farther than it is extrapolated.
+    calibration: batches of input ids (batch, time) int64, unpadded, all of the same time; or dicts of `input_ids` and
+    `position_ids`, of the same shape, which begin at 0 with each document: then documents do not see each other. The
+    context that the init is good for is this time: what attends farther than it is extrapolated.
     """
     statistics: dict[int, LayerStatistics] = {}
     spec = attention_spec(teacher.config)
@@ -31,22 +34,26 @@ def collect_statistics(
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if index not in statistics:
             statistics[index] = LayerStatistics(spec, teacher.model.rotary_emb, hidden_states.shape[1])
-        statistics[index].update(attention, hidden_states, kwargs["position_embeddings"])
+        statistics[index].update(attention, hidden_states, kwargs["position_embeddings"], position_ids)
 
     hooks = [
         teacher.model.layers[index].self_attn.register_forward_pre_hook(partial(update, index), with_kwargs=True)
         for index in layers
     ]
     device = next(teacher.parameters()).device
-    time = None
+    time = position_ids = None
     try:
-        for input_ids in calibration:
+        for batch in calibration:
+            input_ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+            position_ids = batch.get("position_ids") if isinstance(batch, Mapping) else None
             if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
                 raise invalid("calibration", type(input_ids).__name__, "must yield input ids of shape (batch, time)")
             if time not in (None, input_ids.shape[1]):
                 raise invalid("calibration", tuple(input_ids.shape), f"all batches must have the same time {time}")
             time = input_ids.shape[1]
-            teacher.model(input_ids=input_ids.to(device), use_cache=False)
+            if position_ids is not None:
+                position_ids = position_ids.to(device)
+            teacher.model(input_ids=input_ids.to(device), position_ids=position_ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

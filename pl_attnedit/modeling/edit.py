@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from pl_attnedit.attention import MLA, LayerStatistics, Target, TargetConfig
 from pl_attnedit.attention.plain_svd import plain_svd
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.modeling.calibrate import collect_statistics
+from pl_attnedit.modeling.calibrate import CalibrationBatch, collect_statistics
 from pl_attnedit.modeling.hf import EDITED, EditedModelMixin, edited_config
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import family_of
@@ -34,7 +34,7 @@ def edit_model(
     pattern: str | None = None,
     layers: Sequence[int] | None = None,
     init: Init = "calibrated",
-    calibration: Iterable[torch.Tensor] | None = None,
+    calibration: Iterable[CalibrationBatch] | None = None,
 ) -> PreTrainedModel:
     """A student with the teacher's trunk and new attention in the layers of the edit plan.
 
@@ -49,7 +49,8 @@ def edit_model(
         init: "random" as in the paper (`o_proj` inherited), "copy" of the teacher's weights where shapes allow,
             "calibrated": what fits the calibration text best (for GateSWA this is the copy). "plain_svd", for MLA
             alone: the plain conversion of the literature, a baseline to compare with.
-        calibration: input ids, an iterable of (batch, time) int64 tensors; MLA needs it for the last two.
+        calibration: input ids, an iterable of (batch, time) int64 tensors, or of dicts as
+            `collect_statistics` takes them; MLA needs it for the last two.
 
     Raises:
         UserError: for anything above that does not fit the teacher.
@@ -104,7 +105,7 @@ def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
 
 
 def initialise(
-    student: PreTrainedModel, teacher: PreTrainedModel, init: Init, calibration: Iterable[torch.Tensor] | None
+    student: PreTrainedModel, teacher: PreTrainedModel, init: Init, calibration: Iterable[CalibrationBatch] | None
 ) -> None:
     """Fills the new attention modules of an assembled student."""
     for module in edited_attention(student).values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from pl_attnedit.files import json_text
 from pl_attnedit.tracking.client import WORKING_FOLDER_TAG
 from pl_attnedit.tracking.run import TrackedRun
 
@@ -57,7 +57,7 @@ def log_environment(
         WORKING_FOLDER_TAG: str(Path.cwd()),
     }
     run.set_tags({key: value for key, value in tags.items() if value is not None})
-    run.log_text(json.dumps(environment(), indent=2) + "\n", "environment.json")
+    run.log_text(json_text(environment()), "environment.json")
     if config is not None:
         log_config(run, config)
 

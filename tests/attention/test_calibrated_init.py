@@ -223,6 +223,22 @@ def test_statistics_are_streamed(make_teacher: Teachers, make_ids: Ids) -> None:
     assert once[0].distance.sum() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_documents_do_not_see_each_other_in_statistics(family: str, make_teacher: Teachers, make_ids: Ids) -> None:
+    """Two documents in a sequence, kept apart by their positions, count as the two by themselves."""
+    teacher, ids = make_teacher(family), make_ids(8, 24)
+    packed = {"input_ids": ids.view(4, 48), "position_ids": torch.arange(24).repeat(4, 2)}
+    apart, alone = collect_statistics(teacher, [0, 2], [packed]), collect_statistics(teacher, [0, 2], [ids])
+    joined = collect_statistics(teacher, [0, 2], [packed["input_ids"]])
+    for index in alone:
+        for name in ("plain_xx", "weighted_xx", "xq", "weighted_xkv"):
+            one, other, wrong = (getattr(each[index], name) for each in (apart, alone, joined))
+            assert (one - other).norm() < 1e-5 * one.norm(), name
+            assert (wrong - other).norm() > 1e-3 * one.norm() or index == 0, name
+        assert torch.allclose(apart[index].distance[:24], alone[index].distance)
+        assert apart[index].distance[24:].sum() == 0
+
+
 def test_the_given_batches_may_be_a_generator(make_teacher: Teachers, make_ids: Ids) -> None:
     teacher = make_teacher("llama")
     one = edit_model(teacher, MLAConfig(8, 4), calibration=batches(make_ids))

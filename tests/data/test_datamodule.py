@@ -234,14 +234,59 @@ def test_sequences_travel_to_worker_processes_without_the_tokens(tokenizer: Any,
 def test_calibration_batches(tokenizer: Any, corpus: str) -> None:
     data = make(tokenizer, corpus)
     batches = data.calibration_batches(300)
-    assert [tuple(batch.shape) for batch in batches] == [(4, 32), (4, 32), (2, 32)]
+    assert [(list(batch), tuple(batch["input_ids"].shape)) for batch in batches] == [
+        (["input_ids"], (size, 32)) for size in (4, 4, 2)
+    ]
     again = make(tokenizer, corpus, seed=7).calibration_batches(300)
-    assert all(torch.equal(one, other) for one, other in zip(batches, again))
+    assert all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in zip(batches, again))
+    apart = make(tokenizer, corpus, respect_documents=True).calibration_batches(300)
+    assert [tuple(batch["position_ids"].shape) for batch in apart] == [(4, 32), (4, 32), (2, 32)]
+    assert any(row.count(0) > 1 for batch in apart for row in batch["position_ids"].tolist())
     held_out = {tuple(item["input_ids"].tolist()) for item in data.held_out}
-    assert held_out.isdisjoint(tuple(row) for batch in batches for row in batch.tolist())
+    assert held_out.isdisjoint(tuple(row) for batch in batches for row in batch["input_ids"].tolist())
     for wrong in (0, 10**9):
         with pytest.raises(UserError, match=rf"n_tokens = {wrong}: must be from 1 to \d+, the training split"):
             data.calibration_batches(wrong)
+
+
+def _asked(make_text: Any, question: int, answers: int, rows: int = 40) -> list[dict[str, Any]]:
+    """Conversations with questions of so many words, the last ones without an answer."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": make_text(i, question)},
+                *([{"role": "assistant", "content": "yes"}] if i < answers else []),
+            ]
+        }
+        for i in range(rows)
+    ]
+
+
+def test_text_without_answers_is_an_error_before_anything_runs(
+    tokenizer: Any, write_jsonl: Callable[..., str], make_text: Any
+) -> None:
+    some, none = write_jsonl(_asked(make_text, 10, 40)), write_jsonl(_asked(make_text, 300, 0), "none.jsonl")
+    few = write_jsonl(_asked(make_text, 300, 2), "few.jsonl")
+    for source, val in ((few, None), (some, none)):
+        with pytest.raises(UserError, match=r"loss_on = 'answers': no answer in the 1 held-out .*raise val_seq"):
+            make(tokenizer, source, val_source=val, loss_on="answers", val_sequences=1)
+    for val in (None, some):
+        with pytest.raises(
+            UserError, match=r"loss_on = 'answers': no answer in the training sequences of .*none\.jsonl"
+        ):
+            make(tokenizer, none, val_source=val, loss_on="answers", val_sequences=1)
+
+
+def test_the_share_of_sequences_without_answers_is_said(
+    tokenizer: Any, write_jsonl: Callable[..., str], make_text: Any
+) -> None:
+    source = write_jsonl(_asked(make_text, 60, 40))
+    with pytest.warns(
+        UserWarning, match=r"loss_on: answers: \d\d\.\d% of the training sequences of 32 tokens have no"
+    ) as said:
+        data = make(tokenizer, source, loss_on="answers", val_sequences=20)
+    without = sum(not item["loss_mask"].any() for item in data.train_sequences) / len(data.train_sequences)
+    assert f"{without:.1%}" in str(said[0].message)
 
 
 def test_tokenizer_from_a_folder(tokenizer: Any, corpus: str, tmp_path: Path) -> None:

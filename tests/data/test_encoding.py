@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import transformers.utils.chat_template_utils as library
 from fixtures_stages import FRAMES, framed
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pl_attnedit.data import TextDataModule
-from pl_attnedit.data.encoding import beginning, encode
+from pl_attnedit.data import TextDataModule, encoding
+from pl_attnedit.data.encoding import bare, beginning, encode
 from pl_attnedit.data.generated import Sampling, TeacherWriter
+from pl_attnedit.data.sources import open_source
+from pl_attnedit.data.tokens import tokenize
+from pl_attnedit.errors import UserError
 
 CHAT = [{"role": "user", "content": "the model"}, {"role": "assistant", "content": "reads"}]
 
@@ -46,7 +50,7 @@ def test_a_document_has_each_special_token_once(
     assert beginning(tokenizer) == [tokenizer.bos_token_id if adds else tokenizer.eos_token_id]
     [first, *_] = data.calibration_batches(16)
     packed = [token for document in data.train_sequences.documents for token in _document(data, document)]
-    assert first[0].tolist() == packed[:16]
+    assert first["input_ids"][0].tolist() == packed[:16]
 
 
 def _document(data: TextDataModule, index: int) -> list[int]:
@@ -110,3 +114,73 @@ def test_a_template_sees_the_same_day_every_day(
         monkeypatch.setattr(library, "datetime", Later)
     assert found[0] == found[1]
     assert dated.decode(found[0][0]).startswith("26 Jul 2024, Friday 26.07.24\n<|im_start|>user")
+
+
+def _llama_2() -> PreTrainedTokenizerFast:
+    """As Llama 2: a space before every text, and no words, so that the whole text is one."""
+    backend = Tokenizer(models.BPE(byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], show_progress=False, max_token_length=8)
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # of merges, but not of texts
+    backend.train_from_iterator([" ".join(str(n) for n in range(3000))], trainer)
+    backend.pre_tokenizer = None
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PIECE": 600, "_LOOKED_AT": 100, "UNBROKEN": 1000, "_AROUND": 60}.items():
+        monkeypatch.setattr(encoding, name, value)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "metaspace", "llama 2"])
+def test_a_long_text_has_the_same_tokens_piece_by_piece(
+    kind: str, tokenizer: Any, make_text: Any, monkeypatch: pytest.MonkeyPatch, small_pieces: None
+) -> None:
+    text = "".join(f"{make_text(n, 20)}{' ' * (n % 4)}\n\t é{n}  " for n in range(40))
+    if kind == "metaspace":
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    elif kind == "llama 2":
+        tokenizer = _llama_2()
+        text = " ".join(str(n) for n in range(2000, 3000))
+    asked: list[int] = []
+    original = type(tokenizer).__call__
+
+    def call(self: Any, texts: Any, **options: Any) -> Any:
+        asked.append(max(map(len, [texts] if isinstance(texts, str) else texts)))
+        return original(self, texts, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", call)
+    [(ids, offsets)] = bare(tokenizer, [text], offsets=True)
+    assert len(text) > 3000 > 600 >= max(asked)
+    whole = original(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
+    assert ids == whole["input_ids"]
+    if kind != "llama 2":  # whose first token of a text claims no character of the space put before it
+        assert [tuple(each) for each in offsets.tolist()] == whole["offset_mapping"]
+
+
+def test_a_text_without_a_place_to_cut_it_is_named(
+    tokenizer: Any, small_pieces: None, write_jsonl: Callable[..., str]
+) -> None:
+    assert list(bare(tokenizer, ["x" * 900]))  # is one piece
+    source = open_source(write_jsonl([{"text": "one two"}, {"text": "x" * 3000}]))
+    with pytest.raises(UserError, match=r"data\.jsonl': document 2: 1,000 of its 3,000 characters have no white"):
+        tokenize([source], tokenizer, "all")
+
+
+def test_answers_of_a_long_conversation(
+    tokenizer: Any, make_text: Any, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = [{"role": role, "content": make_text(n, 90)} for n, role in enumerate(["user", "assistant"] * 4)]
+    source = open_source(write_jsonl([{"messages": chat}]))
+    [whole] = tokenize([source], tokenizer, "answers")
+    monkeypatch.setenv("PL_ATTNEDIT_CACHE", f"{whole.path}-again")
+    for name, value in {"PIECE": 600, "_LOOKED_AT": 100}.items():
+        monkeypatch.setattr(encoding, name, value)
+    [parts] = tokenize([source], tokenizer, "answers")
+    assert parts.path != whole.path
+    assert whole.tokens.tolist() == parts.tokens.tolist()
+    assert whole.answers is not None
+    assert parts.answers is not None
+    assert whole.answers.tolist() == parts.answers.tolist()

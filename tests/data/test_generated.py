@@ -134,7 +134,7 @@ def test_a_broken_part_is_named(name: str, writer: Write, tmp_path: Path) -> Non
 
 def test_prompts_that_are_no_utf8(writer: Write, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.txt': must be UTF-8 text: byte 2 is none"):
+    with pytest.raises(UserError, match=r"latin\.txt': must be UTF-8 text: line 1, byte 2 is none"):
         writer(prompts=str(tmp_path / "latin.txt"))
 
 

@@ -112,7 +112,9 @@ def test_without_weights_the_sources_are_one_text(tokenizer: Any, large: str, sm
 
 def test_calibration_follows_the_weights(tokenizer: Any, large: str, small: str) -> None:
     data = weighted(tokenizer, [large, small], (1, 1))
-    texts = [tokenizer.decode(row.tolist()) for batch in data.calibration_batches(32 * 20) for row in batch]
+    texts = [
+        tokenizer.decode(row.tolist()) for batch in data.calibration_batches(32 * 20) for row in batch["input_ids"]
+    ]
     assert sum(1 for text in texts if sum(map(str.isupper, text)) > 20) == 10
 
 

@@ -169,7 +169,7 @@ def fake_evaluation(loss: float = 0.1, decode: float = 1.5) -> Any:
         {"model": model, "context": 512, "budget_bytes": 10**10, "batch": batch, "peak_bytes": 10**10 - 1, "run": False}
         for model, batch in (("teacher", 300), ("student", 900))
     ]
-    return SimpleNamespace(to_json=lambda: json.dumps(content), samples=[])
+    return SimpleNamespace(to_json=lambda: json.dumps(content), content=lambda: content, samples=[])
 
 
 def _log_stage1(client: MlflowClient, run_id: str, rng: random.Random, pattern: str, steps: int) -> None:

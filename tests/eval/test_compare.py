@@ -174,7 +174,9 @@ def test_fidelity_of_each_suite(suites: tuple[str, list[str]], tmp_path: Path) -
         with TrackedRun(start_child(run_id, "evaluation", client=client), tmp_path, tracking_uri=uri) as run:
             content = json.loads(fake_evaluation(loss).to_json()) | {"suite": {"name": suite, "version": "1"}}
             content["fidelity"] |= changes
-            log_evaluation(SimpleNamespace(to_json=lambda: json.dumps(content), samples=[]), run)  # type: ignore[arg-type]
+            log_evaluation(
+                SimpleNamespace(to_json=lambda: json.dumps(content), content=lambda: content, samples=[]), run
+            )  # type: ignore[arg-type]
         added.append(run.run_id)
 
     evaluated(ids[0], "fidelity", 0.5)

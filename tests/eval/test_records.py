@@ -76,7 +76,9 @@ def test_the_latest_evaluation_of_each_suite_counts(store: tuple[str, list[str]]
     for name in ("quick", "offline", "quick"):
         run_id = start_child(ids[0], "evaluation", client=client)
         content = json.loads(fake_evaluation().to_json()) | {"suite": {"name": name, "version": "1"}}
-        result: Any = SimpleNamespace(to_json=lambda content=content: json.dumps(content), samples=[])
+        result: Any = SimpleNamespace(
+            to_json=lambda content=content: json.dumps(content), content=lambda content=content: content, samples=[]
+        )
         with TrackedRun(run_id, tmp_path, tracking_uri=uri) as run:
             log_evaluation(result, run)
         added.append(run_id)

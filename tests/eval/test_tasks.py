@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
 from pl_attnedit.errors import UserError
+from pl_attnedit.eval.answers import TaskRequest, load_tasks
 from pl_attnedit.eval.tasks import (
     CLOZE_TASK,
     OFFLINE_TASKS,
@@ -26,7 +29,7 @@ SIZES: dict[str, Any] = {"n_documents": 6, "n_cloze": 12, "document_chars": 300,
 
 
 def read(folder: Path, task: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().split("\n") if line]
 
 
 def test_same_arguments_same_samples(documents: list[str], tmp_path: Path) -> None:
@@ -116,6 +119,16 @@ def test_sizes_too_small(field: str, least: int, documents: list[str], tmp_path:
         build_offline_tasks(documents, tmp_path, **{field: least - 1})
 
 
+def test_tasks_in_a_folder_of_any_name_are_loaded(documents: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    """Also where the cache of Hugging Face's datasets cannot be written to."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/none")
+    monkeypatch.setenv("PL_ATTNEDIT_CACHE", str(tmp_path / "cache"))
+    documents = [text.replace(". ", ".\u2028 ") for text in documents]
+    folder = build_offline_tasks(documents, tmp_path / "a [b]", **SIZES)
+    [task] = load_tasks([TaskRequest(CLOZE_TASK, folder)])[CLOZE_TASK]
+    assert [row["context"] for row in task.task.eval_docs] == [row["context"] for row in read(folder, CLOZE_TASK)]
+
+
 QUESTION = {"question": "How many legs do horses have?", "choices": ["two", "four"], "answer": 1}
 
 
@@ -140,10 +153,22 @@ def test_bigbench_files_become_tasks(tmp_path: Path) -> None:
     assert (task.doc_to_choice(asked), task.doc_to_target(asked)) == (["two", "four"], 1)
 
 
+@pytest.mark.parametrize("name", ["a [b].jsonl", "A [B].JSONL", "a [b].jsonl.gz"])
+def test_questions_of_any_name_and_text(tmp_path: Path, name: str) -> None:
+    text = {**QUESTION, "question": "After\u2028two \ud83d?"}
+    escaped = json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    content = b"\xef\xbb\xbf" + escaped + b"\r\n" + json.dumps(QUESTION).encode() + b"\r\n\r\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    [task] = build_bigbench_tasks(tmp_path / name, tmp_path / "tasks")
+    assert task.lower() == "bigbench_a_b_"
+    assert [row["question"] for row in read(tmp_path / "tasks", task)] == ["After\u2028two ??", QUESTION["question"]]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "each line must be an object"),
+        ("{", "line 1 is no JSON"),
+        ("[]", "line 1 must be a JSON object"),
         (json.dumps({**QUESTION, "answer": 2}), "answer, an index"),
         (json.dumps({**QUESTION, "choices": ["one"], "answer": 0}), "at least 2 choices"),
         (json.dumps({"question": "?"}), "each line must be"),
@@ -154,5 +179,5 @@ def test_files_that_are_no_questions(line: str, message: str, tmp_path: Path) ->
     (tmp_path / "x.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=message):
         build_bigbench_tasks(tmp_path, tmp_path / "tasks")
-    with pytest.raises(UserError, match=r"must be a \.jsonl file or a folder"):
+    with pytest.raises(UserError, match=r"there is no such file; allowed: a \.jsonl file or a folder"):
         build_bigbench_tasks([tmp_path / "y.jsonl"], tmp_path / "tasks")
