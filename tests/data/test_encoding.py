@@ -41,7 +41,9 @@ def test_a_document_has_each_special_token_once(
     kind, tokenizer = adding
     bos, eos, text = tokenizer.bos_token, tokenizer.eos_token, make_text(1, 40)
     rows = [{"text": f"{before}{text}{after}"} for before in ("", bos) for after in ("", eos)]
-    data = TextDataModule(tokenizer, write_jsonl(rows * 2 + [{"text": make_text(n, 40)} for n in range(4)]), 16, 1, 1)
+    data = TextDataModule(
+        tokenizer, write_jsonl(rows * 2 + [{"text": make_text(n, 40)} for n in range(4)]), 16, 1, val_sequences=1
+    )
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
     begun, ended = [tokenizer.bos_token_id, *plain, tokenizer.eos_token_id], [*plain, tokenizer.eos_token_id]
     adds = kind in ("bos", "both")
@@ -68,7 +70,7 @@ def test_a_conversation_begins_as_its_template_says(adding: tuple[str, Any], wri
         rows = [row, *({"messages": [CHAT[0], {**CHAT[1], "content": f"{n} " * 20}]} for n in range(9))]
         rows = [row] if "text" in row else rows
         more = [{"text": f"{n} " * 40} for n in range(9)] if "text" in row else []
-        ids = documents(TextDataModule(tokenizer, write_jsonl([*rows, *more]), 8, 1, 1))[0]
+        ids = documents(TextDataModule(tokenizer, write_jsonl([*rows, *more]), 8, 1, val_sequences=1))[0]
         assert ids[:2] == [tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<|im_start|>")]
         assert ids[-1] == tokenizer.eos_token_id
         assert ids.count(tokenizer.eos_token_id) == ids.count(tokenizer.bos_token_id) == 1
@@ -110,7 +112,7 @@ def test_a_template_sees_the_same_day_every_day(
     found = []
     for day in range(2):
         monkeypatch.setenv("PL_ATTNEDIT_CACHE", str(tmp_path / f"cache-{day}"))
-        found.append(documents(TextDataModule(dated, source, 8, 1, 1)))
+        found.append(documents(TextDataModule(dated, source, 8, 1, val_sequences=1)))
         monkeypatch.setattr(library, "datetime", Later)
     assert found[0] == found[1]
     assert dated.decode(found[0][0]).startswith("26 Jul 2024, Friday 26.07.24\n<|im_start|>user")
