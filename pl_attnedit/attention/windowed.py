@@ -29,10 +29,11 @@ def attend_window(
 
     query (batch, heads, time, width), key and value (batch, kv_heads, time, width). sink_logit (heads,) or None: as in
     `attend`. Returns (batch, time, heads * width).
-    On a GPU flex_attention skips what is invisible, on an NPU the fused operator does so where there are no sinks of either
-    kind, elsewhere blocks of queries meet their own and the last block of keys.
+    In what torch.compile makes for a GPU flex_attention skips what is invisible, on an NPU the fused operator does so where
+    there are no sinks of either kind, elsewhere blocks of queries meet their own and the last block of keys. Uncompiled,
+    flex_attention would make all scores; an evaluation, whose texts are of many lengths, would compile for each.
     """
-    if query.device.type == "cuda":
+    if _takes_flex(query):
         output = _flex(query, key, value, window, sinks, scale, sink_logit)
     elif takes_fused(query) and not sinks and sink_logit is None:
         output = fused_attention(query, key, value, None, scale, window)
@@ -77,34 +78,30 @@ def _visible_in_blocks(blocks: int, block: int, window: int, sinks: int, device:
     return torch.cat([first.expand(blocks, block, sinks), near], dim=-1)[None]
 
 
+def _takes_flex(query: Tensor) -> bool:
+    return query.device.type == "cuda" and torch.compiler.is_compiling()
+
+
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, sink_logit: Tensor | None
 ) -> Tensor:
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    block_mask = _block_mask(query.shape[2], window, sinks, query.device)  # not compiled: a new frame begins behind it,
+    if not torch.compiler.is_compiling():  # which is not compiled either where torch.compile has given up
+        return blockwise(query, key, value, window, sinks, scale, sink_logit)
     # flex_attention takes one dtype, and float32 RoPE makes float32 queries and keys
     query, key, value = to_autocast(query, key, value)
-    options = {
-        "block_mask": _block_mask(query.shape[2], window, sinks, query.device),
-        "scale": scale,
-        "enable_gqa": True,
-    }
+    options = {"block_mask": block_mask, "scale": scale, "enable_gqa": True}
     if sink_logit is None:
-        return _compiled_flex()(query, key, value, **options)
-    from torch.nn.attention.flex_attention import AuxRequest
-
-    output, found = _compiled_flex()(query, key, value, **options, return_aux=AuxRequest(lse=True))
+        return flex_attention(query, key, value, **options)
+    output, found = flex_attention(query, key, value, **options, return_aux=AuxRequest(lse=True))
     share = torch.sigmoid(found.lse - sink_logit[:, None])  # of the softmax, that the keys keep beside the sink
     return (output * share[..., None]).to(output.dtype)
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 @torch.compiler.disable
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _block_mask(time: int, window: int, sinks: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 

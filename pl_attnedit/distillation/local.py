@@ -9,6 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
+GRAPHS = 64
+
+
+def compile_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` through torch.compile, with static shapes.
+
+    It is compiled for each kind of layer, shape of batch (training, validation and its last batch, phases) and mode
+    (gradients or not): of a mixed plan more often than the eight times after which torch would run it uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    return torch.compile(function, dynamic=False)
+
+
 Gradients = Callable[[], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pl_attnedit.attention.autocast import to_autocast
+from pl_attnedit.distillation.local import compile_whole
 
 EPS = 1e-8
 
@@ -140,7 +141,7 @@ class ChunkedKL:
 
     def __init__(self, chunk: int | None = None, *, compiled: bool = False) -> None:
         self.chunk = chunk
-        self.terms = torch.compile(chunk_terms, dynamic=False) if compiled else None
+        self.terms = compile_whole(chunk_terms) if compiled else None
 
     def __call__(
         self,
@@ -156,7 +157,8 @@ class ChunkedKL:
         if rows is None:
             rows = mask.flatten().nonzero().flatten()
         counted = len(rows)
-        chunk = min(self.chunk or tokens_of_a_chunk(len(teacher_head.weight), student.device), max(counted, 1))
+        most = mask.numel() if self.terms else counted  # compiled for one size, however many tokens of a batch count
+        chunk = min(self.chunk or tokens_of_a_chunk(len(teacher_head.weight), student.device), max(most, 1))
         weight = torch.ones(counted, 1, device=student.device)
         if counted % chunk:  # whole chunks only: another shape would be compiled once more
             missing = chunk - counted % chunk

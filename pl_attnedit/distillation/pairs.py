@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import Target
-from pl_attnedit.distillation.local import Anchor, LocalGradients, eager_gradients, traced_gradients
+from pl_attnedit.distillation.local import Anchor, LocalGradients, compile_whole, eager_gradients, traced_gradients
 from pl_attnedit.distillation.losses import nmse
 
 Batch = dict[str, Tensor]
@@ -55,7 +55,7 @@ class Operations:
 
     def __init__(self, compiled: bool) -> None:
         def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(function, dynamic=False) if compiled else function
+            return compile_whole(function) if compiled else function
 
         self.teacher_layer = wrap(teacher_layer)
         self.normalise = wrap(normalise)

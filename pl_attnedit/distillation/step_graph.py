@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from pl_attnedit.errors import UserError
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch], tuple[Tensor, Tensor]]
-WARM_UP = 2  # steps before the recording: torch.compile and libraries set themselves up
+WARM_UP = 2  # steps of a kind before it is recorded: torch.compile and libraries set themselves up
+MOST_RECORDINGS = 32  # of one training
 
 
 class StepGraph:
     """`step` on a batch, with its gradients; recorded once and replayed from then on.
 
     What is replayed reads the parameters where they are, so optimiser, clipping and checkpoints work as without it. A batch
-    of other shapes than the recorded ones, or of another `key`, runs unrecorded. So does everything without a GPU.
+    of other shapes than the recorded ones, or of another `key`, runs unrecorded; when such batches come again and again, as
+    in a phase of longer sequences, they are recorded instead. Without a GPU all runs unrecorded.
 
     Args:
         step: batch to the loss () and another tensor to report; must not wait for the device.
@@ -29,7 +33,8 @@ class StepGraph:
 
     def __init__(self, step: Step, parameters: Sequence[nn.Parameter]) -> None:
         self.step, self.parameters = step, list(parameters)
-        self._seen = 0
+        self._seen: Counter[Hashable] = Counter()  # steps of each kind since the last replay
+        self._recordings = 0
         self._key: Hashable = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -48,16 +53,21 @@ class StepGraph:
 
     def _run(self, batch: Batch, key: Hashable) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         device = self.parameters[0].device
-        if device.type != "cuda":
+        if not self._records:
             return self._plain(batch)
-        if self._graph is None:
-            if self._seen < WARM_UP:
-                self._seen += 1
+        if self._graph is None or key != self._key:
+            self._seen[key] += 1
+            if self._seen[key] <= WARM_UP or self._recordings == MOST_RECORDINGS:
+                if self._seen.total() == WARM_UP + 2:
+                    rank_zero_warn(
+                        "cuda_graph: steps run unrecorded while their shapes, or what else they depend on, keep changing"
+                    )
                 return self._beside(partial(self._plain, batch), device)
+            self._graph = self._results = None  # its memory goes before the new one's comes
             self._key = key
             self._record(batch, device)
-        if key != self._key:
-            return self._plain(batch)
+            self._recordings += 1
+        self._seen.clear()
         assert self._graph is not None
         assert self._results is not None
         for name, value in batch.items():
@@ -65,6 +75,10 @@ class StepGraph:
         self._graph.replay()
         loss, other, gradients = self._results
         return loss.clone(), other.clone(), gradients
+
+    @property
+    def _records(self) -> bool:
+        return self.parameters[0].device.type == "cuda"
 
     def _plain(self, batch: Batch) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         with torch.enable_grad():

@@ -5,9 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention as flex_attention_module
 
+from pl_attnedit.attention import windowed
 from pl_attnedit.attention.base import attend
-from pl_attnedit.attention.windowed import attend_window
+from pl_attnedit.attention.windowed import attend_window, blockwise
 
 
 @pytest.mark.parametrize("time", [5, 32, 33, 150])
@@ -57,3 +60,21 @@ def test_work_grows_with_the_window_only(monkeypatch: pytest.MonkeyPatch) -> Non
         attend_window(query, query, query, 32, 2, 1.0)
     assert made[0] == 2 * 512 * (2 + 2 * 32)
     assert made[1] == 4 * made[0]
+
+
+def test_flex_attention_runs_compiled_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch.compile has given up; uncompiled it would make all scores."""
+    monkeypatch.setattr(windowed, "_takes_flex", lambda query: torch.compiler.is_compiling())
+    torch._dynamo.reset()
+    graphs, uncompiled = CompileCounterWithBackend("eager"), []
+    monkeypatch.setattr(flex_attention_module, "_warn_once", lambda **of: uncompiled.append(of), raising=False)
+    by_graph = torch.compile(attend_window, backend=graphs, dynamic=False)
+    limits = {"recompile_limit": 3, "fail_on_recompile_limit_hit": False}
+    with torch._dynamo.config.patch(limits), torch.no_grad():
+        for time in range(130, 136):
+            query, key = torch.randn(2, 6, time, 16), torch.randn(2, 3, time, 16)
+            expected = blockwise(query, key, key, 40, 2, 0.3, None).transpose(1, 2).flatten(2)
+            torch.testing.assert_close(by_graph(query, key, key, 40, 2, 0.3), expected)
+            torch.testing.assert_close(attend_window(query, key, key, 40, 2, 0.3), expected)
+    assert not uncompiled  # of which torch itself warns
+    assert any("flex_attention" in str(graph.graph) for graph in graphs.graphs)

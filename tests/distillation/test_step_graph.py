@@ -120,3 +120,52 @@ def test_without_a_gpu_it_says_so() -> None:
     )
     with pytest.raises(UserError, match="cuda_graph = True: is for one NVIDIA GPU"):
         trainer.fit(module, torch.utils.data.DataLoader(RandomTokens(teacher.config.vocab_size, 8, 2), 1))
+
+
+class OnPaper(StepGraph):
+    """Records and replays by running the step; `kinds` says how each batch was run."""
+
+    _records = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.kinds = ""
+
+    def _beside(self, work: Any, device: torch.device) -> Any:
+        self.kinds += "-"
+        return work()
+
+    def _record(self, batch: dict[str, torch.Tensor], device: torch.device) -> None:
+        self.kinds += "o"
+        self._batch = {name: value.clone() for name, value in batch.items()}
+        self._graph, self._results = self, self._plain(batch)
+
+    def replay(self) -> None:
+        self.kinds += "."
+        self._results = self._plain(self._batch)
+
+
+def test_what_comes_again_and_again_is_recorded_anew(recwarn: pytest.WarningsRecorder) -> None:
+    """A phase of other shapes; but a batch of its own now and then leaves the recording as it is."""
+    model, step = regression("cpu")
+    graph = OnPaper(step, [p for p in model.parameters() if p.requires_grad])
+    for rows, key in (
+        [(4, 0)] * 4 + [(3, 0)] * 5 + [(4, 0), (3, 0), (5, 0), (3, 0)] + [(3, share) for share in range(1, 6)]
+    ):
+        [batch] = batches("cpu", 1, rows)
+        loss, _ = graph(batch, key)
+        torch.testing.assert_close(loss.detach(), step(batch)[0].detach())
+        assert not [w for w in recwarn if "cuda_graph" in str(w.message)] or key == 4
+        recwarn.clear()
+    assert graph.kinds == "--o.." + "--o..." + "-.-." + "-----"
+
+
+def test_it_says_when_it_cannot_replay() -> None:
+    model, step = regression("cpu")
+    graph = OnPaper(step, [p for p in model.parameters() if p.requires_grad])
+    *first, batch = batches("cpu", 4)
+    for share, each in enumerate(first):
+        graph(each, share)
+    with pytest.warns(UserWarning, match="cuda_graph: steps run unrecorded"):
+        graph(batch, 3)
+    assert graph.kinds == "----"
