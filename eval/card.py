@@ -69,9 +69,13 @@ def teacher_licence(teacher: str) -> str | None:
     """The teacher's licence as its own card or GGUF header states it; None where neither does."""
     try:
         if teacher.startswith(PACKAGE_PREFIX) or teacher.endswith(".gguf"):
-            return _gguf_licence(gguf_in_package(teacher) if teacher.startswith(PACKAGE_PREFIX) else Path(teacher))
+            return _gguf_licence(
+                gguf_in_package(teacher) if teacher.startswith(PACKAGE_PREFIX) else Path(teacher).expanduser()
+            )
         folder = (
-            hub_snapshot("teacher", teacher, ["README.md"], TEACHER_SOURCES) if is_hub_name(teacher) else Path(teacher)
+            hub_snapshot("teacher", teacher, ["README.md"], TEACHER_SOURCES)
+            if is_hub_name(teacher)
+            else Path(teacher).expanduser()
         )
     except UserError:  # the hub cannot be reached and has left no card here
         return None

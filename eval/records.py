@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
@@ -27,6 +26,7 @@ from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.files import TOO_LARGE, json_text
 from pl_attnedit.tracking import TrackedRun, connect
 from pl_attnedit.tracking.client import CHECKPOINTS_TAG, EXPERIMENT, KIND_TAG, PARENT_TAG
+from pl_attnedit.tracking.places import artifacts
 
 if TYPE_CHECKING:  # comparing and reporting do not wait for lm-eval's import
     from pl_attnedit.eval.harness import EvaluationResult
@@ -267,7 +267,7 @@ def load_json(client: MlflowClient, run: Run | None, name: str) -> Any | None:
     if run is None:
         return None
     # The client would ask for the run again, with all its metrics, five times for a file.
-    repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=client.tracking_uri)
+    repository = artifacts(run, client.tracking_uri)
     if name not in {file.path for file in repository.list_artifacts()}:
         return None
     with tempfile.TemporaryDirectory() as folder:

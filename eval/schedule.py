@@ -50,6 +50,7 @@ from pl_attnedit.tracking.client import (
     STUDENT_TAG,
     UNREACHABLE,
 )
+from pl_attnedit.tracking.places import present
 
 FOLDER_TAG = "pl_attnedit.folder"  # of the evaluation: results, lock, log
 SPOOL_FOLDER = ".mlflow"
@@ -156,8 +157,8 @@ class Schedule:
         tags = training.run.data.tags
         teacher = tags.get("teacher") or training.run.data.params.get("teacher", "")
         if STUDENT_TAG in tags:
-            path, checkpoint = Path(tags[STUDENT_TAG]), None
-        elif (newest := newest_checkpoint(training)) is not None:
+            path, checkpoint = present(tags[STUDENT_TAG], training.run, self.tracking_uri), None
+        elif (newest := newest_checkpoint(training, self.tracking_uri)) is not None:
             path, checkpoint = newest
         else:
             return None
@@ -241,7 +242,7 @@ class Schedule:
         client = connect(self.tracking_uri)
         current = {subject.unfinished.info.run_id for subject in subjects if subject.unfinished}
         for run in (run for training in trainings for run in training.children.get("evaluation", [])):
-            folder = Path(run.data.tags.get(FOLDER_TAG, ""))
+            folder = present(run.data.tags.get(FOLDER_TAG, "/nowhere"), run, self.tracking_uri)
             scheduled = SCHEDULED_TAG in run.data.tags and self.version[SUITE_TAG] == run.data.tags.get(SUITE_TAG)
             if not scheduled or run.info.status != "RUNNING" or run.info.run_id in current or not folder.is_dir():
                 continue
@@ -252,12 +253,13 @@ class Schedule:
                         client.set_terminated(run.info.run_id, "KILLED")
 
 
-def newest_checkpoint(training: Conversion) -> tuple[Path, str] | None:
+def newest_checkpoint(training: Conversion, tracking_uri: str) -> tuple[Path, str] | None:
     """The file of the last stage's newest checkpoint, and what its evaluations are tagged with."""
     for kind in ("fit", "stage2", "stage1"):
         for run in reversed(training.children.get(kind, [])):
             # by name: another one may be taking its place while we look
-            files = sorted(Path(run.data.tags.get(CHECKPOINTS_TAG, "/nowhere")).glob("last-*.ckpt"))
+            folder = present(run.data.tags.get(CHECKPOINTS_TAG, "/nowhere"), run, tracking_uri)
+            files = sorted(folder.glob("last-*.ckpt"))
             if files:
                 return files[-1], f"{kind}/{files[-1].stem}"
     return None

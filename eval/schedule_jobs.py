@@ -17,6 +17,7 @@ from mlflow.entities import Run
 
 from pl_attnedit.eval.formatting import duration
 from pl_attnedit.tracking.client import WORKING_FOLDER_TAG
+from pl_attnedit.tracking.places import present
 
 SCHEDULED_TAG = "pl_attnedit.scheduled_by"  # host and process; evaluations without it are not ours to end
 LOG_FILE = "log.txt"
@@ -89,11 +90,12 @@ def evaluate_in_process(job: Job) -> None:
     command = [sys.executable, "-m", "pl_attnedit.cli", "eval", str(job.subject.path), "--teacher", job.subject.teacher]
     command += ["--suite", job.suite, "--out", str(job.folder), "--log-to", job.run_id]
     command += ["--tracking-uri", job.tracking_uri, *job.options]
-    working_folder = job.subject.run.data.tags.get(WORKING_FOLDER_TAG, ".")
+    tags = job.subject.run.data.tags
+    working_folder = present(tags.get(WORKING_FOLDER_TAG, "."), job.subject.run, job.tracking_uri)
     with (job.folder / LOG_FILE).open("wb") as log:
         process = subprocess.Popen(
             command,
-            cwd=working_folder if os.path.isdir(working_folder) else None,
+            cwd=working_folder if working_folder.is_dir() else None,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pl_attnedit.config_files import read_yaml
 from pl_attnedit.errors import UserError, invalid
 
 SUITES = Path(__file__).parent.parent / "configs" / "suites"
@@ -176,19 +177,15 @@ def load_suite(name: str) -> Suite:
 
     from jsonargparse import ArgumentParser
 
-    path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in SUITES.glob("*.yaml")))
         raise invalid("suite", name, f"must be one of {known}, or a .yaml file")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Suite, "suite")
     try:
-        return parser.instantiate_classes(parser.parse_string(_nested(path))).suite
+        return parser.instantiate_classes(parser.parse_object({"suite": read_yaml(path, "suite", "suite")})).suite
     except ArgumentError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise invalid("suite", str(path), f"cannot be read: {error}") from error
-
-
-def _nested(path: Path) -> str:
-    return "suite:\n" + "".join(f"  {line}\n" for line in path.read_text("utf-8").splitlines())

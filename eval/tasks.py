@@ -29,7 +29,7 @@ from pl_attnedit.data.encoding import encode
 from pl_attnedit.data.files import encodable, find_files, json_rows
 from pl_attnedit.data.sources import document_hash
 from pl_attnedit.errors import invalid
-from pl_attnedit.files import json_text
+from pl_attnedit.files import json_text, write_atomically
 from pl_attnedit.trained_on import TrainedOn
 
 PERPLEXITY_TASK = "heldout_perplexity"
@@ -279,7 +279,7 @@ def write_task(folder: Path, task: str, samples: Sequence[Any], **settings: Any)
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{task}.jsonl"
-    data.write_text("".join(json_text(sample, indent=None) for sample in samples), encoding="utf-8")
+    write_atomically(data, "".join(json_text(sample, indent=None) for sample in samples))
     config = {
         "task": task,
         "dataset_path": "json",
@@ -290,4 +290,4 @@ def write_task(folder: Path, task: str, samples: Sequence[Any], **settings: Any)
         **settings,
         "metadata": {"version": 1.0},
     }
-    (folder / f"{task}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_atomically(folder / f"{task}.yaml", yaml.safe_dump(config, sort_keys=False))

@@ -51,11 +51,13 @@ from pl_attnedit.tracking import (
     ConversionRuns,
     TrackedRun,
     TrackingLogger,
+    connect,
     log_environment,
     open_conversion,
     resolve_tracking_uri,
 )
 from pl_attnedit.tracking.client import STUDENT_FINGERPRINT_TAG, STUDENT_TAG
+from pl_attnedit.tracking.conversion import RUNS_FILE
 
 RESULTS = {"stage1": "stage1/student", "stage2": "student"}  # folders of what the stages make
 
@@ -73,6 +75,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     _, plan = check_recipe(recipe)
     resolve_tracking_uri(recipe.tracking_uri)
     resolve_teacher(recipe.teacher)
+    path = Path(recipe.runs) / recipe.name
     data.setup()
     trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
     frozen_dtype(trainer.precision, recipe.dtype)  # of a plugin, too
@@ -81,7 +84,9 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
         data.phases = stage.phases
         if stage.total_steps:
             data.check_batches(trainer.world_size)
-    folder = RunFolder(Path(recipe.runs) / recipe.name, plain, follows=not trainer.is_global_zero)
+    if trainer.is_global_zero and not (path / RUNS_FILE).exists():
+        connect(recipe.tracking_uri)
+    folder = RunFolder(path, plain, follows=not trainer.is_global_zero)
     if not trainer.is_global_zero:
         Conversion(recipe, data, folder, None, plain).follow()
         return None

@@ -2,14 +2,56 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pl_attnedit.errors import invalid
+from pl_attnedit.errors import UserError, invalid
+
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "the file would be larger than it may be",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the disk does not work",
+}
+# what libraries say that hand on no number: safetensors, Arrow, SQLite
+_IN_WORDS = {os.strerror(number): number for number in _NO_ROOM} | {"database or disk is full": errno.ENOSPC}
+_STAYS = "what was whole there still is, nothing half-written is left; with room again, the same command goes on"
+
+
+def no_room(error: BaseException, path: str | Path | None = None) -> str | None:
+    """What to tell the user where a write failed for want of room; None for any other error.
+
+    Args:
+        path: what was written, where the error does not say it.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        number = seen.errno if isinstance(seen, OSError) else None
+        number = number or next((number for words, number in _IN_WORDS.items() if words in str(seen)), None)
+        if number in _NO_ROOM:
+            place = path or getattr(seen, "filename", None) or str(seen).splitlines()[0][:200]
+            return f"{place}: {_NO_ROOM[number]}; {_STAYS}"
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """A write that fails for want of room is a `UserError` that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or (message := no_room(error, path)) is None:
+            raise
+        raise UserError(message) from error
+
 
 TOO_LARGE = 1e300  # MLflow's databases keep infinity as the largest float
 
@@ -44,7 +86,7 @@ def check_output(field: str, path: str | Path) -> None:
 
 
 def _no_folder(field: str, path: str | Path) -> Path:
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         raise invalid(field, str(path), "is a folder, must be a file")
     return path
@@ -54,11 +96,17 @@ def write_atomically(path: str | Path, text: str) -> Path:
     """Write `text` to `path` as UTF-8 in one step: a reader or a kill in between sees the old file or the new one.
 
     Raises:
-        UserError: `path` is a folder.
+        UserError: `path` is a folder, or there is no room.
     """
     path = _no_folder("output", path)
+    with writing(path):
+        _replace(path, text)
+    return path
+
+
+def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")  # a long name stays one
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
@@ -71,4 +119,3 @@ def write_atomically(path: str | Path, text: str) -> Path:
     except BaseException:
         os.unlink(temporary)
         raise
-    return path

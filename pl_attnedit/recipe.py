@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentError
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, Trainer
 
+from pl_attnedit.config_files import RULE, LayeredParser, RecipeFile
 from pl_attnedit.data import Phase, TextDataModule
 from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
 from pl_attnedit.errors import invalid
@@ -140,10 +142,12 @@ class Recipe:
             raise invalid("name", self.name, "must be the name of one folder")
         # of precisions `check_recipe` lists what there is
         others = {name: value for name, value in self.trainer.items() if name != "precision"}
-        self.trainer = self.trainer | _typed_options("trainer", others, Trainer, _OURS_OF_TRAINER)
+        precision = {"precision": self.trainer["precision"]} if self.trainer.get("precision") is not None else {}
+        self.trainer = precision | _typed_options("trainer", others, Trainer, _OURS_OF_TRAINER)
         for stage, module in (("stage1", LayerwiseDistillation), ("stage2", ModelDistillation)):
             given = getattr(self, stage)
             given.options = _typed_options(f"{stage}.options", given.options, module, _OURS_OF_STAGES)
+        self.runs = os.path.expanduser(self.runs)
         if not 0 <= self.seed < 2**32 - 1:  # stage 2 draws its text with the next one
             raise invalid("seed", self.seed, "must be from 0 to 2**32 - 2")
         for name, kind in (("experiment", "a name"), ("runs", "a folder")):
@@ -173,11 +177,11 @@ def _typed_options(field: str, given: dict[str, Any], cls: type, ours: set[str])
     """The options, each of the type that the class declares; what values it takes, it says itself when it is made."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, skip=ours, instantiate=False)
-    typed, defaults = {}, parser.get_defaults().as_dict()
-    _check_names(field, given, set(defaults))
+    typed = {}
+    _check_names(field, given, set(parser.get_defaults().as_dict()))
     for name, value in given.items():
-        if value is None and defaults[name] is not None:
-            raise invalid(f"{field}.{name}", value, f"must have a value; leave it out for {defaults[name]}")
+        if value is None:  # takes away what an earlier config said
+            continue
         try:
             typed[name] = parser.parse_object({name: value})[name]
         except ArgumentError as error:
@@ -198,13 +202,13 @@ PLACE_FIELDS = ("config", "dry_run", "runs", "experiment", "tracking_uri")
 
 def recipe_parser() -> ArgumentParser:
     """The parser behind `pl-attnedit convert`: every field of the recipe is an option, and a YAML may give them all."""
-    parser = ArgumentParser(
+    parser = LayeredParser(
         prog="pl-attnedit convert",
         exit_on_error=False,
-        description="Run a whole conversion: init, stage 1, stage 2, saved student, evaluation, report.",
+        description=f"Run a whole conversion: init, stage 1, stage 2, saved student, evaluation, report. {RULE}",
     )
-    help_ = "recipe YAML; a second one, e.g. of configs/trainer, and options given after it override it"
-    parser.add_argument("-c", "--config", action=_LayeredConfig, help=help_)
+    help_ = "recipe YAML; further ones, e.g. of configs/trainer, lie over it"
+    parser.add_argument("-c", "--config", action=RecipeFile, help=help_)
     parser.add_class_arguments(Recipe)
     parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer", "phases"}, instantiate=False)
     dry_run = "only print what would be trained, cached and held in memory, and for how long: needs no weights, no text"
@@ -222,17 +226,14 @@ def read_recipe(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, dict
     return Recipe(**{field.name: getattr(ready, field.name) for field in fields(Recipe)}), dict(ready.data)
 
 
-class _LayeredConfig(ActionConfigFile):
-    """A later config changes single fields of `trainer`, as an option does, and leaves the others."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
-        before = cfg.get("trainer")
-        super().__call__(parser, cfg, values, option_string)
-        if isinstance(before, dict) and isinstance(cfg.trainer, dict):
-            cfg.trainer = before | cfg.trainer
-
-
 def as_plain(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """The resolved recipe as plain data: what recipe.yaml, MLflow and the check for a changed recipe see."""
     plain = yaml.safe_load(parser.dump(config, skip_none=False))
+    for owner, name in (
+        (plain, "targets"),
+        (plain, "trainer"),
+        (plain["stage1"], "options"),
+        (plain["stage2"], "options"),
+    ):
+        owner[name] = {key: value for key, value in owner[name].items() if value is not None}  # those taken away
     return {name: value for name, value in plain.items() if name not in PLACE_FIELDS}

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.files import json_text, write_atomically
+from pl_attnedit.files import json_text, write_atomically, writing
 from pl_attnedit.locks import LOCK, claim, is_claimed
 
 
@@ -140,11 +140,15 @@ class RunFolder:
             save(temporary)  # takes part, and writes nothing
             return final
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        final.parent.mkdir(exist_ok=True)
-        os.replace(temporary, final)
+        try:
+            with writing(final):
+                temporary.mkdir()
+                save(temporary)
+                shutil.rmtree(final, ignore_errors=True)
+                final.parent.mkdir(exist_ok=True)
+                os.replace(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         return final
 
     def remove(self, name: str) -> None:

@@ -7,6 +7,7 @@ gives the interval of every ratio to the first variant. What is compared is what
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from scipy import stats
 
+from pl_attnedit.config_files import merged, read_yaml
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.formatting import aligned
 from pl_attnedit.files import write_atomically
@@ -62,7 +64,7 @@ class Study:
 
     def recipes(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """Variant, seed and recipe of each conversion; first all variants with their first seed, then with their second."""
-        base = yaml.safe_load(Path(self.base).read_text("utf-8"))
+        base = read_yaml(self.base, "base", "recipe")
         seeds = {name: fields.get("seeds", self.seeds) for name, fields in self.variants.items()}
         for turn in range(max(map(len, seeds.values()))):
             for name, fields_of_it in self.variants.items():
@@ -85,10 +87,10 @@ def read_study(path: str | Path) -> Study:
     Raises:
         UserError: no such file, not YAML, or a field that is unknown, missing or of the wrong kind.
     """
-    path = Path(path)
-    content = _yaml(path)
+    path = Path(path).expanduser()
+    content = read_yaml(path, "study", "study")
     known = {each.name: each for each in fields(Study)}
-    if not isinstance(content, dict) or not {"name", "base", "variants"} <= content.keys():
+    if not {"name", "base", "variants"} <= content.keys():
         raise invalid("study", str(path), "must have name, base and variants")
     for name in content.keys() - known.keys():
         raise invalid("study", name, f"is no field; known are {', '.join(known)}")
@@ -109,33 +111,14 @@ def read_study(path: str | Path) -> Study:
     for place, own in {"change": change, **content["variants"]}.items():
         if ours := [key for key in _OF_THE_STUDY if key in own]:
             raise invalid(place, ours[0], "is the study's to set: it has a name, and a list of seeds")
-    content["base"] = str(path.parent / str(content["base"]))
-    if not Path(content["base"]).is_file() or not isinstance(_yaml(Path(content["base"])), dict):
-        raise invalid("base", content["base"], "must be the file of a recipe")
+    content["base"] = str(path.parent / Path(str(content["base"])).expanduser())
+    read_yaml(content["base"], "base", "recipe")
     study = Study(**content)
     for seeds in [study.seeds, *(own["seeds"] for own in study.variants.values() if "seeds" in own)]:
         numbers = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
         if not numbers or not seeds or len(set(seeds)) < len(seeds):
             raise invalid("seeds", seeds, "must be a list of different numbers")
     return study
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise invalid("study", str(path), f"cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the fields of `change`; mappings are merged by field, but not a target's with one of another type."""
-    if change.get("type", base.get("type")) != base.get("type"):
-        return dict(change)
-    result = dict(base)
-    for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if both else value
-    return result
 
 
 @dataclass(frozen=True)
@@ -186,7 +169,7 @@ class StudyRun:
 
     def _conversion(self, parser: ArgumentParser, variant: str, seed: int, fields: dict[str, Any]) -> StudyConversion:
         try:
-            config = parser.parse_args(["-c", yaml.safe_dump(fields), *self.options])
+            config = parser.parse_args(["-c", json.dumps(fields), *self.options])
             recipe, _ = read_recipe(parser, config)
         except (ArgumentError, UserError) as error:
             raise UserError(f"variant {variant!r}: {error}") from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 from pl_attnedit.cli.messages import farewell, message_of
 
@@ -34,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        print(f"pl-attnedit {_version()}")
+        return 0
     if name not in COMMANDS:
         print(f"pl-attnedit: error: unknown command {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
@@ -44,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"pl_attnedit.cli.{'fit' if name == 'validate' else name.replace('-', '_')}")
     try:
         with termination_as_exception():
-            return module.main([name, *rest] if module.__name__.endswith(".fit") else rest)
+            status = module.main([name, *rest] if module.__name__.endswith(".fit") else rest)
+            sys.stdout.flush()
+            return status
     except Interrupted as stopped:
         interrupted = stopped
     except KeyboardInterrupt:
@@ -53,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(left.__context__, KeyboardInterrupt):
             return left.code if isinstance(left.code, int) else int(left.code is not None)
         interrupted = Interrupted(signal.SIGINT)
+    except BrokenPipeError:  # of `| head`, which has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for Python's own flush at the end
+        return 128 + signal.SIGPIPE
     except Exception as error:
         message = message_of(error)
         if message is None:
@@ -63,7 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 128 + interrupted.signum
 
 
+def _version() -> str:
+    try:
+        return metadata.version("pl_attnedit")
+    except metadata.PackageNotFoundError:  # imported from a folder that nobody has installed
+        return "unknown"
+
+
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "usage: pl-attnedit COMMAND [options]; `pl-attnedit COMMAND --help` explains each\n\n" + "\n".join(lines)
+    return (
+        "usage: pl-attnedit COMMAND [options] | --version; `pl-attnedit COMMAND --help` explains each\n\n"
+        + "\n".join(lines)
+    )

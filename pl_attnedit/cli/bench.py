@@ -10,13 +10,15 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Container, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from pl_attnedit.cli.devices import torch_device
-from pl_attnedit.errors import invalid
+from pl_attnedit.cli.options import OptionParser
+from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.bench.shapes import SHAPES
 from pl_attnedit.files import json_text
 
@@ -30,18 +32,20 @@ TARGET_HELP = "target as in YAML, default '{type: mla, kv_lora_rank: 96, qk_rope
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = ArgumentParser(prog="pl-attnedit bench", description="Benchmarks of converted models.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = OptionParser(prog="pl-attnedit bench", description="Benchmarks of converted models.")
+    commands = parser.add_subparsers(dest="command")
     cache = commands.add_parser("cache", help="bytes of real caches beside the formulas; status 1 where they differ")
     cache.add_argument("--teacher", required=True, help=TEACHER_HELP)
-    cache.add_argument("--student", nargs="*", default=[], help="folders of converted models")
+    cache.add_argument("--student", nargs="*", default=[], type=expanduser, help="folders of converted models")
     cache.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 32768], help="tokens (1k, 8k, 32k)")
     init = commands.add_parser(
         "init", help="KL and top-1 of calibrated inits without training, beside plain SVD, random"
     )
     init.add_argument("--teacher", required=True, help=TEACHER_HELP)
-    init.add_argument("--calibration", required=True, help="file with training text; its documents are shuffled")
-    init.add_argument("--heldout", required=True, help="file with held-out text, in file order")
+    init.add_argument(
+        "--calibration", required=True, type=expanduser, help="file with training text; its documents are shuffled"
+    )
+    init.add_argument("--heldout", required=True, type=expanduser, help="file with held-out text, in file order")
     init.add_argument("--rows", nargs="+", help="only rows whose name contains one of these, e.g. 'mla 96+32'")
     init.add_argument("--seq-len", type=int, default=512, help="tokens per sequence (default 512)")
     init.add_argument("--calibration-sequences", type=int, default=64, help="default 64, which is 32k tokens")
@@ -59,6 +63,10 @@ def main(arguments: Sequence[str]) -> int:
     for command in (cache, init, loss, decode, *stages, trl):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(list(arguments))
+    if options.command is None:
+        raise UserError(
+            f"which one? There are {', '.join(commands.choices)}; `pl-attnedit bench NAME --help` explains each"
+        )
     run = {"cache": _cache, "init": _init, "loss": _loss, "decode": _decode, "stage1": _stage, "stage2": _stage}
     return {**run, "trl": _trl}[options.command](options)
 
@@ -69,7 +77,7 @@ def _decode_options(commands: Any) -> ArgumentParser:
     )
     decode.add_argument("--teacher", default="smollm2-135m", help=MODEL_HELP)
     decode.add_argument("--layers", type=int, help="of a shape: another number of layers")
-    decode.add_argument("--student", nargs="+", default=[], help="folders of converted models")
+    decode.add_argument("--student", nargs="+", default=[], type=expanduser, help="folders of converted models")
     decode.add_argument(
         "--target",
         nargs="+",

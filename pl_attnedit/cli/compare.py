@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
+from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.compare import compare_runs, format_rows
 from pl_attnedit.files import check_output, write_atomically
@@ -13,13 +14,17 @@ from pl_attnedit.tracking.client import EXPERIMENT
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = ArgumentParser(prog="pl-attnedit compare", description="Conversions in MLflow side by side.")
+    parser = OptionParser(prog="pl-attnedit compare", description="Conversions in MLflow side by side.")
     parser.add_argument("runs", nargs="*", help="run ids of conversions (default: all)")
     parser.add_argument("--filter", help="an MLflow search filter instead, e.g. \"tags.target = 'mla'\"")
     parser.add_argument("--experiment", default=EXPERIMENT, help=f"MLflow experiment (default {EXPERIMENT})")
     parser.add_argument("--format", choices=["text", "markdown", "csv", "json"], help="default: by the ending of FILE")
     parser.add_argument(
-        "-o", "--out", metavar="FILE", help="write the table there (.md, .csv, .json, .txt) instead of printing"
+        "-o",
+        "--out",
+        metavar="FILE",
+        type=expanduser,
+        help="write the table there (.md, .csv, .json, .txt) instead of printing",
     )
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     options = parser.parse_args(list(arguments))

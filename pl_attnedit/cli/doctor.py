@@ -11,7 +11,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from lightning.pytorch import Trainer
 
 import pl_attnedit.strategies  # noqa: F401  # knows `strategy: fsdp2`
-from pl_attnedit.cli.config_files import read_config
+from pl_attnedit.config_files import read_yaml
 from pl_attnedit.doctor import TRAINER_FIELDS, Platform, as_json, examine, obstacles
 from pl_attnedit.errors import invalid
 from pl_attnedit.files import json_text
@@ -54,7 +54,7 @@ class _TrainerOfConfig(ActionConfigFile):
     """Takes out of a recipe or a LightningCLI config where it is to run, and leaves the rest."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
-        trainer = read_config(values).get("trainer") or {}
+        trainer = read_yaml(values, "config", "recipe", "config of a stage").get("trainer") or {}
         if not isinstance(trainer, dict):
             raise invalid("trainer", trainer, "must be the fields of a Trainer")
         chosen = {name: trainer[name] for name in TRAINER_FIELDS if name in trainer}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pl_attnedit.cli.devices import torch_device
+from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import invalid
 
 if TYPE_CHECKING:  # it imports lm-eval, which takes seconds
@@ -15,27 +17,34 @@ if TYPE_CHECKING:  # it imports lm-eval, which takes seconds
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = ArgumentParser(prog="pl-attnedit eval", description="Evaluate a converted model against its teacher.")
+    parser = OptionParser(prog="pl-attnedit eval", description="Evaluate a converted model against its teacher.")
     parser.add_argument(
         "student",
+        type=expanduser,
         help="folder of a converted model, e.g. runs/quickstart/student, or one that export wrote in the format deepseek_v3 "
         "(not step3p7); or a .ckpt of fit",
     )
     parser.add_argument("--teacher", required=True, help="hub name, folder, GGUF file or package:NAME")
     parser.add_argument(
-        "--suite", help="quick, fidelity, offline, paper, or a YAML file; default: perplexity and cloze of --text"
+        "--suite",
+        type=expanduser,
+        help="quick, fidelity, offline, paper, or a YAML file; default: perplexity and cloze of --text",
     )
     parser.add_argument(
         "--text",
+        type=expanduser,
         default="builtin:",
         help="text to make tasks of: all of it that the student was not trained on, of builtin: what conversions hold out "
         "(default builtin:)",
     )
     parser.add_argument(
-        "--bigbench", nargs="+", help="folder or .jsonl files with BIG-bench's questions (suite offline)"
+        "--bigbench",
+        nargs="+",
+        type=expanduser,
+        help="folder or .jsonl files with BIG-bench's questions (suite offline)",
     )
     parser.add_argument("--tasks", nargs="+", help="instead of a suite: tasks in --task-folder or of lm-eval's library")
-    parser.add_argument("--task-folder", help="folder with lm-eval task YAMLs")
+    parser.add_argument("--task-folder", type=expanduser, help="folder with lm-eval task YAMLs")
     parser.add_argument("--documents", type=int, help="held-out passages for perplexity (default 8)")
     parser.add_argument("--cloze", type=int, help="cloze questions (default 48)")
     parser.add_argument("--seq-len", type=int, help="longest window in tokens (default 512)")
@@ -48,7 +57,9 @@ def main(arguments: Sequence[str]) -> int:
         help="of both models (default: the one in which the student is saved)",
     )
     parser.add_argument(
-        "--out", help="for results.json and the samples (default: eval, or eval/SUITE, beside the student)"
+        "--out",
+        type=expanduser,
+        help="for results.json and the samples (default: eval, or eval/SUITE, beside the student)",
     )
     parser.add_argument("--log-to", help="MLflow run id of the conversion, or of an evaluation that has begun")
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
@@ -61,6 +72,9 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("tasks", "task_folder", "documents", "cloze", "seq_len", "limit"):
         if options.suite and getattr(options, name) is not None:
             raise invalid("--" + name.replace("_", "-"), getattr(options, name), "is the suite's; leave it out")
+    for name in ("documents", "cloze"):
+        if getattr(options, name) is not None and getattr(options, name) < 2:
+            raise invalid(f"--{name}", getattr(options, name), "must be at least 2: one sample has no interval")
     if options.task_folder and not options.tasks:
         raise invalid("--task-folder", options.task_folder, "needs --tasks")
     options.device = str(torch_device(options.device))

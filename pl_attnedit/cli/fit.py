@@ -7,20 +7,34 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from pl_attnedit.callbacks import NaNGuard, ProcessWatch, Progress, ResumableCheckpoint, Throughput, check_checkpoint
+from pl_attnedit.config_files import RULE, LayeredParser, StageFile
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import DistillationModule
 from pl_attnedit.distillation.settings import frozen_dtype
-from pl_attnedit.errors import UserError
+from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.recipe_checks import check_accelerator, check_edits
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
 from pl_attnedit.teachers.source import resolve_teacher
 from pl_attnedit.tracking import LogConfigCallback
+
+FOUND_BY_NAME = {"last": "last*.ckpt", "best": "best*.ckpt"}  # values of ckpt_path, and the files that they mean
+
+
+class StageParser(LayeredParser, LightningArgumentParser):
+    """LightningCLI's parser, whose mappings merge."""
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        if options.get("action") is ActionConfigFile:
+            help_ = f"config of a stage, as configs/stage*.yaml; further ones lie over it. {RULE}"
+            options |= {"action": StageFile, "help": help_}
+        return super().add_argument(*names, **options)
 
 
 class AttentionEditingCLI(LightningCLI):
@@ -42,20 +56,44 @@ class AttentionEditingCLI(LightningCLI):
         settings = self.config[self.config.subcommand]
         if settings.ckpt_path is None and self.config.subcommand == "fit" and _slurm_has_requeued():
             settings.ckpt_path = "last"
-        path = settings.ckpt_path
-        if _is_file(path):
-            check_checkpoint(Path(path))
+        if settings.ckpt_path not in (None, *FOUND_BY_NAME):
+            settings.ckpt_path = os.path.expanduser(settings.ckpt_path)
+            check_checkpoint(Path(settings.ckpt_path))
 
     def _parse_ckpt_path(self) -> None:
         """Not as Lightning: a checkpoint's settings would silently replace those of the config. The module compares them."""
 
     def before_fit(self) -> None:
-        self.model.resuming = _is_file(self.config.fit.ckpt_path)  # an init would be overwritten
+        for name in ("max_steps", "max_epochs", "limit_train_batches"):
+            if getattr(self.trainer, name) == 0:
+                raise invalid(f"trainer.{name}", 0, "would train nothing; `pl-attnedit validate` measures a student")
+        self.model.resuming = self._found_checkpoint() is not None  # an init would be overwritten
         self._check_inputs()
         self.datamodule.check_steps(self.trainer)
 
     def before_validate(self) -> None:
+        self._found_checkpoint()
         self._check_inputs()
+
+    def _found_checkpoint(self) -> str | None:
+        """The file that `ckpt_path` means. Lightning looks for one too late, and where there is no last one begins anew."""
+        settings = self.config_init[self.config.subcommand]
+        if (name := settings.ckpt_path) in FOUND_BY_NAME:
+            folders = [
+                callback.dirpath for callback in self.trainer.checkpoint_callbacks if hasattr(callback, "dirpath")
+            ]
+            files = [file for folder in folders if folder for file in Path(folder).glob(FOUND_BY_NAME[name])]
+            newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
+            if newest is not None:
+                check_checkpoint(newest)
+            elif not _slurm_has_requeued():  # it may have been killed before its first checkpoint
+                where = ", ".join(f"no {FOUND_BY_NAME[name]} in {folder}" for folder in folders if folder)
+                where = (
+                    where or "each training has a new folder; give ResumableCheckpoint the dirpath of an earlier one"
+                )
+                raise invalid("ckpt_path", name, f"there is none ({where}), or give the file")
+            settings.ckpt_path = None if newest is None else str(newest)
+        return settings.ckpt_path
 
     def _check_inputs(self) -> None:
         """A precision, a teacher or a text that cannot be used is an error before there is an MLflow run."""
@@ -95,11 +133,6 @@ def _resumable_checkpoint() -> ResumableCheckpoint:
     return ResumableCheckpoint(dirpath=None if job is None else f"runs/job-{job}")
 
 
-def _is_file(ckpt_path: str | None) -> bool:
-    """Whether it names a file, and not one that Lightning is to look for and may not find."""
-    return ckpt_path not in (None, "last", "best", "hpc", "registry")
-
-
 def _slurm_has_requeued() -> bool:
     return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
@@ -120,6 +153,7 @@ def main(arguments: Sequence[str]) -> int:
         },
         seed_everything_default=0,
         parser_kwargs={"prog": "pl-attnedit"},
+        parser_class=StageParser,
         args=list(arguments),
     )
     return 0

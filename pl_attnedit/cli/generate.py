@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser
 from collections.abc import Sequence
+from os.path import expanduser
 from typing import Any
 
+from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import invalid
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = ArgumentParser(prog="pl-attnedit generate", description="Greedy or sampled text from a converted model.")
-    parser.add_argument("model", help="folder of a converted model, e.g. runs/quickstart/student")
+    parser = OptionParser(prog="pl-attnedit generate", description="Greedy or sampled text from a converted model.")
+    parser.add_argument("model", type=expanduser, help="folder of a converted model, e.g. runs/quickstart/student")
     parser.add_argument("prompt", help="text to continue, or with --chat the user's message")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to generate (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")

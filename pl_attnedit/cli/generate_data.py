@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
 from pl_attnedit.cli.devices import torch_device
+from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import invalid
 from pl_attnedit.files import check_output
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = ArgumentParser(
+    parser = OptionParser(
         prog="pl-attnedit generate-data",
         description="Text sampled from the teacher itself, as a parquet file for `source:` in a recipe. A run that was "
         "interrupted goes on by the same command. Several GPUs: one run each, with a --seed and a file of its own.",
     )
     parser.add_argument("--teacher", required=True, help="hub name, folder, GGUF file or package:NAME")
     parser.add_argument("--tokens", type=int, required=True, help="to generate, duplicates not counted")
-    parser.add_argument("-o", "--output", default="data.parquet", help="columns text, source (default data.parquet)")
+    parser.add_argument(
+        "-o", "--output", type=expanduser, default="data.parquet", help="columns text, source (default data.parquet)"
+    )
     parser.add_argument(
         "--prompts",
+        type=expanduser,
         default="auto",
         help="chat = the model asks and answers (default where it has a chat template), none = it writes from the first "
         "token on (default elsewhere), or a text file with a prompt on each line",

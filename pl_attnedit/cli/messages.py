@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import argparse
 import errno
+import re
 from typing import TYPE_CHECKING
 
 from pl_attnedit.errors import UserError
+from pl_attnedit.files import no_room
 
 if TYPE_CHECKING:  # it imports Lightning, which takes seconds
     from pl_attnedit.interruption import Interrupted
 
-_OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
-_NOISE = ("Subtypes: ", "Given value", "Does not validate against any of the Union", "- Expected a <class 'NoneType'>")
+_OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+# of a value that fits none of several types: what those types are in general
+_NOISE = (
+    *("Errors:", "Subtypes: ", "Given value", "Does not validate against any", "- Does not validate against any"),
+    *(
+        "- Expected a <class 'NoneType'>",
+        "- Not a valid subclass",
+        "Subclass types expect",
+        "- a class path",
+        "- a dict ",
+    ),
+)
+_PLAINER = (
+    (r'Parser key "([^"]+)":', r"\1:"),
+    (r"Expected a <class '([\w.]+)'>", r"must be of type \1"),
+    (r"Expected a typing\.Literal\[(.+?)\]", r"must be one of \1"),
+    (r"\. Got value: ", ", not "),
+    (r"Unable to load config (.+?)(,? .*|$)", r"\1 is neither a mapping nor a file with one"),
+)
 
 
 def message_of(error: BaseException) -> str | None:
@@ -24,6 +43,8 @@ def message_of(error: BaseException) -> str | None:
         cause = cause.__cause__
     if isinstance(error, argparse.ArgumentError):
         return _compact(str(error))
+    if (reason := no_room(error)) is not None:
+        return reason
     if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return None
@@ -43,7 +64,10 @@ def farewell(command: str, stopped: Interrupted) -> str:
 
 
 def _compact(message: str) -> str:
-    """A message of jsonargparse without its account of types and of the values it was given."""
-    lines = message.splitlines()
-    kept = [line for line in lines if line.strip() != "Errors:" and not line.strip().startswith(_NOISE)]
-    return "\n".join(kept or lines)
+    """A message of jsonargparse in one line, without its account of types and of the values it was given."""
+    lines = [line.strip() for line in message.splitlines()]
+    kept = dict.fromkeys(line.removeprefix("- ") for line in lines if not line.startswith(_NOISE))
+    text = re.sub(r"(?<!:)\n", ", or ", "\n".join(kept or lines)).replace("\n", " ")
+    for pattern, words in _PLAINER:
+        text = re.sub(pattern, words, text)
+    return text

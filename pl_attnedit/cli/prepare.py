@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from pl_attnedit.cli.config_files import read_config
+from pl_attnedit.config_files import read_yaml
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.packing import Corpus
 from pl_attnedit.errors import invalid
@@ -43,14 +43,15 @@ class _DataOfConfig(ActionConfigFile):
 
 
 def _teacher_and_data(path: str) -> dict[str, Any]:
-    content = read_config(path)
+    content = read_yaml(path, "config", "recipe", "config of a stage")
     model: Any = content.get("model")  # of a stage
     named = (model.get("init_args") or {}) if isinstance(model, dict) else content
     data = dict(content.get("data") or {})
     stages = [content.get(stage) for stage in ("stage1", "stage2")]  # of a recipe
     if phases := [phase for stage in stages if isinstance(stage, dict) for phase in stage.get("phases") or []]:
         data["phases"] = phases
-    return {"teacher": named.get("teacher"), "data": data}
+    given = {"teacher": named.get("teacher"), "data": data}
+    return {name: value for name, value in given.items() if value}  # a later file may say nothing of it
 
 
 def _summary(data: TextDataModule) -> str:

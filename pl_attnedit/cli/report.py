@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from glob import glob
+from os.path import expanduser
 from pathlib import Path
 
+from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import UserError, invalid
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = ArgumentParser(prog="pl-attnedit report", description="A report about conversions.")
+    parser = OptionParser(prog="pl-attnedit report", description="A report about conversions.")
     parser.add_argument("runs", nargs="*", help="run ids of conversions (default: all)")
     parser.add_argument("--filter", help="an MLflow search filter instead, e.g. \"tags.target = 'mla'\"")
     parser.add_argument(
         "-o",
         "--out",
+        type=expanduser,
         default="report.html",
         help="file to write: .html (one self-contained page), .md (for a pull request) or .json (the numbers, and curves "
         "of the training) (default report.html)",
@@ -34,9 +37,9 @@ def main(arguments: Sequence[str]) -> int:
     rounds.add_argument("--watch", action="store_true", help="round after round, until SIGTERM, SIGHUP or Ctrl-C")
     rounds.add_argument("--once", action="store_true", help="one round; status 1 where an evaluation failed")
     group.add_argument("--every", metavar="TIME", help="from round to round, e.g. 30m, 6h, 1d (default 6h)")
-    group.add_argument("--suite", help="as in `pl-attnedit eval` (default quick)")
-    group.add_argument("--text", help="likewise")
-    group.add_argument("--bigbench", nargs="+", help="likewise")
+    group.add_argument("--suite", type=expanduser, help="as in `pl-attnedit eval` (default quick)")
+    group.add_argument("--text", type=expanduser, help="likewise")
+    group.add_argument("--bigbench", nargs="+", type=expanduser, help="likewise")
     group.add_argument("--device", help="likewise")
     group.add_argument(
         "--retry", metavar="TIME", help="pause after a failure; each further one doubles it (default 1h)"

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
+from os.path import expanduser
 from typing import Any
 
 import yaml
 
 from pl_attnedit.cli.devices import torch_device
+from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import invalid
 from pl_attnedit.files import check_output, json_text, write_atomically
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = ArgumentParser(
+    parser = OptionParser(
         prog="pl-attnedit sensitivity",
         description="Edit one layer at a time, without training, and measure how far the model moves. With --budget also "
         "print a pattern that keeps full the layers whose editing costs most per cached byte; it goes into a recipe. "
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str]) -> int:
         required=True,
         help="as in a recipe: '{type: gate_swa, window: 64, sinks: 4}', or several by letter: '{S: ..., M: ...}'",
     )
-    parser.add_argument("--source", default="builtin:", help="text, as in a recipe; its training split is read")
+    parser.add_argument(
+        "--source", type=expanduser, default="builtin:", help="text, as in a recipe; its training split is read"
+    )
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a sequence (default 512)")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of a batch (default 4)")
     parser.add_argument(
@@ -37,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--context", type=int, help="of the budget, in tokens; default 32k, or the teacher's limit")
     parser.add_argument("--device", help="torch device; default a GPU where there is one")
     parser.add_argument("--dtype", default="auto", help="of all weights; default the teacher's own")
-    parser.add_argument("-o", "--output", default="sensitivity.json", help="default sensitivity.json")
+    parser.add_argument("-o", "--output", type=expanduser, default="sensitivity.json", help="default sensitivity.json")
     options = parser.parse_args(list(arguments))
     for name, least in {"seq_len": 2, "batch_size": 1, "tokens": 1, "context": 1}.items():
         if getattr(options, name) is not None and getattr(options, name) < least:

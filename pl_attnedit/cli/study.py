@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
+from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import UserError, invalid
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = ArgumentParser(
+    parser = OptionParser(
         prog="pl-attnedit study",
         description="Run the conversions of a study, those that are not done yet, and compare its variants. "
         "Options after -- go to every `pl-attnedit convert`.",
     )
-    parser.add_argument("study", help="YAML with name, base (a recipe), variants, change, seeds; see configs/studies")
+    parser.add_argument(
+        "study", type=expanduser, help="YAML with name, base (a recipe), variants, change, seeds; see configs/studies"
+    )
     parser.add_argument("--only", nargs="+", help="run only variants whose name contains one of these")
     parser.add_argument("--workers", type=int, default=1, help="conversions at a time, GPUs taken in turn (default 1)")
-    parser.add_argument("--runs", default="runs", help="folder of the run folders (default runs)")
+    parser.add_argument("--runs", type=expanduser, default="runs", help="folder of the run folders (default runs)")
     parser.add_argument("--no-run", action="store_true", help="only compare what is done, of all variants")
-    parser.add_argument("-o", "--output", help="for the comparison (default RUNS/STUDY/study.json)")
+    parser.add_argument("-o", "--output", type=expanduser, help="for the comparison (default RUNS/STUDY/study.json)")
     given = list(arguments)
     split = given.index("--") if "--" in given else len(given)
     options, passed_on = parser.parse_args(given[:split]), given[split + 1 :]

@@ -27,7 +27,7 @@ from pl_attnedit.data.files import text_lines
 from pl_attnedit.data.sources import document_hash
 from pl_attnedit.data.tokens import check_vocabulary, tokenizer_digest
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.files import json_text, write_atomically
+from pl_attnedit.files import json_text, write_atomically, writing
 from pl_attnedit.locks import LOCK, claim
 
 SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
@@ -291,6 +291,10 @@ def _table(texts: list[str], source: str) -> pa.Table:
 
 def _write(path: Path, write: Callable[[pq.ParquetWriter], Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    with pq.ParquetWriter(temporary, SCHEMA) as file:
-        write(file)
-    os.replace(temporary, path)
+    try:
+        with writing(path):
+            with pq.ParquetWriter(temporary, SCHEMA) as file:
+                write(file)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -103,8 +103,8 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
     if isinstance(tokenizer, str):
         if tokenizer.startswith(PACKAGE_PREFIX) or tokenizer.endswith(".gguf"):
             folder = resolve_teacher(tokenizer)
-        elif Path(tokenizer).is_dir():
-            folder = Path(tokenizer)
+        elif Path(tokenizer).expanduser().is_dir():
+            folder = Path(tokenizer).expanduser()
         else:
             folder = hub_snapshot("tokenizer", tokenizer, TOKENIZER_FILES, TEACHER_SOURCES)
         try:

@@ -170,7 +170,7 @@ class DistillationModule(OptimisedModule):
         for attention in edited_attention(student).values():
             attention.to(dtype)
         if hparams["init_from"] is not None:  # also when resuming: its trunk may not be in the checkpoint
-            copy_weights(student, Path(hparams["init_from"]), dtype)
+            copy_weights(student, Path(hparams["init_from"]).expanduser(), dtype)
             if self._trainer is not None:
                 self._leave_out(TrainedOn.of_folder(hparams["init_from"]))
         elif self.resuming:

@@ -26,6 +26,7 @@ def parse_targets(targets: Any) -> TargetConfig | dict[str, TargetConfig]:
     return {
         letter: fields if isinstance(fields, TargetConfig) else target_from_dict(fields)
         for letter, fields in targets.items()
+        if fields is not None  # taken away by a later config
     }
 
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.export import deepseek_v3, step3p7
+from pl_attnedit.files import writing
 from pl_attnedit.modeling import load
 from pl_attnedit.trained_on import FILE as TRAINED_ON
 
@@ -43,13 +44,14 @@ def export(student: str | Path, out: str | Path, format: str) -> Path:
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        FORMATS[format](model, part)
-        if (Path(student) / "tokenizer_config.json").is_file():  # a model saved from Python may come without
-            AutoTokenizer.from_pretrained(student).save_pretrained(part)
-        if (Path(student) / TRAINED_ON).is_file():
-            shutil.copy(Path(student) / TRAINED_ON, part)
-        os.replace(part, out)
+        with writing(out):
+            part.mkdir(parents=True)
+            FORMATS[format](model, part)
+            if (Path(student) / "tokenizer_config.json").is_file():  # a model saved from Python may come without
+                AutoTokenizer.from_pretrained(student).save_pretrained(part)
+            if (Path(student) / TRAINED_ON).is_file():
+                shutil.copy(Path(student) / TRAINED_ON, part)
+            os.replace(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out

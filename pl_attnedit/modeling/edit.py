@@ -178,7 +178,7 @@ def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedM
     Raises:
         UserError: where the folder holds no converted model, or its weights are broken or not all there.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     config = read_config(path, stock=stock)
     options = {"config": config, "output_loading_info": True, "use_safetensors": True, **kwargs}  # no pickle
     try:

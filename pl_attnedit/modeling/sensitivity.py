@@ -21,7 +21,7 @@ class Sensitivity:
     def read(cls, path: str | Path) -> Sensitivity:
         """From a file of `pl-attnedit sensitivity`. Raises `UserError` for anything else."""
         try:
-            layers = json.loads(Path(path).read_text("utf-8"), parse_constant=_no_number)["layers"]
+            layers = json.loads(Path(path).expanduser().read_text("utf-8"), parse_constant=_no_number)["layers"]
             return cls({letter: [float(one["kl"]) for one in column] for letter, column in layers.items()})
         except OSError as error:
             raise invalid("sensitivity", str(path), f"cannot be read ({error.strerror})") from error

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.files import no_room, writing
 from pl_attnedit.teachers import gguf_file
 from pl_attnedit.teachers.checks import ADAPTER_FILE, check_adapter, check_fields, check_model, check_weights
 
@@ -128,7 +129,7 @@ def teacher_fingerprint(path: str | Path) -> str:
 
 def cache_root() -> Path:
     """Our cache folder, created where missing: `PL_ATTNEDIT_CACHE`, else `~/.cache/pl_attnedit`."""
-    root = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "pl_attnedit")
+    root = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/pl_attnedit").expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -152,16 +153,19 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         lock.acquire()
     except PermissionError as error:
         raise invalid("cache folder", str(folder.parent), "must be a folder that can be written to") from error
+    except OSError as error:
+        raise UserError(no_room(error, folder.parent) or f"cache folder {folder.parent}: {error}") from error
     try:
         if folder.is_dir():
             return folder
         for leftover in folder.parent.glob(folder.name + ".part-*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         part = folder.with_name(f"{folder.name}.part-{uuid.uuid4().hex}")
-        part.mkdir()
         try:
-            build(part)
-            part.rename(folder)
+            with writing(folder):
+                part.mkdir()
+                build(part)
+                part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     finally:

@@ -53,7 +53,13 @@ def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_TRACKING_URI) if tracking_uri is None else tracking_uri
     if ("://" not in uri and uri != "databricks") or uri.startswith("file:"):
         raise invalid("tracking_uri", uri, f"MLflow no longer writes to folders; {_ALLOWED}")
-    return uri
+    return f"sqlite:///{os.path.expanduser(uri[10:])}" if uri.startswith("sqlite:///~") else uri
+
+
+def database_exists(tracking_uri: str) -> bool:
+    """Whether the file of an SQLite database is there; of other stores only a call can tell, so they are taken to be."""
+    database = make_url(tracking_uri).database if tracking_uri.startswith("sqlite:") else None
+    return database is None or database.startswith("file:") or Path(database).exists()
 
 
 def connect(tracking_uri: str | None = None, *, create: bool = True) -> MlflowClient:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.tracking.client import EXPERIMENT, KIND_TAG, PARENT_TAG, connect, resolve_tracking_uri
+from pl_attnedit.files import write_atomically
+from pl_attnedit.tracking.client import (
+    EXPERIMENT,
+    KIND_TAG,
+    PARENT_TAG,
+    connect,
+    database_exists,
+    resolve_tracking_uri,
+)
 from pl_attnedit.tracking.delivery import Delivery
 from pl_attnedit.tracking.run import TrackedRun
 from pl_attnedit.tracking.spool import Spool
@@ -85,9 +92,7 @@ def open_conversion(
     runs = ConversionRuns(resolve_tracking_uri(tracking_uri), experiment, parent, children, folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = {key: value for key, value in asdict(runs).items() if key != "folder"}
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, file)
+    write_atomically(file, json.dumps(content, indent=2) + "\n")
     return runs
 
 
@@ -96,9 +101,11 @@ def _continue_conversion(file: Path, tracking_uri: str | None) -> ConversionRuns
         runs = ConversionRuns(**json.loads(file.read_text()), folder=file.parent)
     except (TypeError, ValueError) as error:
         raise UserError(f"{file} is not readable ({error}): delete it to begin new MLflow runs") from error
-    if tracking_uri is not None and tracking_uri != runs.tracking_uri:
+    if not database_exists(runs.tracking_uri):  # it may have been moved, with the run folder
+        runs = replace(runs, tracking_uri=resolve_tracking_uri(tracking_uri))
+    elif tracking_uri is not None and resolve_tracking_uri(tracking_uri) != runs.tracking_uri:
         raise invalid("tracking_uri", tracking_uri, f"{file.parent} was begun with {runs.tracking_uri} ({file})")
-    client = connect(runs.tracking_uri)
+    client = connect(runs.tracking_uri, create=False)
     for run_id in (runs.run_id, *runs.children.values()):
         try:
             client.get_run(run_id)

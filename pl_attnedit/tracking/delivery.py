@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from pl_attnedit.locks import is_used, use
+from pl_attnedit.tracking.places import artifacts
 from pl_attnedit.tracking.spool import Operation, Spool
 
 GATHER_SECONDS = 1.0  # how long metrics are gathered before they are sent as one batch
@@ -167,9 +169,13 @@ def _send(client: MlflowClient, run_id: str, batch: list[Operation]) -> None:
     elif first["op"] == "tags":
         client.log_batch(run_id, tags=[RunTag(k, v) for k, v in first["values"].items()], synchronous=True)
     elif first["op"] == "text":
-        client.log_text(run_id, first["text"], first["name"])
+        folder, _, name = first["name"].rpartition("/")
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary) / name
+            file.write_text(first["text"], "utf-8")
+            artifacts(client.get_run(run_id), client.tracking_uri).log_artifact(str(file), folder or None)
     elif first["op"] == "file":
-        client.log_artifact(run_id, first["path"], first["folder"])
+        artifacts(client.get_run(run_id), client.tracking_uri).log_artifact(first["path"], first["folder"])
     elif first["status"] == "RUNNING":
         client.update_run(run_id, status="RUNNING")
     else:

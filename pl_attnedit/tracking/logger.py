@@ -58,7 +58,7 @@ class TrackingLogger(Logger):
         self._run_name = run_name
         self._tags = {**(tags or {}), **({PARENT_TAG: parent_run_id} if parent_run_id else {})}
         self._run_id = run_id
-        self._spool_dir = Path(spool_dir)
+        self._spool_dir = Path(spool_dir).expanduser()
         self._run: TrackedRun | None = None
         self._already_logged: dict[str, int] = {}
         self._checkpoints: str | None = None  # their folder, as logged

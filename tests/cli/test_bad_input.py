@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +52,13 @@ def fails(
     [
         (["--targets", "{S: {type: gla}}"], ["'gla'", "gate_swa, mla"]),
         (["--targets", "{S: {type: gate_swa, window: 8, width: 3}}"], ["unknown field 'width'", "window, gate, sinks"]),
-        (["--targets", "{S: {type: gate_swa}}"], ["window"]),
+        (["--targets", "{S: {type: mla}}"], ["kv_lora_rank"]),
         (["--targets", "{S: {type: gate_swa, window: 0}}"], ["window = 0", "at least 1"]),
         (["--targets", "{S: {type: gate_swa, window: -3}}"], ["window = -3", "at least 1"]),
         (["--targets", "{S: {type: gate_swa, window: 8, gate: wide}}"], ["gate = 'wide'", "'element'"]),
         (["--targets", "{S: {type: mla, kv_lora_rank: 100000, qk_rope_head_dim: 4}}"], ["kv_lora_rank = 100000"]),
         (["--targets", "{S: {type: mla, kv_lora_rank: 8, qk_rope_head_dim: 3}}"], ["qk_rope_head_dim = 3", "even"]),
-        (["--targets", "{F: {type: gate_swa, window: 8}}"], ["targets = 'F'"]),
+        (["--targets", "{S: null, F: {type: gate_swa, window: 8}}"], ["targets = 'F'"]),
         (["--pattern", "SSXF"], ["pattern = 'SSXF", "'X' has no target", "S, F"]),
         (["--pattern", "F"], ["pattern = 'F'", "edits no layer"]),
         (["--pattern", ""], ["pattern = ''"]),
@@ -151,8 +155,8 @@ def test_recipes_that_cannot_be_read(
     monkeypatch.chdir(tmp_path)
     path = recipe(stage3={"steps": 1})
     for content, expected in (
-        (None, ["does not exist", "none.yaml"]),
-        ("name: [", ["config"]),
+        (None, ["cannot be read", "none.yaml"]),
+        ("name: [", ["config", "is no YAML"]),
         (path.read_text(), ["stage3"]),
         ("name: x\n", ["teacher", "required"]),
     ):
@@ -173,6 +177,7 @@ def test_mlflow_that_does_not_answer(recipe: Make, tmp_path: Path, monkeypatch: 
     message = capsys.readouterr().err
     assert "tracking_uri = 'http://127.0.0.1:9'" in message
     assert "cannot be reached" in message
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.fixture
@@ -210,6 +215,9 @@ def fit(teacher_folder: Make, tiny_corpus: str, tmp_path: Path, monkeypatch: pyt
         (["--trainer.logger.tracking_uri", "http://127.0.0.1:9"], ["cannot be reached"]),
         (["--ckpt_path", "none.ckpt"], ["none.ckpt", "no such file"]),
         (["--ckpt_path", "fit.yaml"], ["fit.yaml"]),
+        (["--ckpt_path", "last"], ["ckpt_path = 'last'", "dirpath"]),
+        (["--ckpt_path", "best"], ["ckpt_path = 'best'", "dirpath"]),
+        (["--trainer.max_steps", "0"], ["trainer.max_steps = 0", "would train nothing"]),
         (["--datta.seq_len", "1"], ["datta"]),
     ],
     ids=lambda value: " ".join(value)[:60],
@@ -224,8 +232,9 @@ def test_a_mistake_in_fit(
     assert fit(*overrides) == 2
     assert [file.name for file in tmp_path.iterdir()] == ["fit.yaml"]
     message = capsys.readouterr().err
-    assert "pl-attnedit fit: error: " in message
-    assert "Traceback" not in message
+    assert message.count("\n") == 1
+    assert message.startswith("pl-attnedit fit: error: ")
+    assert not (tmp_path / "mlflow.db").exists()
     for part in expected:
         assert part in message
 
@@ -308,6 +317,11 @@ def test_fit_resumes_and_validates(
     assert torch.load(last, weights_only=True)["global_step"] == 3
     assert fit("--ckpt_path", last, command="validate") == 0
     assert load_student(last).edit_plan.pattern
+    assert fit(*keep, "--ckpt_path", "best", command="validate") == 2
+    assert "no best*.ckpt in" in capsys.readouterr().err
+    last.rename(last.with_name("best.ckpt"))
+    assert fit(*keep, "--ckpt_path", "best", command="validate") == 0
+    last.with_name("best.ckpt").rename(last)
     for other, message in (
         (["--model.init_args.pattern", "SSFF"], "was written for the plan"),
         (["--model.init_args.teacher", other_teacher], "was written for the teacher"),
@@ -347,9 +361,29 @@ def test_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0
     assert "a whole conversion" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pl-attnedit {metadata.version('pl_attnedit')}\n"
     assert main(["covert"]) == 2
     assert "unknown command 'covert'" in capsys.readouterr().err
     assert main(["generate", "none", "x"]) == 2
     assert "folder of a converted model" in capsys.readouterr().err
     assert main(["generate", "none", "x", "--max-new-tokens", "0"]) == 2
+    capsys.readouterr()
     assert main(["generate"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1  # not the usage of all options
+    assert main(["bench"]) == 2
+    assert "There are cache, init, loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["a command", "the interpreter's end"])
+def test_a_reader_that_has_seen_enough(kind: str) -> None:
+    """`pl-attnedit ... | head -1`"""
+    code = "import sys; from pl_attnedit.cli import main; sys.exit(main(['doctor', '--json']))"
+    if kind == "a command":
+        code = code.replace("sys.exit", "print('x' * 100_000); sys.exit")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert "Error" not in process.stderr.read()
+    assert process.wait() == 128 + signal.SIGPIPE

@@ -124,7 +124,6 @@ def test_printed_and_nothing_written(
         ({"pattern": "F"}, "pattern = 'F': edits no layer"),
         ({"trainer": {"devices": 0}}, "trainer.devices = 0: must be how many"),
         ({"trainer": {"devices": "foo"}}, "trainer.devices = 'foo': must be how many"),
-        ({"trainer": {"num_nodes": None}}, "trainer.num_nodes = None: must have a value"),
         ({"trainer": {"precision": "bogus"}}, "trainer.precision = 'bogus': must be one of"),
         ({"trainer": {"accelerator": "bogus"}}, "trainer.accelerator = 'bogus': must be one of"),
         ({"trainer": {"strategy": "layers"}}, "trainer.strategy = 'layers': is for stage 1 alone"),
@@ -144,7 +143,6 @@ def test_printed_and_nothing_written(
             "stage2.options.train = 'bogus'",
         ),
         ({"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"feature_weight": "abc"}}}, "is of the wrong kind"),
-        ({"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"feature_weight": None}}}, "leave it out for 0.0"),
         (
             {"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"weight_decay": -1}}},
             "weight_decay = -1.0: must be",

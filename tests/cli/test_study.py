@@ -22,7 +22,7 @@ from pl_attnedit.eval.bench.shapes import config_of
 from pl_attnedit.locks import LOCK, claim
 from pl_attnedit.recipe import read_recipe, recipe_parser
 from pl_attnedit.recipe_checks import check_recipe
-from pl_attnedit.study import StudyRun, merged, read_study, rows
+from pl_attnedit.study import StudyRun, read_study, rows
 
 Make = Callable[..., Any]
 STUDIES = sorted(Path(__file__).parents[2].glob("configs/studies/*.yaml"))
@@ -128,20 +128,10 @@ def test_a_seed_that_diverged_leaves_the_intervals_of_the_others() -> None:
         assert again[2]["ratio"] is None
 
 
-def test_fields_are_merged_one_by_one() -> None:
-    base = {"stage1": {"steps": 5, "learning_rate": 1.0}, "init": "random"}
-    changed = merged(base, {"stage1": {"steps": 7}, "init": "copy"})
-    assert changed == {"stage1": {"steps": 7, "learning_rate": 1.0}, "init": "copy"}
-    assert base["stage1"]["steps"] == 5
-    targets = {"S": {"type": "mla", "kv_lora_rank": 96}}
-    assert merged(targets, {"S": {"latent_norm": False}})["S"] == {**targets["S"], "latent_norm": False}
-    assert merged(targets, {"S": {"type": "gate_swa", "window": 4}})["S"] == {"type": "gate_swa", "window": 4}
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"base": "nowhere.yaml"}, "must be the file of a recipe"),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml': cannot be read"),
         ({"variants": {}}, "must map names"),
         ({"variants": {"a": 3}}, "must map names"),
         ({"variants": ["a"]}, r"variants = \['a'\]: must map names"),
@@ -151,7 +141,7 @@ def test_fields_are_merged_one_by_one() -> None:
         ({"sedes": [1]}, "known are name"),
         ({"name": None}, "must be a name"),
         ({"name": ""}, "must be a name"),
-        ({"base": 123}, "must be the file of a recipe"),
+        ({"base": 123}, "123': cannot be read"),
         ({"name": ".."}, "must be a name"),
         ({"variants": {"a b": {}, "a_b": {}}}, "variants = 'a b': would be the same run as 'a_b'"),
         ({"change": 3}, "change = 3: must be fields"),
@@ -200,7 +190,7 @@ def test_mistakes_of_the_command(study: Make, tmp_path: Path, capsys: pytest.Cap
     assert main(["study", str(study()), "--no-run", "--runs", str(tmp_path)]) == 2
     errors += capsys.readouterr().err
     assert all(text in errors for text in ("cannot be read", "part of one of: as it is", "--workers", "none of its"))
-    assert all(text in errors for text in ("must be the file of a recipe", "variant 'odd': "))
+    assert all(text in errors for text in ("is empty, must be a recipe", "variant 'odd': "))
     assert all(
         text in errors for text in ("variant 'other': stage2.options.train = 'bogus'", "variant 'third': window = 0")
     )
