@@ -22,8 +22,12 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 from pl_attnedit import edit_model
 from pl_attnedit.attention import GateSWAConfig
 from pl_attnedit.cli import COMMANDS, main
+from pl_attnedit.data import TextDataModule
 from pl_attnedit.eval.students import load_student
-from pl_attnedit.teachers.source import load_teacher
+from pl_attnedit.recipe import read_recipe, recipe_parser
+from pl_attnedit.recipe_checks import check_recipe
+from pl_attnedit.teachers.source import cache_root, load_teacher
+from pl_attnedit.tracking import resolve_tracking_uri
 
 Make = Callable[..., Any]
 
@@ -375,15 +379,56 @@ def test_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert "There are cache, init, loss" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["a command", "the interpreter's end"])
-def test_a_reader_that_has_seen_enough(kind: str) -> None:
+def test_a_reader_that_has_seen_enough() -> None:
     """`pl-attnedit ... | head -1`"""
     code = "import sys; from pl_attnedit.cli import main; sys.exit(main(['doctor', '--json']))"
-    if kind == "a command":
-        code = code.replace("sys.exit", "print('x' * 100_000); sys.exit")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
     assert "Error" not in process.stderr.read()
     assert process.wait() == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "-o", "~/table.xlsx"],
+        ["report", "-o", "~/there/report.html", "--tracking-uri", "sqlite:///~/there.db"],
+        ["study", "~/none.yaml"],
+        ["export", "~/none", "~/out", "--format", "step3p7"],
+        ["generate", "~/none", "x"],
+        ["eval", "~/none", "--teacher", "~/none"],
+        ["eval", "x", "--teacher", "x", "--suite", "~/none.yaml"],
+        ["generate-data", "--teacher", "{teacher}", "--tokens", "9", "--max-tokens", "9", "--prompts", "~/none"],
+        ["sensitivity", "--teacher", "x", "--target", "{{type: gate_swa, window: 8}}", "-o", "~/folder"],
+        ["fit", "-c", "fit.yaml", "--ckpt_path", "~/none.ckpt"],
+        ["bench", "cache", "--teacher", "{teacher}", "--student", "~/none"],
+    ],
+    ids=lambda arguments: " ".join(arguments)[:40],
+)
+def test_the_home_folder_in_every_path(
+    fit: Callable[..., int], teacher_folder: Make, tmp_path: Path, monkeypatch: Any, capsys: Any, arguments: list[str]
+) -> None:
+    (tmp_path / "home" / "folder").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert main([each.format(teacher=teacher_folder()) for each in arguments]) == 2
+    assert f"{tmp_path / 'home'}/" in capsys.readouterr().err
+    assert not (tmp_path / "~").exists()
+
+
+def test_the_home_folder_in_configs(
+    recipe: Make, teacher_folder: Make, tmp_path: Path, monkeypatch: Any, cache_of_tests: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "teacher").symlink_to(teacher_folder())
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    parser = recipe_parser()
+    ready, data = read_recipe(parser, parser.parse_args(["-c", str(recipe(teacher="~/teacher", runs="~/runs"))]))
+    assert ready.runs == str(tmp_path / "home" / "runs")
+    check_recipe(ready)
+    assert TextDataModule(ready.teacher, **data).tokenizer.eos_token_id is not None
+    assert resolve_tracking_uri("sqlite:///~/there.db") == f"sqlite:///{tmp_path}/home/there.db"
+    monkeypatch.setenv("PL_ATTNEDIT_CACHE", "~/cache")
+    assert cache_root() == tmp_path / "home" / "cache"
