@@ -14,10 +14,8 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from pl_attnedit.cli.devices import torch_device
-from pl_attnedit.cli.options import OptionParser
+from pl_attnedit.cli.options import OptionParser, yaml_value
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.bench.shapes import SHAPES
 from pl_attnedit.files import json_text
@@ -81,7 +79,7 @@ def _decode_options(commands: Any) -> ArgumentParser:
     decode.add_argument(
         "--target",
         nargs="+",
-        type=yaml.safe_load,
+        type=yaml_value,
         help=f"students with random weights, a {TARGET_HELP} without --student",
     )
     decode.add_argument(
@@ -104,7 +102,7 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
     )
     stage.add_argument("--model", default="smollm2-135m", help=MODEL_HELP)
     stage.add_argument("--layers", type=int, help="of a shape: another number of layers")
-    stage.add_argument("--target", type=yaml.safe_load, default=TARGET, help=TARGET_HELP)
+    stage.add_argument("--target", type=yaml_value, default=TARGET, help=TARGET_HELP)
     stage.add_argument("--pattern", help="layers that get it, default the target's own")
     stage.add_argument("--batch", type=int, default=4, help="sequences (default 4)")
     stage.add_argument("--seq", type=int, default=512, help="tokens of a sequence (default 512)")
@@ -115,7 +113,7 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
         help="the Trainer's, and of what is frozen",
     )
     stage.add_argument("--device", default="cpu", help="torch device (default cpu)")
-    stage.add_argument("--compiled", type=yaml.safe_load, help="true or false: torch.compile; default: on a GPU")
+    stage.add_argument("--compiled", type=yaml_value, help="true or false: torch.compile; default: on a GPU")
     stage.add_argument("--liger", action="store_true", help="Liger's kernels in the trunk")
     stage.add_argument("--cuda-graph", action="store_true", help="the step recorded as a CUDA graph")
     stage.add_argument(

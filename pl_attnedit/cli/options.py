@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
-from typing import NoReturn
+from argparse import ArgumentParser, ArgumentTypeError
+from typing import Any, NoReturn
 
+from pl_attnedit.config_files import load_yaml
 from pl_attnedit.errors import UserError
 
 
@@ -14,3 +15,11 @@ class OptionParser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def yaml_value(text: str) -> Any:
+    """The type of options that are written as in YAML."""
+    try:
+        return load_yaml(text)
+    except UserError as error:
+        raise ArgumentTypeError(f"{text!r} {error}") from error

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from os.path import expanduser
 from typing import Any
 
-import yaml
-
 from pl_attnedit.cli.devices import torch_device
-from pl_attnedit.cli.options import OptionParser
+from pl_attnedit.cli.options import OptionParser, yaml_value
 from pl_attnedit.errors import invalid
 from pl_attnedit.files import check_output, json_text, write_atomically
 
@@ -26,6 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--target",
         required=True,
+        type=yaml_value,
         help="as in a recipe: '{type: gate_swa, window: 64, sinks: 4}', or several by letter: '{S: ..., M: ...}'",
     )
     parser.add_argument(
@@ -45,10 +44,6 @@ def main(arguments: Sequence[str]) -> int:
     for name, least in {"seq_len": 2, "batch_size": 1, "tokens": 1, "context": 1}.items():
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise invalid("--" + name.replace("_", "-"), getattr(options, name), f"must be at least {least}")
-    try:
-        options.target = yaml.safe_load(options.target)
-    except yaml.YAMLError as error:
-        raise invalid("--target", options.target, f"is no YAML: {str(error).splitlines()[0]}") from error
     if options.budget is not None and options.budget >= 1:
         raise invalid("--budget", options.budget, "must be below 1: at 1 nothing is edited")
     check_output("--output", options.output)

@@ -170,9 +170,10 @@ class DistillationModule(OptimisedModule):
         for attention in edited_attention(student).values():
             attention.to(dtype)
         if hparams["init_from"] is not None:  # also when resuming: its trunk may not be in the checkpoint
-            copy_weights(student, Path(hparams["init_from"]).expanduser(), dtype)
+            init_from = Path(hparams["init_from"]).expanduser()
+            copy_weights(student, init_from, dtype)
             if self._trainer is not None:
-                self._leave_out(TrainedOn.of_folder(hparams["init_from"]))
+                self._leave_out(TrainedOn.of_folder(init_from))
         elif self.resuming:
             initialise(student, teacher, "random", None)
         else:

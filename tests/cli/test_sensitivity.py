@@ -85,7 +85,7 @@ def test_fewer_tokens_than_a_sequence_are_one_sequence(measure: Run) -> None:
         (["--target", "{type: none}"], "none"),
         (["--tokens", "100000000"], "--tokens = 100000000: must be at most"),
         (["--seq-len", "1"], "--seq-len = 1: must be at least 2"),
-        (["--target", "{type: gate_swa"], "--target = '{type: gate_swa': is no YAML"),
+        (["--target", "{type: gate_swa"], "argument --target: '{type: gate_swa' is no YAML"),
         (["--device", "abacus"], "--device = 'abacus': cannot be used"),
         (["--dtype", "float99"], "dtype = 'float99': must be auto, or one such as"),
         (["-o", "."], "--output = '.': is a folder"),
