@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.data.encoding import chat_template
@@ -88,6 +89,9 @@ def render(conversation: Sequence[Any], tokenizer: PreTrainedTokenizerBase, answ
 
 def _render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, answers: bool) -> Rendered:
     template = _Template(tokenizer, conversation.template_arguments())
+    for name in OF_A_CHAT[:2]:
+        if conversation.options.get(name) and name not in template.source:
+            rank_zero_warn(f"{name} of conversations are not read: the tokenizer's chat template has no place for them")
     chat = template.readable([_clean(message, conversation.where) for message in conversation])
     text = template(chat)
     if not answers:

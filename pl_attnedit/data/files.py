@@ -21,9 +21,9 @@ from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers.source import cache_root
 
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")  # around text; what can be inflated inside a parquet file is so already
-_ROWS = 64  # of a table at a time
+_ROWS = 16  # of a table at a time: they may be long
 _NAMED = 5  # files in a message
-_READING_ERRORS = (OSError, ValueError)  # Arrow's own are among these
+_READING_ERRORS = (OSError, ValueError, pa.ArrowException)
 
 
 def kind_of(file: Path) -> str:

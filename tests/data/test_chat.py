@@ -165,6 +165,13 @@ def test_further_columns_reach_the_template(with_template: Any) -> None:
     assert render(Conversation(CHAT, options), with_template(template), answers=False).text == "t d False"
 
 
+def test_what_a_template_has_no_place_for_is_said(tokenizer: Any) -> None:
+    with pytest.warns(
+        UserWarning, match="tools of conversations are not read: the tokenizer's chat template has no place"
+    ):
+        render(Conversation(CHAT, {"tools": [{"name": "t"}]}), tokenizer, answers=False)
+
+
 @pytest.mark.parametrize("template", ["{{ messages[9].role.x }}", "{{ messages + 1 }}", "{{ 1 / 0 }}", "{% if %}"])
 def test_templates_fail_in_every_way(with_template: Any, template: str) -> None:
     with pytest.raises(UserError, match=r"in a.jsonl, line 3, the tokenizer's chat template refuses them: .+"):

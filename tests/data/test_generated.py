@@ -132,6 +132,14 @@ def test_a_broken_part_is_named(name: str, writer: Write, tmp_path: Path) -> Non
         generate_data(writer(prompts="none"), "tiny", tmp_path / "x.parquet", 200)
 
 
+def test_a_prompt_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "lines.txt").write_bytes("\ufeffone\u2028two\r\n\r\n three ".encode())
+    assert generated._lines("~/lines.txt") == ["one\u2028two", "three"]
+    with pytest.raises(UserError, match=r"prompts = '.*none\.txt': must be auto, chat, none or a text file"):
+        generated._lines(str(tmp_path / "none.txt"))
+
+
 def test_prompts_that_are_no_utf8(writer: Write, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.txt': must be UTF-8 text: line 1, byte 2 is none"):
