@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -32,8 +33,10 @@ def is_finished(path: Path) -> bool:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What a finished conversion found. Raises `UserError` where its run folder has no such file, or a broken one."""
-    return _read_json(path, "summary.json", "kl_after_stage2")
+    """What a finished conversion found, null figures as nan. Raises `UserError` where its run folder has no such file, or a
+    broken one."""
+    found = _read_json(path, "summary.json", "kl_after_stage2")
+    return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def _read_json(path: Path, name: str, *keys: str) -> dict[str, Any]:

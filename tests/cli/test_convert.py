@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pl_attnedit.conversion import Conversion
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.dry_run import dry_run
 from pl_attnedit.errors import UserError
+from pl_attnedit.files import json_text
 from pl_attnedit.recipe import as_plain, read_recipe, recipe_parser
 from pl_attnedit.run_folder import RunFolder, read_summary
 from pl_attnedit.teachers.source import teacher_fingerprint
@@ -262,6 +264,13 @@ def test_a_broken_summary_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(content)
     with pytest.raises(UserError, match=r"its summary\.json is broken"):
         read_summary(tmp_path)
+
+
+def test_a_summary_of_a_diverged_student_is_json_and_is_read_again(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json_text({"kl_before": 1.5, "kl_after_stage2": math.nan}))
+    found = read_summary(tmp_path)
+    assert found["kl_before"] == 1.5
+    assert math.isnan(found["kl_after_stage2"])
 
 
 def test_wall_time_counts_the_starts_that_were_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
