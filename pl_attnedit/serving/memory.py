@@ -35,8 +35,8 @@ class Layer:
     latent: bool = False
 
     def blocks(self, tokens: int, block: int) -> int:
-        """Blocks held for a text of `tokens` tokens whose next token is to be computed."""
-        skipped = 0 if self.window is None else max(0, tokens - self.window + 1) // block
+        """Blocks held for a text while the last of its `tokens` tokens is computed."""
+        skipped = 0 if self.window is None else max(0, tokens - self.window) // block
         return ceil(tokens / block) - skipped + min(ceil(self.sinks / block), skipped)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import SHAPE, build_student, compare, engine
+from engines import BLOCK, SHAPE, answer, build_student, compare, engine, greedy, scheduler
 
 from pl_attnedit import GateSWAConfig, MLAConfig
+from pl_attnedit.serving.memory import groups_of, held_bytes, layers_of
 
 pytestmark = pytest.mark.vllm
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -89,3 +90,71 @@ def test_every_family(
     student.save_pretrained(tmp_path)
     with engine(tmp_path) as llm:
         assert compare(llm, student, prompts(make_ids), 16) < 1e-4
+
+
+def held(llm: Any) -> list[int]:
+    """Blocks that each group of layers holds for the only running request."""
+    managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+    return [sum(not block.is_null for block in next(iter(m.req_to_blocks.values()))) for m in managers]
+
+
+LONG = {"max_position_embeddings": 32768, "num_hidden_layers": 8}
+
+
+@pytest.mark.parametrize("name", ["sinks_head_gate", "windows_and_mla", "several_windows", "mla"])
+def test_blocks_held_are_those_of_the_formula(
+    name: str, make_teacher: Callable[..., Any], make_ids: Callable[..., Any], tmp_path: Path
+) -> None:
+    from vllm import SamplingParams
+
+    student = build_student(make_teacher("llama", **{**SHAPE, **LONG}), *STUDENTS[name])
+    student.save_pretrained(tmp_path)
+    groups = groups_of(layers_of(student.config), BLOCK)
+    with engine(tmp_path, max_model_len=32768, max_num_batched_tokens=4096) as llm:
+        config = scheduler(llm).kv_cache_config
+        assert len(config.kv_cache_groups) == len(groups)
+        page = config.kv_cache_tensors[0].size // config.num_blocks
+        assert {4 * group.pages for group in groups} == {page}
+        for length in (1000, 8000, 32000) if name == "sinks_head_gate" else (1000, 4000):
+            prompt = {"prompt_token_ids": make_ids(1, length, seed=length)[0].tolist()}
+            params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+            llm.llm_engine.add_request(str(length), prompt, params)
+            tokens = 0
+            while llm.llm_engine.has_unfinished_requests():
+                for out in llm.llm_engine.step():
+                    tokens = length + len(out.outputs[0].token_ids) - 1  # the newest one is not in the cache yet
+                    if out.finished or tokens == length:
+                        continue  # what a prompt needed more is given back when the second token is computed
+                    found = held(llm)
+                    assert sorted(found) == sorted(g.layer.blocks(tokens, g.block) for g in groups), tokens
+                    assert sum(found) * page == held_bytes(student.config, tokens, 4, BLOCK)
+            assert tokens > length
+
+
+@pytest.mark.parametrize("name", ["sinks_head_gate", "several_windows", "windows_mla_full", "mla"])
+def test_prefix_hits_and_preempted_requests_give_the_same(
+    name: str, make_teacher: Callable[..., Any], make_ids: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A conversation that grows, another one that begins alike, and so little memory that requests are thrown out."""
+    student = build_student(make_teacher("llama", **SHAPE), *STUDENTS[name])
+    student.save_pretrained(tmp_path)
+    first = make_ids(1, 1300, seed=3)[0].tolist()
+    texts = [first[:1000], first, first[:900] + make_ids(1, 200, seed=4)[0].tolist(), first[:50], first[:1200]]
+    with engine(tmp_path) as llm:
+        for text in texts:
+            assert compare(llm, student, [text], 8) < 5e-5  # prompt log-probabilities are computed without the cache
+        found = [answer(llm, [text], 8, logprobs=False)[0] for text in texts]
+        hits = [out.num_cached_tokens for out in found]
+        assert min(hits[1], hits[4]) > 600, hits
+        assert hits[2] > 400, hits
+        many = [make_ids(1, 300, seed=seed)[0].tolist() for seed in range(8)]
+        cold = [list(out.outputs[0].token_ids) for out in answer(llm, many, 200, logprobs=False)]
+    expected = [greedy(student, text, 8) for text in texts]
+    assert [list(out.outputs[0].token_ids) for out in found] == expected
+    assert cold == [greedy(student, text, 200) for text in many]
+    with engine(tmp_path, num_gpu_blocks_override=90) as llm:
+        preempted = []
+        inner = scheduler(llm)._preempt_request
+        scheduler(llm)._preempt_request = lambda *args, **kwargs: (preempted.append(args), inner(*args, **kwargs))
+        assert [list(out.outputs[0].token_ids) for out in answer(llm, many, 200, logprobs=False)] == cold
+        assert preempted, "memory must have been short, or this test shows nothing"
