@@ -18,6 +18,7 @@ from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.modeling.kv import fill_cache, on_meta
 from pl_attnedit.recipe import Recipe, StageRecipe
 from pl_attnedit.recipe_checks import check_devices, check_recipe, world_size
+from pl_attnedit.serving.memory import BLOCK, held_bytes
 
 CONTEXTS = (1024, 8192, 32768)  # tokens; the model's limit is added
 # Share of a matrix product's rate that training reaches on a GPU. Measured on one and two H200, both stages
@@ -85,11 +86,15 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
 
 
 def _kv(teacher: Any, student: Any, limit: int) -> list[dict[str, Any]]:
-    """Cached bytes of one sequence, by context."""
+    """Cached bytes of one sequence, by context: in Hugging Face's caches, and in the blocks of vLLM."""
     rows = []
     for context in sorted({*(c for c in CONTEXTS if c < limit), limit}):
         found = {"teacher": sum(next(fill_cache(teacher, context))), "student": sum(next(fill_cache(student, context)))}
-        rows.append({"context": context, **found, "budget": found["student"] / found["teacher"]})
+        vllm = {
+            name: held_bytes(model.config, context, model.dtype.itemsize)
+            for name, model in {"teacher": teacher, "student": student}.items()
+        }
+        rows.append({"context": context, **found, "budget": found["student"] / found["teacher"], "vllm": vllm})
     return rows
 
 
@@ -138,6 +143,13 @@ def dry_run_table(result: dict[str, Any]) -> str:
     for row in result["kv"]:
         sizes = f"{row['teacher'] / 1e9:10.3f}   {row['student'] / 1e9:10.3f}"
         lines.append(f"{row['context']:16,} tokens   {sizes}   {percent(row['budget']):>9}")
+    lines += ["", "served by vLLM             bytes per token           sequences in 1 GB"]
+    lines += [f"blocks of {BLOCK} tokens       teacher     student     teacher     student     ratio"]
+    for row in result["kv"]:
+        teacher, student = row["vllm"]["teacher"], row["vllm"]["student"]
+        bytes_ = f"{teacher / row['context']:10,.0f}  {student / row['context']:10,.0f}"
+        sequences = f"{1e9 / teacher:10,.2f}  {1e9 / student:10,.2f}"
+        lines.append(f"{row['context']:16,} tokens  {bytes_}  {sequences}  {teacher / student:7.2f}x")
     lines += ["", "         trained parameters   steps     tokens      PFLOP   time here"]
     for name, stage in stages.items():
         trained = count(stage["trained_parameters"])
