@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines import BLOCK, SHAPE, answer, build_student, compare, engine, greedy, scheduler
 
 from pl_attnedit import GateSWAConfig, MLAConfig
@@ -148,13 +149,14 @@ def test_prefix_hits_and_preempted_requests_give_the_same(
         assert min(hits[1], hits[4]) > 600, hits
         assert hits[2] > 400, hits
         many = [make_ids(1, 300, seed=seed)[0].tolist() for seed in range(8)]
-        cold = [list(out.outputs[0].token_ids) for out in answer(llm, many, 200, logprobs=False)]
+        cold = [list(out.outputs[0].token_ids) for out in answer(llm, many, 100, logprobs=False)]
     expected = [greedy(student, text, 8) for text in texts]
     assert [list(out.outputs[0].token_ids) for out in found] == expected
-    assert cold == [greedy(student, text, 200) for text in many]
-    with engine(tmp_path, num_gpu_blocks_override=90) as llm:
+    batch = student.generate(torch.tensor(many), max_new_tokens=100, do_sample=False)
+    assert cold == batch[:, 300:].tolist()
+    with engine(tmp_path, max_model_len=512, num_gpu_blocks_override=90) as llm:
         preempted = []
         inner = scheduler(llm)._preempt_request
         scheduler(llm)._preempt_request = lambda *args, **kwargs: (preempted.append(args), inner(*args, **kwargs))
-        assert [list(out.outputs[0].token_ids) for out in answer(llm, many, 200, logprobs=False)] == cold
+        assert [list(out.outputs[0].token_ids) for out in answer(llm, many, 100, logprobs=False)] == cold
         assert preempted, "memory must have been short, or this test shows nothing"
