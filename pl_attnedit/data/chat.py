@@ -21,6 +21,7 @@ OF_A_CHAT = ("tools", "documents", "chat_template_kwargs")
 # A character of the private use area: no template and no text contains it.
 _MARK = "\ue000"
 _PART = re.compile(r"""\{['"](?:type|text)['"]: """)  # how a template shows a part of a content that it takes for text
+_TAKEN = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -37,16 +38,24 @@ class Conversation(list[dict[str, Any]]):
     ) -> None:
         super().__init__(messages)
         self.where = where
-        self.options = {name: _parsed(name, value, where) for name, value in (options or {}).items() if value != ""}
+        self.options = {name: _parsed(value) for name, value in (options or {}).items() if value != ""}
 
-    def template_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `apply_chat_template`."""
+    def arguments(self, template: str) -> dict[str, Any]:
+        """Keyword arguments for `apply_chat_template` with this template; a warning names what it has no place for."""
         further = self.options.get("chat_template_kwargs") or {}
-        taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-        if not isinstance(further, Mapping) or taken.keys() & further.keys():
+        if not isinstance(further, Mapping) or _TAKEN & further.keys():
             allowed = f"in {self.where}, must be variables of the chat template"
             raise invalid("chat_template_kwargs", _shorten(further), allowed)
-        return {**{name: self.options.get(name) for name in OF_A_CHAT[:2]}, **further}
+        found = dict(further)
+        for name in ("tools", "documents"):
+            given = self.options.get(name)
+            if given and name not in template:
+                rank_zero_warn(f"{name} of conversations are not read: the chat template has no place for them")
+            elif given is not None:
+                if not (isinstance(given, list) and all(isinstance(one, Mapping) for one in given)):
+                    raise invalid(name, _shorten(given), f"in {self.where}, must be a list of objects, or JSON of one")
+                found[name] = given
+        return found
 
 
 class Rendered(NamedTuple):
@@ -88,10 +97,7 @@ def render(conversation: Sequence[Any], tokenizer: PreTrainedTokenizerBase, answ
 
 
 def _render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, answers: bool) -> Rendered:
-    template = _Template(tokenizer, conversation.template_arguments())
-    for name in OF_A_CHAT[:2]:
-        if conversation.options.get(name) and name not in template.source:
-            rank_zero_warn(f"{name} of conversations are not read: the tokenizer's chat template has no place for them")
+    template = _Template(tokenizer, conversation)
     chat = template.readable([_clean(message, conversation.where) for message in conversation])
     text = template(chat)
     if not answers:
@@ -124,9 +130,10 @@ def mark_answers(offsets: Sequence[tuple[int, int]] | np.ndarray, answers: Seque
 class _Template:
     """A tokenizer's chat template with the arguments of one conversation."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> None:
         self.tokenizer = tokenizer
-        self.source = chat_template(tokenizer, arguments["tools"])
+        self.source = chat_template(tokenizer, conversation.options.get("tools"))
+        arguments = conversation.arguments(self.source)
         self.apply: Any = partial(tokenizer.apply_chat_template, chat_template=self.source, **arguments)
 
     def __call__(self, chat: list[dict[str, Any]], **arguments: Any) -> str:
@@ -223,16 +230,14 @@ def _common_prefix(one: str, other: str) -> int:
     return low
 
 
-def _parsed(name: str, value: Any, where: str) -> Any:
-    """The value of a column of `OF_A_CHAT`, read where it is JSON as text."""
+def _parsed(value: Any) -> Any:
+    """What a text holds as JSON, also within a list; itself where it holds none."""
     if isinstance(value, list):
-        return [_parsed(name, item, where) for item in value]
-    if not isinstance(value, str):
-        return value
+        return [_parsed(item) for item in value]
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise invalid(name, _shorten(value), f"in {where}, is no JSON: {error}") from error
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def _shorten(value: Any) -> str:

@@ -187,14 +187,15 @@ class ParquetTable:
             except UnicodeDecodeError as error:
                 raise invalid(self.field, str(self.file), f"must be UTF-8 text: {error}, behind row {done}") from error
             except _READING_ERRORS as error:
-                raise self._broken(error) from error
+                raise self._broken(error, f" behind row {done}") from error
             if not rows:
                 return
             yield from ((f"row {number}", row) for number, row in enumerate(rows, start=done + 1))
             done += len(rows)
 
-    def _broken(self, error: Exception) -> UserError:
-        return invalid(self.field, str(self.file), f"cannot be read as parquet: {error}")
+    def _broken(self, error: Exception, where: str = "") -> UserError:
+        reason = " ".join(str(error).split())
+        return invalid(self.field, str(self.file), f"cannot be read as parquet{where}: {reason}")
 
 
 def table_rows(table: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:

@@ -166,10 +166,8 @@ def test_further_columns_reach_the_template(with_template: Any) -> None:
 
 
 def test_what_a_template_has_no_place_for_is_said(tokenizer: Any) -> None:
-    with pytest.warns(
-        UserWarning, match="tools of conversations are not read: the tokenizer's chat template has no place"
-    ):
-        render(Conversation(CHAT, {"tools": [{"name": "t"}]}), tokenizer, answers=False)
+    with pytest.warns(UserWarning, match="documents of conversations are not read: the chat template has no place"):
+        render(Conversation(CHAT, {"documents": ["not even an object"]}), tokenizer, answers=False)
 
 
 @pytest.mark.parametrize("template", ["{{ messages[9].role.x }}", "{{ messages + 1 }}", "{{ 1 / 0 }}", "{% if %}"])

@@ -145,20 +145,21 @@ def test_conversations_arrive_whole_from_every_format(
     [
         ({"messages": "[{'role': 'user'}]"}, "must hold messages, .*data.jsonl, line 2 has text that is no JSON"),
         ({"messages": '{"role": "user"}'}, "must hold text or a list of messages, .*data.jsonl, line 2 has dict"),
-        ({"messages": CHAT, "tools": "none"}, "tools = .*none.*: in .*data.jsonl, line 2, is no JSON"),
+        ({"messages": CHAT, "tools": "none"}, "tools = .*none.*: in .*data.jsonl, line 2, must be a list of"),
         ({"messages": [{"role": "user", "content": 3}]}, "in .*data.jsonl, line 2, the content must be text"),
         ({"messages": [{"from": "human", "value": "x"}]}, "in .*data.jsonl, line 2, each message must have a role"),
         ({"messages": [{"role": "user"}]}, "in .*data.jsonl, line 2, the tokenizer's chat template refuses them: "),
         (
             {"messages": CHAT, "tools": [3]},
-            "in .*data.jsonl, line 2, the tokenizer's chat template refuses them: Tools",
+            "in .*data.jsonl, line 2, must be a list of objects, or JSON of one",
         ),
         ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, "in .*line 2, must be variables of the chat"),
     ],
 )
 def test_a_conversation_that_cannot_be_rendered_is_named(
-    write_jsonl: Callable[..., str], tokenizer: Any, row: dict[str, Any], message: str
+    write_jsonl: Callable[..., str], tokenizer: Any, row: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ tools }}" + tokenizer.chat_template)
     source = open_source(write_jsonl([{"messages": CHAT}, row]))
     with pytest.raises(UserError, match=message) as error:
         tokenize([source], tokenizer, "all")
