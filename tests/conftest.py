@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from pl_attnedit.teachers import FAMILIES
 
+torch._dynamo.config.fail_on_recompile_limit_hit = True  # elsewhere torch.compile only warns where it gives up
+
 VOCAB = 64
 BASE = {
     "vocab_size": VOCAB,
