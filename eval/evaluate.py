@@ -78,7 +78,7 @@ def evaluate_suite(
         compare_samples(found.pairs, found.higher_is_better, suite.margins, pools_of(requests)),
         found.samples,
         {**found.settings, "text": text, **held_out.settings},
-        {"name": suite.name, "version": suite.version},
+        {"name": suite.name, "version": suite.version_on(text, bigbench)},
         further,
     )
     write_atomically(out / "results.json", result.to_json())

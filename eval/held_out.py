@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from pl_attnedit.callbacks import check_checkpoint
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.chat import render
 from pl_attnedit.data.sources import BUILTIN, Document, document_hash, open_source
+from pl_attnedit.data.tokens import load_tokenizer
 from pl_attnedit.errors import invalid
 from pl_attnedit.trained_on import TrainedOn
 
@@ -59,6 +61,7 @@ def held_out_texts(teacher: str, text: str, trained: TrainedOn, seq_len: int = 5
     if text == BUILTIN or not (whole or trained.complete):
         left_out = data.leave_out(trained)
         return HeldOut(data.held_out_texts(), left_out)
+    tokenizer = cache(lambda: load_tokenizer(teacher))
     found: dict[int, str] = {}
     known: set[int] = set()
     for document in open_source(text).documents():
@@ -68,7 +71,7 @@ def held_out_texts(teacher: str, text: str, trained: TrainedOn, seq_len: int = 5
         if is_trained(document, trained):
             known.add(key)
         else:
-            found[key] = document if isinstance(document, str) else render(document, data.tokenizer, False).text
+            found[key] = document if isinstance(document, str) else render(document, tokenizer(), False).text
     if known:
         log.warning(
             "%s: left out %d of %d documents, on which the student was trained",

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pl_attnedit.config_files import read_yaml
+from pl_attnedit.data.sources import BUILTIN
 from pl_attnedit.errors import UserError, invalid
 
 SUITES = Path(__file__).parent.parent / "configs" / "suites"
@@ -154,8 +157,15 @@ class Suite:
 
     @property
     def version(self) -> str:
-        """Identifies what the suite measures: its content and the versions of its tasks."""
+        """Identifies what the suite measures, on held-out built-in text: its content and the versions of its tasks."""
+        return self.version_on()
+
+    def version_on(self, text: str = BUILTIN, bigbench: str | Path | Sequence[str | Path] | None = None) -> str:
+        """The version of an evaluation on this text and these questions, which are known by their names."""
         content = [asdict(self), TASKS_VERSION, version("lm_eval") if self.library else None]
+        files = [bigbench] if isinstance(bigbench, str | Path) else bigbench or []
+        if text != BUILTIN or files:
+            content += [os.path.abspath(name) if os.path.exists(name) else str(name) for name in (text, *files)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -35,7 +35,9 @@ class TrainedOn:
     complete: bool = True
 
     def __or__(self, other: TrainedOn) -> TrainedOn:
-        return TrainedOn(np.union1d(self.documents, other.documents), self.complete and other.complete)
+        either = [each.documents for each in (self, other) if len(each.documents)]  # millions, at every checkpoint
+        documents = np.union1d(*either) if len(either) == 2 else either[0] if either else self.documents
+        return TrainedOn(documents, self.complete and other.complete)
 
     def has(self, hashes: np.ndarray) -> np.ndarray:
         """Which of these documents are among them, bool."""

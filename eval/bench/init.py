@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.attention import GateSWAConfig, LayerStatistics, MLAConfig, TargetConfig
 from pl_attnedit.data.encoding import encode
-from pl_attnedit.data.sources import open_source
+from pl_attnedit.data.sources import document_hash, open_source
 from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.formatting import aligned
@@ -89,10 +89,11 @@ def bench_init(
     if not chosen:
         raise invalid("rows", rows, f"must be part of one of: {'; '.join(row.name for row in ROWS)}")
     text = sequences("calibration", calibration, tokenizer, calibration_sequences, seq_len, shuffle=True)
-    asked = sequences("heldout", heldout, tokenizer, heldout_sequences, seq_len).to(teacher.device)
+    needed = any(isinstance(row.target, MLAConfig) and row.init in FROM_TEXT for row in chosen)
+    known = {document_hash(document) for document in open_source(calibration).documents()} if needed else ()
+    asked = sequences("heldout", heldout, tokenizer, heldout_sequences, seq_len, known=known).to(teacher.device)
     start = time.perf_counter()
     layers = list(range(teacher.config.num_hidden_layers))
-    needed = any(isinstance(row.target, MLAConfig) and row.init in FROM_TEXT for row in chosen)
     statistics = collect_statistics(teacher, layers, text.split(BATCH)) if needed else {}
     seconds = time.perf_counter() - start
     reference = last_hidden(teacher, asked)
@@ -107,12 +108,19 @@ def bench_init(
 
 
 def sequences(
-    field: str, path: str, tokenizer: PreTrainedTokenizerBase, count: int, seq_len: int, shuffle: bool = False
+    field: str,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seq_len: int,
+    shuffle: bool = False,
+    known: Container[int] = (),
 ) -> torch.Tensor:
     """The first `count` sequences of a file, (count, seq_len) int64, of its documents in file order.
 
     shuffle: documents shuffled by `SEED`, and of each only a piece of at most `seq_len` tokens: files are often sorted by
     source and some documents long, so the first ones would stand for little of the text.
+    known: hashes of documents to leave out, since students were calibrated on them.
     """
     rng = random.Random(SEED)
 
@@ -123,13 +131,17 @@ def sequences(
         for document in documents:
             if not isinstance(document, str):
                 raise invalid(field, path, "must hold plain text, not conversations")
+            if document_hash(document) in known:
+                continue
             [ids] = encode(tokenizer, [document], ends=True)
             start = rng.randrange(max(len(ids) - seq_len, 0) + 1) if shuffle else 0
             yield from ids[start : start + seq_len] if shuffle else ids
 
     found = list(islice(tokens(), count * seq_len))
     if len(found) < count * seq_len:
-        raise invalid(field, path, f"holds {len(found)} tokens, {count} sequences of {seq_len} need {count * seq_len}")
+        raise invalid(
+            field, path, f"holds {len(found)} new tokens, {count} sequences of {seq_len} need {count * seq_len}"
+        )
     return torch.tensor(found).view(count, seq_len)
 
 

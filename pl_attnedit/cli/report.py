@@ -66,6 +66,7 @@ def _report(options: Namespace) -> int:
 def _rounds(options: Namespace) -> int:
     every = seconds("--every", options.every or "6h")
     retry, timeout = seconds("--retry", options.retry or "1h"), seconds("--timeout", options.timeout or "1d")
+    from pl_attnedit.data.sources import BUILTIN
     from pl_attnedit.eval.records import SUITE_TAG, VERSION_TAG
     from pl_attnedit.eval.schedule import Schedule, absolute_uri
     from pl_attnedit.eval.suites import load_suite
@@ -78,7 +79,7 @@ def _rounds(options: Namespace) -> int:
         os.path.abspath(options.suite)
         if (options.suite or "").endswith((".yaml", ".yml"))
         else options.suite or "quick",
-        {SUITE_TAG: suite.name, VERSION_TAG: suite.version},
+        {SUITE_TAG: suite.name, VERSION_TAG: suite.version_on(options.text or BUILTIN, options.bigbench)},
         Path(options.out),
         runs=options.runs or options.filter,
         tracking_uri=absolute_uri(options.tracking_uri),

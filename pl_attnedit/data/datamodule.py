@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 
+from pl_attnedit.data.encoding import decode
 from pl_attnedit.data.packing import Corpus, PackedSequences, ResumableSampler, split_documents, spread_sequences
 from pl_attnedit.data.phases import Phase, PhasedSampler, PhasedSequences
 from pl_attnedit.data.sources import Source, open_source
@@ -241,7 +242,7 @@ class TextDataModule(LightningDataModule):
         self.setup()
         assert self._split is not None
         corpus, documents = self._split
-        return TrainedOn(np.unique(corpus.hashes[documents]))
+        return TrainedOn(corpus.hashes[documents])  # in order, each once
 
     def _check_held_out(self) -> None:
         """`UserError` where no token is supervised."""
@@ -381,13 +382,13 @@ class TextDataModule(LightningDataModule):
         return [dict(zip(parts, batch)) for batch in zip(*parts.values())]
 
     def held_out_texts(self) -> list[str]:
-        """The held-out documents as text, for evaluations that do their own packing."""
+        """The held-out documents as text, for evaluations that do their own packing: `encode` gives their tokens again."""
         packed, corpus = self.held_out, self.held_out.corpus
         texts = []
         for document in packed.documents:
             start, store = corpus.starts[document], corpus.stores[corpus.source[document]]
             ids = store.tokens[start : start + corpus.lengths[document]].tolist()
-            texts.append(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
+            texts.append(decode(self.tokenizer, ids))
         return texts
 
     @cached_property

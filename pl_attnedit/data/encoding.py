@@ -117,6 +117,16 @@ def _cut(tokenizer: PreTrainedTokenizerBase, text: str, first: int, last: int) -
     return None
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of a document's tokens, as `encode` takes it: without what stands before and after it."""
+    before, after = frame(tokenizer)
+    start = len(before) if ids[: len(before)] == before else 0
+    end = len(ids) - (ids[-1:] == [tokenizer.eos_token_id])
+    if after and ids[end - len(after) : end] == after:
+        end -= len(after)
+    return str(tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False))
+
+
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What training shows before the first token of a text's own: the special tokens that begin it, else the EOS of the
     document before it."""
@@ -131,9 +141,10 @@ def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     Raises:
         UserError: it puts them elsewhere.
     """
-    for text in ("a", *tokenizer.get_vocab()):
-        if inside := tokenizer(text, add_special_tokens=False)["input_ids"]:
-            break  # of a small vocabulary "a" may be no part
+    text = "a"
+    if not (inside := tokenizer(text, add_special_tokens=False)["input_ids"]):  # a small vocabulary may lack it
+        text = next(token for token in tokenizer.get_vocab() if tokenizer(token, add_special_tokens=False)["input_ids"])
+        inside = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = tokenizer(text)["input_ids"]
     for start in range(len(whole) - len(inside) + 1):
         if whole[start : start + len(inside)] == inside:

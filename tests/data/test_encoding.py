@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pl_attnedit.data import TextDataModule, encoding
-from pl_attnedit.data.encoding import bare, beginning, encode
+from pl_attnedit.data.encoding import bare, beginning, decode, encode
 from pl_attnedit.data.generated import Sampling, TeacherWriter
 from pl_attnedit.data.sources import open_source
 from pl_attnedit.data.tokens import tokenize
@@ -50,6 +50,11 @@ def test_a_document_has_each_special_token_once(
     assert documents(data)[:4] == ([begun] * 4 if adds else [ended, ended, begun, begun])
     assert encode(tokenizer, [text]) == [begun[:-1] if adds else plain]
     assert beginning(tokenizer) == [tokenizer.bos_token_id if adds else tokenizer.eos_token_id]
+    own = [
+        [text for text in (text, bos + text) if encode(tokenizer, [text], ends=True) == [ids]]
+        for ids in documents(data)[:4]
+    ]
+    assert [decode(tokenizer, ids) for ids in documents(data)[:4]] == [texts[0] for texts in own]
     [first, *_] = data.calibration_batches(16)
     packed = [token for document in data.train_sequences.documents for token in _document(data, document)]
     assert first["input_ids"][0].tolist() == packed[:16]
@@ -70,7 +75,9 @@ def test_a_conversation_begins_as_its_template_says(adding: tuple[str, Any], wri
         rows = [row, *({"messages": [CHAT[0], {**CHAT[1], "content": f"{n} " * 20}]} for n in range(9))]
         rows = [row] if "text" in row else rows
         more = [{"text": f"{n} " * 40} for n in range(9)] if "text" in row else []
-        ids = documents(TextDataModule(tokenizer, write_jsonl([*rows, *more]), 8, 1, val_sequences=1))[0]
+        data = TextDataModule(tokenizer, write_jsonl([*rows, *more]), 8, 1, val_sequences=1)
+        ids = documents(data)[0]
+        assert all(tokens in documents(data) for tokens in encode(tokenizer, data.held_out_texts(), ends=True))
         assert ids[:2] == [tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<|im_start|>")]
         assert ids[-1] == tokenizer.eos_token_id
         assert ids.count(tokenizer.eos_token_id) == ids.count(tokenizer.bos_token_id) == 1

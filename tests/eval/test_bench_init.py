@@ -46,6 +46,8 @@ def test_rows_that_fit_are_measured_and_the_others_named(
     assert swa["kv_budget"] == pytest.approx(1 / 4 + 3 / 4 * 67 / 32768)
     assert "kv_lora_rank" in mla["does_not_fit"]
     assert "gate_swa 64, 4 sinks, SSSF" in init_table(result)
+    with pytest.raises(UserError, match=r"heldout = .*: holds 0 new tokens"):  # all of it is calibration text
+        bench_init(teacher, tokenizer, rows=["96+32, plain"], **options)
     with pytest.raises(UserError, match="rows"):
         bench_init(teacher, tokenizer, rows=["nothing like it"], **options)
 

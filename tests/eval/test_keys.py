@@ -250,7 +250,15 @@ def test_suite_version(monkeypatch: pytest.MonkeyPatch) -> None:
     changes += [{"retrieval": RetrievalTasks()}, {"efficiency": Efficiency([9])}, {"library": [LibraryTask("x")]}]
     versions = [Suite(**{**base, **change}).version for change in [{}, *changes]]
     assert len(set(versions)) == len(versions)
-    assert Suite(**base).version == versions[0]
+    assert Suite(**base).version == versions[0] == Suite(**base).version_on("builtin:", [])
+    questions = [
+        ("a.parquet", None),
+        ("b.parquet", None),
+        ("builtin:", "q.jsonl"),
+        ("builtin:", ["q.jsonl", "r.jsonl"]),
+    ]
+    asked = {Suite(**base).version_on(text, files) for text, files in questions}
+    assert len(asked | {versions[0]}) == 5
 
 
 def test_a_run_folder_is_of_one_teacher_and_one_text(tmp_path: Path) -> None:
