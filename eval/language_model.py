@@ -52,18 +52,26 @@ class SharedPrefixLM(HFLM):
             prefix_token_id=next(reversed(beginning(tokenizer)), None),
         )
         self.name = name
+        self._begin = frame(tokenizer)[0]
 
     def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs):
         """As in training; lm-eval asks for the middle of a text by `add_special_tokens=False`."""
         if add_special_tokens is False:
             return self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
-        return encode(self.tokenizer, [string])[0][-(left_truncate_len or 0) :]
+        return self._within(encode(self.tokenizer, [string])[0], left_truncate_len)
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
         """(ids, mask) of the prompts, each begun as in training."""
-        rows = [ids[-(left_truncate_len or 0) :] for ids in encode(self.tokenizer, strings)]
+        rows = [self._within(ids, left_truncate_len) for ids in encode(self.tokenizer, strings)]
         padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         return padded["input_ids"], padded["attention_mask"]
+
+    def _within(self, ids: list[int], most: int | None) -> list[int]:
+        """The end of a prompt that has more tokens than `most`, begun as all prompts are."""
+        if most is None or len(ids) <= most:
+            return ids
+        begin = self._begin if ids[: len(self._begin)] == self._begin and most > len(self._begin) else []
+        return [*begin, *ids[len(begin) + len(ids) - most :]]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """Summed log-likelihood of each text's own tokens, window by window: what begins it is given, not asked."""
@@ -75,7 +83,7 @@ class SharedPrefixLM(HFLM):
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
         """(context, tokens) of disjoint windows; the first one's context is what training shows before a text."""
-        ids = encode(self.tokenizer, [text])[0][len(frame(self.tokenizer)[0]) :]
+        ids = encode(self.tokenizer, [text])[0][len(self._begin) :]
         rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
         return [make_disjoint_window(window) for window in rolling]
 
@@ -98,6 +106,7 @@ class SharedPrefixLM(HFLM):
         most = max((len(continuation) for _, _, continuation in requests), default=0)
         if most > self.max_length:
             raise invalid("max_length", self.max_length, f"sequences must have at least {most} tokens for this task")
+        requests = [(s, self._within(c, self.max_length + 1 - len(asked)), asked) for s, c, asked in requests]
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, _) in enumerate(requests):
             by_context[tuple(context)].append(index)

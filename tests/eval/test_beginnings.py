@@ -49,9 +49,9 @@ def spy(model: Any, seen: list[tuple[int, list[int]]]) -> Any:
     return model
 
 
-@pytest.mark.parametrize("begun", [False, True], ids=["plain", "begun"])
+@pytest.mark.parametrize(("begun", "longest"), [(False, 400), (True, 400), (False, 96)], ids=["plain", "begun", "cut"])
 def test_what_tasks_feed_begins_as_in_training(
-    begun: bool, adding: tuple[str, Any], teacher: PreTrainedModel, documents: list[str], tmp_path: Path
+    begun: bool, longest: int, adding: tuple[str, Any], teacher: PreTrainedModel, documents: list[str], tmp_path: Path
 ) -> None:
     """Perplexity, cloze, BIG-bench, retrieval and copying, also of text that brings its BOS along."""
     kind, tokenizer = adding
@@ -67,12 +67,12 @@ def test_what_tasks_feed_begins_as_in_training(
     seen: list[tuple[int, list[int]]] = []
     model = spy(model_for(tokenizer, teacher), seen)
     requests = [TaskRequest(name, folder) for name in [*names, "needle_1", "copy"]]
-    answer_both(model, model, tokenizer, requests, max_length=400, batch_size=2)
+    answer_both(model, model, tokenizer, requests, max_length=longest, batch_size=2)
     assert seen
     for before, row in seen:
         own = [token for token in row if token != eos]
         assert own[:2] != [bos, bos]
-        if adds and not before and eos not in row[:1]:
+        if adds and not before:
             assert own[0] == bos
         if not begun:
             assert own.count(bos) == (adds and not before)
