@@ -251,7 +251,7 @@ def test_a_text_file_that_has_grown(tiny_tokenizer: Any, tmp_path: Path) -> None
     file = tmp_path / "notes.txt"
     paragraphs = [document(seed, 300) + f"\nLine {seed}." for seed in range(60)]
     file.write_text("\n\n".join(paragraphs) + "\n")
-    every = TextDataModule(tiny_tokenizer, str(file), 16, 1, 1)
+    every = TextDataModule(tiny_tokenizer, str(file), 16, 1, val_sequences=1)
     corpus = every.train_sequences.corpus
     trained = TrainedOn(np.unique(corpus.hashes))
     for more in ("and on.\n", "\n\nMore.\n"):
