@@ -117,6 +117,7 @@ def bench_two_gpus() -> str:
         parts = [f"{MODELS[what['model']]}", f"stage {what['stage'][-1]}"]
         parts += [f"{what['train']} trained"] if "train" in what else []
         parts += ["activation checkpointing"] if what.get("activation_checkpointing") else []
+        parts += [f"{what['layers']} layers"] if "layers" in what else []
         parts += ["16 batches of 1 x 4096 a step"] if what["strategy"] == "layers" else []
         held, alone = (each["weights_gradients_optimizer_bytes"] / 1e9 for each in (found, found["alone"]))
         held_text = "" if what["strategy"] == "ddp" else f"{held:.1f} GB (one GPU: {alone:.1f})"
