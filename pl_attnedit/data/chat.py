@@ -6,12 +6,12 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from pl_attnedit.data.encoding import chat_template
 from pl_attnedit.errors import UserError, invalid
@@ -133,11 +133,11 @@ class _Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> None:
         self.tokenizer = tokenizer
         self.source = chat_template(tokenizer, conversation.options.get("tools"))
-        arguments = conversation.arguments(self.source)
-        self.apply: Any = partial(tokenizer.apply_chat_template, chat_template=self.source, **arguments)
+        self.arguments = conversation.arguments(self.source)
 
     def __call__(self, chat: list[dict[str, Any]], **arguments: Any) -> str:
-        return str(self.apply(chat, tokenize=False, **arguments))
+        apply: Any = self.tokenizer.apply_chat_template
+        return str(apply(chat, chat_template=self.source, tokenize=False, **self.arguments, **arguments))
 
     def attempt(self, chat: list[dict[str, Any]], **arguments: Any) -> str:
         """'' where the template does not take it."""
@@ -167,14 +167,11 @@ class _Template:
 
     def marked(self, chat: list[dict[str, Any]]) -> list[tuple[int, int]]:
         """The character ranges that a template with ``{% generation %}`` marks."""
-        encoded: Any = self.apply(
-            chat,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
+        variables = {**self.tokenizer.special_tokens_map, **self.arguments}
+        rendered: Any = render_jinja_template(
+            [chat], chat_template=self.source, return_assistant_tokens_mask=True, **variables
         )
-        return [span for span, inside in zip(encoded["offset_mapping"], encoded["assistant_masks"]) if inside]
+        return list(rendered[1][0])
 
 
 def _clean(message: Any, where: str) -> dict[str, Any]:

@@ -70,6 +70,14 @@ def test_answers_are_found(with_template: Any, template: str, answers: list[str]
     assert text.index("Say assistant.") < spans[0][0]  # the word in the question is not mistaken for the answer
 
 
+def test_marks_of_a_template_are_those_of_transformers(with_template: Any) -> None:
+    tokenizer = with_template(MARKED)
+    text, spans = render(CHAT, tokenizer, answers=True)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    theirs = tokenizer.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    assert mark_answers(offsets, spans).tolist() == [bool(mask) for mask in theirs["assistant_masks"]]
+
+
 def test_reasoning_in_the_answer_belongs_to_it(with_template: Any) -> None:
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '</think>' in m.content %}<think>\n"
