@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
-import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from pl_attnedit.callbacks.checkpoint_files import PARTIAL, AtomicCheckpointIO, newest_first
+from pl_attnedit.callbacks.checkpoint_files import newest_first
+from pl_attnedit.callbacks.checkpoint_time import SHARE, CheckpointTime
 from pl_attnedit.callbacks.random_state import random_state, restore_random_state
+from pl_attnedit.checkpoint_disk import PARTIAL, clean, refuse_url
+from pl_attnedit.checkpoints import AtomicCheckpointIO, use_atomic_files
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.interruption import Interrupted, SignalWatch, requeue_slurm_job
 from pl_attnedit.locks import LOCK, claim
@@ -28,13 +32,19 @@ BEST = "best.ckpt"
 
 
 class ResumableCheckpoint(ModelCheckpoint):
-    """Saves at least every ``every_seconds`` of wall time, at the end of the training, and when a signal ends it.
+    """Saves by wall time, at the end of the training, and when a signal ends it.
 
-    Files are ``last-<step>.ckpt``, so ``ckpt_path="last"`` finds them. A write that fails (full disk) is a warning,
-    leaves the earlier checkpoints alone, and is tried again after the interval. Validation counts as work: before it
-    begins, what was trained is saved if it is older than half the interval, in such a way that a run killed during
-    validation resumes with that validation (Lightning by itself would skip it). The random number generators of every
-    process go on where they were. A second training into the same folder at the same time is refused.
+    A checkpoint is begun ``every_seconds`` after the one before was complete; and not before the training has gone on for 19
+    times as long as that one has held it up, so that at most 5% of the time goes into checkpoints, on whatever disk. A large
+    one (64 MB) is copied to host memory and written from there while the training goes on, where half of what is free holds
+    a copy; then only the copying holds it up. So what a kill can cost is ``every_seconds`` (or those 19 times), the time of
+    two writes, and a step. The one at the end is waited for, as is every one with ``every_seconds`` 0.
+
+    Files are ``last-<step>.ckpt``, so ``ckpt_path="last"`` finds them; under FSDP2 they are folders. A write that fails
+    (full disk) is a warning, leaves the earlier checkpoints alone, and is tried again after the interval. Validation counts
+    as work: before it begins, what was trained is saved if it is older than half the interval, in such a way that a run
+    killed during validation resumes with that validation (Lightning by itself would skip it). The random number generators
+    of every process go on where they were. A second training into the same folder at the same time is refused.
 
     SIGTERM, SIGHUP, SIGINT (Ctrl-C) and the signal by which SLURM announces the end of a job (SIGUSR1 where Lightning's
     `SLURMEnvironment` is to requeue) let the running optimizer step finish; then a checkpoint is written and
@@ -42,10 +52,11 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: folder of the checkpoints; by default where Lightning puts them.
-        every_seconds: the longest time between two saves, apart from a single step or validation that takes longer.
+        every_seconds: the time between the end of a write and the next one, apart from a step or validation that takes
+            longer; 0 = each step, whatever it costs.
         keep: number of checkpoints that are kept, the newest ones.
         monitor: a value that validation logs, e.g. ``val/kl``: the checkpoint after the best validation is kept as
-            ``best.ckpt``. None = no best checkpoint.
+            ``best.ckpt``, unless it would cost more than 5% of the time, which is a warning. None = no best checkpoint.
         mode: whether the smallest (min) or the largest (max) value is best.
     """
 
@@ -63,11 +74,14 @@ class ResumableCheckpoint(ModelCheckpoint):
             raise invalid("keep", keep, "must be at least 1")
         if mode not in ("min", "max"):
             raise invalid("mode", mode, "must be min or max")
+        refuse_url("dirpath", dirpath)
         super().__init__(dirpath=dirpath, save_top_k=0, save_last=True, monitor=monitor, mode=mode)
         self.every_seconds = every_seconds
         self.keep = keep
         self._best: float | None = None
-        self._saved_at = 0.0  # time.monotonic()
+        self.time = CheckpointTime()
+        # of a write that is not complete; gets what went wrong
+        self._after_write: Callable[[str | None], None] | None = None
         self._seen_step = 0
         self._newest_lacks_validation = False  # it resumes with a validation
         self._writing_before_validation = False
@@ -86,17 +100,18 @@ class ResumableCheckpoint(ModelCheckpoint):
             return
         if trainer.strategy.broadcast(trainer.is_global_zero and not self._claim_folder()):
             raise UserError(f"dirpath {self._folder}: another training is writing its checkpoints there")
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's choice stays
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        use_atomic_files(trainer.strategy)
         if trainer.is_global_zero:
-            for leftover in self._folder.glob("*" + PARTIAL):
-                leftover.unlink()
+            clean(self._folder)
+        by_all = getattr(trainer.strategy, "own_checkpoints", False)
+        if by_all and trainer.num_nodes > 1 and not self._is_shared(trainer):
+            raise UserError(f"dirpath {self._folder}: all nodes must see this folder; each writes its shards there")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # in place of Lightning's handlers, which end a run between the batches of one optimizer step
         self._ending = None
         self._signals.begin(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *_requeue_signals(trainer))
-        self._saved_at = time.monotonic()
+        self.time.begin()
         self._seen_step = self._last_global_step_saved = trainer.global_step
         self.last_model_path = str(trainer.ckpt_path or "")
         validation_was_due, self._newest_lacks_validation = self._newest_lacks_validation, False
@@ -128,8 +143,9 @@ class ResumableCheckpoint(ModelCheckpoint):
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         # Several processes agree at the ends of validation only: they may have unequal numbers of batches.
         if self._signals.received and trainer.world_size == 1 and _validates_in_training(trainer):
+            self._complete(trainer)
             if self._last_global_step_saved != trainer.global_step:
-                self._save(trainer, validation_is_due=True)
+                self._save(trainer, validation_is_due=True, wait=True)
             self._ask(trainer)
             self._end_if_asked()
 
@@ -143,8 +159,9 @@ class ResumableCheckpoint(ModelCheckpoint):
         """Epochs do not matter here."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._complete(trainer)
         if self._last_global_step_saved != trainer.global_step or self._newest_lacks_validation:
-            self._save(trainer)
+            self._save(trainer, wait=True)
         self._signals.end()
         if self._ending is None:
             self._ask(trainer)
@@ -152,6 +169,7 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._signals.end()
+        trainer.strategy.checkpoint_io.teardown()  # what this process writes becomes whole; one of all stays away
         self._leave_folder()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -221,6 +239,20 @@ class ResumableCheckpoint(ModelCheckpoint):
             os.register_at_fork(after_in_child=self._lock.close)  # those that load data may outlive a killed training
         return self._lock is not None
 
+    def _is_shared(self, trainer: Trainer) -> bool:
+        """Whether each process sees what rank 0 has written. Where that cannot write, nothing is known."""
+        mark = self._folder / trainer.strategy.broadcast(f"{secrets.token_hex(8)}{PARTIAL}")
+        written = False
+        if trainer.is_global_zero:
+            with suppress(OSError):
+                mark.touch()
+                written = True
+        written = trainer.strategy.broadcast(written)
+        seen = trainer.strategy.reduce_boolean_decision(mark.exists(), all=True)
+        if trainer.is_global_zero:
+            mark.unlink(missing_ok=True)
+        return seen or not written
+
     def _leave_folder(self) -> None:
         if self._lock is not None:
             self._lock.close()
@@ -228,25 +260,35 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     def _save_if_older(self, seconds: float, trainer: Trainer, *, validation_is_due: bool = False) -> None:
         """Saves if the newest checkpoint is older by the clock of rank 0, or if a signal has come to any rank."""
-        older = trainer.is_global_zero and time.monotonic() - self._saved_at >= seconds
-        if trainer.strategy.reduce_boolean_decision(older or self._signals.received is not None, all=False):
-            self._save(trainer, validation_is_due=validation_is_due)
+        io = _our_io(trainer)
+        older = trainer.is_global_zero and self.time.is_due(seconds)
+        mine = [self._signals.received or 0, int(older), int(io is not None and io.writing)]
+        signum, due, busy = _highest(mine, trainer)
+        if self._after_write is not None and not busy:
+            self._complete(trainer)
+            due = 0  # the interval begins
+        if signum or not seconds or (due and not busy):
+            self._save(trainer, validation_is_due=validation_is_due, wait=signum > 0)
             self._ask(trainer)
 
-    def _save(self, trainer: Trainer, *, validation_is_due: bool = False) -> None:
+    def _save(self, trainer: Trainer, *, validation_is_due: bool = False, wait: bool = False) -> None:
         path = self._folder / f"last-{trainer.global_step:08d}.ckpt"
-        self._newest_lacks_validation = validation_is_due
-        self._saved_at = time.monotonic()
-        failure = self._write(trainer, path, validation_is_due)
-        if failure is not None:
-            kept = self.last_model_path or "none so far"
-            rank_zero_warn(f"{failure}. Training goes on; the last good checkpoint is: {kept}.")
-            return
-        self.last_model_path = str(path)
-        self._last_global_step_saved = trainer.global_step
-        if trainer.is_global_zero:
-            for old in newest_first(self._folder)[self.keep :]:
-                trainer.strategy.remove_checkpoint(old)
+        before = self._last_global_step_saved
+
+        def after(failure: str | None) -> None:
+            if failure is not None:
+                self._last_global_step_saved = before
+                kept = self.last_model_path or "none so far"
+                rank_zero_warn(f"{failure}. Training goes on; the last good checkpoint is: {kept}.")
+                return
+            self.last_model_path = str(path)
+            if trainer.is_global_zero:
+                for old in newest_first(self._folder)[self.keep :]:
+                    trainer.strategy.remove_checkpoint(old)
+
+        self._complete(trainer)
+        self._last_global_step_saved, self._newest_lacks_validation = trainer.global_step, validation_is_due
+        self._write(trainer, path, after, validation_is_due=validation_is_due, wait=wait)
 
     def _keep_best(self, trainer: Trainer) -> None:
         """Writes ``best.ckpt`` if this validation was the best so far."""
@@ -260,33 +302,74 @@ class ResumableCheckpoint(ModelCheckpoint):
         better = value == value if before is None else sign * value < sign * before  # a NaN is never better
         if not trainer.strategy.broadcast(better):
             return
-        self._best = value  # is part of what is written
-        failure = self._write(trainer, self._folder / BEST, validation_is_due=False)
-        if failure is None:
-            self.best_model_path = str(self._folder / BEST)
-        else:
+        if self.every_seconds and not trainer.strategy.broadcast(self.time.is_paid()):
+            rank_zero_warn(
+                f"{self.monitor} is the best so far, but {BEST} is not written again: checkpoints would take more than "
+                f"{SHARE:.0%} of the time. Validate less often, or write to a faster disk."
+            )
+            return
+
+        def after(failure: str | None) -> None:
+            if failure is None:
+                self.best_model_path = str(self._folder / BEST)
+                return
             self._best = before
             rank_zero_warn(f"{failure}. Training goes on; the best checkpoint is: {self.best_model_path or 'none'}.")
 
-    def _write(self, trainer: Trainer, path: Path, validation_is_due: bool) -> str | None:
-        """Returns what went wrong, the same on all ranks."""
-        failure: str | None = None
+        self._complete(trainer)
+        self._best = value  # is part of what is written
+        self._write(trainer, self._folder / BEST, after)
+
+    def _write(
+        self,
+        trainer: Trainer,
+        path: Path,
+        after: Callable[[str | None], None],
+        *,
+        validation_is_due: bool = False,
+        wait: bool = False,
+    ) -> None:
+        """Writes, or begins to; `after` gets what went wrong when it is complete, the same on all ranks."""
+        io, failure = _our_io(trainer), None
         self._writing_before_validation = validation_is_due
-        try:
-            trainer.save_checkpoint(path)
-        except OSError as error:
-            failure = str(error)
-            trainer.strategy.barrier()  # the one that the other ranks are waiting at, inside save_checkpoint
-        finally:
-            self._writing_before_validation = False
-        if failure is None and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(self)
-        return trainer.strategy.broadcast(failure)
+        if io is not None:
+            io.background = not wait and self.every_seconds > 0
+        with self.time.at_a_cost(trainer.strategy.root_device):
+            try:
+                trainer.save_checkpoint(path)
+            except OSError as error:
+                failure = str(error)
+                trainer.strategy.barrier()  # the one that the other ranks are waiting at, inside save_checkpoint
+            finally:
+                self._writing_before_validation = False
+                if io is not None:
+                    io.background = False
+            self._after_write = after
+            if not any(_highest([int(io is not None and io.begun)], trainer)):
+                self._complete(trainer, failure)
+
+    def _complete(self, trainer: Trainer, failure: str | None = None) -> None:
+        """Waits for what was begun."""
+        if self._after_write is None:
+            return
+        io, after = _our_io(trainer), self._after_write
+        with self.time.at_a_cost(trainer.strategy.root_device):
+            try:
+                if io is not None:
+                    io.finish()
+            except OSError as error:
+                failure = str(error)
+            failure = trainer.strategy.broadcast(failure)
+            if failure is None and trainer.is_global_zero:
+                for logger in trainer.loggers:
+                    logger.after_save_checkpoint(self)
+            self._after_write = None
+            after(failure)
+        self.time.complete()
 
     def _ask(self, trainer: Trainer) -> None:
         """Whether a signal that has come to any rank is to end the training, now that it is saved."""
-        signum = _highest(self._signals.received or 0, trainer)
+        [signum] = _highest([self._signals.received or 0], trainer)
         requeue = signum in _requeue_signals(trainer)
         if requeue and not trainer.strategy.broadcast(trainer.is_global_zero and requeue_slurm_job()):
             self._signals.received = None
@@ -317,11 +400,18 @@ def _requeue_signals(trainer: Trainer) -> list[int]:
     return []
 
 
-def _highest(value: int, trainer: Trainer) -> int:
-    """The highest of all processes' values."""
+def _our_io(trainer: Trainer) -> AtomicCheckpointIO | None:
+    """What can write in the background, unless the user has chosen another writer."""
+    io = trainer.strategy.checkpoint_io
+    return io if isinstance(io, AtomicCheckpointIO) else None
+
+
+def _highest(values: list[int], trainer: Trainer) -> list[int]:
+    """The highest of all processes' values, each for itself."""
     if trainer.world_size == 1:
-        return value
-    return int(trainer.strategy.reduce(torch.tensor(value, device=trainer.strategy.root_device), reduce_op="max"))
+        return values
+    of_all: Any = trainer.strategy.reduce(torch.tensor(values, device=trainer.strategy.root_device), reduce_op="max")
+    return of_all.tolist()
 
 
 def _of_all_processes(state: dict[str, Any], trainer: Trainer) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.callbacks import check_checkpoint
+from pl_attnedit.checkpoints import read_checkpoint
 from pl_attnedit.distillation import STAGES
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling import load
@@ -36,7 +38,7 @@ def load_student(path: str | Path, dtype: str | None = None) -> PreTrainedModel:
     if path.suffix != ".ckpt":
         return load(path, stock=True, dtype=dtype or "auto")
     stage = check_checkpoint(path)["stage"]
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    content = read_checkpoint(path)
     trained = content["state_dict"]
     saved = next(iter(trained.values())).dtype
     # LightningCLI adds names of its own, which begin with an underscore
@@ -84,4 +86,8 @@ def load_pair(student: str | Path, teacher: str, dtype: str | None = None) -> tu
 def student_fingerprint(path: str | Path) -> str:
     """Hex SHA-256 that identifies what `load_student` loads from there; of a checkpoint, the file's own."""
     path = Path(path)
-    return file_sha256(path) if path.suffix == ".ckpt" else teacher_fingerprint(path)
+    if path.suffix != ".ckpt":
+        return teacher_fingerprint(path)
+    if not path.is_dir():
+        return file_sha256(path)
+    return hashlib.sha256(" ".join(file_sha256(file) for file in sorted(path.iterdir())).encode()).hexdigest()

@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, Trainer
 
+from pl_attnedit.checkpoint_disk import refuse_url
 from pl_attnedit.config_files import RULE, LayeredParser, RecipeFile
 from pl_attnedit.data import Phase, TextDataModule
 from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
@@ -150,6 +151,7 @@ class Recipe:
         self.runs = os.path.expanduser(self.runs)
         if not 0 <= self.seed < 2**32 - 1:  # stage 2 draws its text with the next one
             raise invalid("seed", self.seed, "must be from 0 to 2**32 - 2")
+        refuse_url("runs", self.runs)
         for name, kind in (("experiment", "a name"), ("runs", "a folder")):
             if not getattr(self, name):
                 raise invalid(name, getattr(self, name), f"must be {kind}")

@@ -57,8 +57,9 @@ def main(arguments: Sequence[str]) -> int:
     loss.add_argument("--device", default="cpu", help="torch device (default cpu)")
     decode = _decode_options(commands)
     stages = [_stage_options(commands, name) for name in ("stage1", "stage2")]
+    checkpoint = _checkpoint_options(commands)
     trl = _trl_options(commands)
-    for command in (cache, init, loss, decode, *stages, trl):
+    for command in (cache, init, loss, decode, *stages, checkpoint, trl):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(list(arguments))
     if options.command is None:
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
             f"which one? There are {', '.join(commands.choices)}; `pl-attnedit bench NAME --help` explains each"
         )
     run = {"cache": _cache, "init": _init, "loss": _loss, "decode": _decode, "stage1": _stage, "stage2": _stage}
-    return {**run, "trl": _trl}[options.command](options)
+    return {**run, "checkpoint": _checkpoint, "trl": _trl}[options.command](options)
 
 
 def _decode_options(commands: Any) -> ArgumentParser:
@@ -100,20 +101,7 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
     stage: ArgumentParser = commands.add_parser(
         name, help=f"a training step of {name} beside its bound and beside plain PyTorch"
     )
-    stage.add_argument("--model", default="smollm2-135m", help=MODEL_HELP)
-    stage.add_argument("--layers", type=int, help="of a shape: another number of layers")
-    stage.add_argument("--target", type=yaml_value, default=TARGET, help=TARGET_HELP)
-    stage.add_argument("--pattern", help="layers that get it, default the target's own")
-    stage.add_argument("--batch", type=int, default=4, help="sequences (default 4)")
-    stage.add_argument("--seq", type=int, default=512, help="tokens of a sequence (default 512)")
-    stage.add_argument(
-        "--precision",
-        choices=["32-true", "bf16-mixed"],
-        default="32-true",
-        help="the Trainer's, and of what is frozen",
-    )
-    stage.add_argument("--device", default="cpu", help="torch device (default cpu)")
-    stage.add_argument("--compiled", type=yaml_value, help="true or false: torch.compile; default: on a GPU")
+    _training_options(stage)
     stage.add_argument("--liger", action="store_true", help="Liger's kernels in the trunk")
     stage.add_argument("--cuda-graph", action="store_true", help="the step recorded as a CUDA graph")
     stage.add_argument(
@@ -134,6 +122,34 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
         stage.add_argument("--train", choices=parts, default="attention", help="what trains")
         stage.add_argument("--activation-checkpointing", action="store_true")
     return stage
+
+
+def _training_options(stage: ArgumentParser) -> None:
+    stage.add_argument("--model", default="smollm2-135m", help=MODEL_HELP)
+    stage.add_argument("--layers", type=int, help="of a shape: another number of layers")
+    stage.add_argument("--target", type=yaml_value, default=TARGET, help=TARGET_HELP)
+    stage.add_argument("--pattern", help="layers that get it, default the target's own")
+    stage.add_argument("--batch", type=int, default=4, help="sequences (default 4)")
+    stage.add_argument("--seq", type=int, default=512, help="tokens of a sequence (default 512)")
+    stage.add_argument(
+        "--precision",
+        choices=["32-true", "bf16-mixed"],
+        default="32-true",
+        help="the Trainer's, and of what is frozen",
+    )
+    stage.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    stage.add_argument("--compiled", type=yaml_value, help="true or false: torch.compile; default: on a GPU")
+
+
+def _checkpoint_options(commands: Any) -> ArgumentParser:
+    checkpoint: ArgumentParser = commands.add_parser(
+        "checkpoint", help="a checkpoint of stage 1: how long it holds the training up, and how long it takes"
+    )
+    _training_options(checkpoint)
+    checkpoint.add_argument("--devices", type=int, default=1, help="more than one shards by fsdp2 (default 1)")
+    checkpoint.add_argument("--folder", default=".", help="on the disk that is measured (default here); left empty")
+    checkpoint.add_argument("--mb-per-s", type=float, help="write as a slower disk would (1e6 bytes)")
+    return checkpoint
 
 
 def _trl_options(commands: Any) -> ArgumentParser:
@@ -170,9 +186,8 @@ def _stage(options: Namespace) -> int:
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     alone = _alone(options) if options.devices > 1 and rank == 0 else None
     device = torch_device(f"cuda:{rank}" if options.device == "cuda" else options.device)
-    dtype = torch.float32 if options.precision == "32-true" else torch.bfloat16
     torch.manual_seed(0)  # the same weights in all processes
-    teacher = _model(options.model, options.layers, dtype, device)
+    teacher = _model(options.model, options.layers, _teacher_dtype(options), device)
     names = {field.name for field in dataclasses.fields(StepBench)} - {"stage", "targets"}
     chosen = {name: value for name, value in vars(options).items() if name in names}
     chosen["beside"] = tuple(chosen["beside"]) if options.devices == 1 else ()
@@ -186,6 +201,37 @@ def _stage(options: Namespace) -> int:
         result["scaling_efficiency"] = result["tokens_per_s"] / alone["tokens_per_s"]
     print(json_text(result).strip() if options.json else step_table(result))
     return 0
+
+
+def _checkpoint(options: Namespace) -> int:
+    import torch
+
+    from pl_attnedit.distillation.settings import parse_targets
+    from pl_attnedit.eval.bench.checkpoint import bench_checkpoint
+    from pl_attnedit.eval.bench.stages import StepBench
+
+    _at_least_1(options, "batch", "seq", "devices")
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch_device(f"cuda:{rank}" if options.device == "cuda" else options.device)
+    torch.manual_seed(0)  # the same weights in all processes
+    teacher = _model(options.model, options.layers, _teacher_dtype(options), device)
+    bench = StepBench(
+        "stage1",
+        parse_targets(options.target),
+        strategy="auto" if options.devices == 1 else "fsdp2",
+        **{name: getattr(options, name) for name in ("pattern", "batch", "seq", "precision", "compiled", "devices")},
+    )
+    result = bench_checkpoint(teacher, bench, Path(options.folder), options.mb_per_s)
+    if rank == 0:
+        lines = [f"{name:32} {value}" for name, value in result.items()]
+        print(json_text(result).strip() if options.json else "\n".join(lines))
+    return 0
+
+
+def _teacher_dtype(options: Namespace) -> torch.dtype:
+    import torch
+
+    return torch.float32 if options.precision == "32-true" else torch.bfloat16
 
 
 def _model(name: str, layers: int | None, dtype: torch.dtype, device: torch.device) -> Any:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from pl_attnedit.callbacks import NaNGuard, ProcessWatch, Progress, ResumableCheckpoint, Throughput, check_checkpoint
+from pl_attnedit.checkpoint_disk import refuse_url
 from pl_attnedit.config_files import RULE, LayeredParser, StageFile
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import DistillationModule
@@ -57,6 +58,7 @@ class AttentionEditingCLI(LightningCLI):
         if settings.ckpt_path is None and self.config.subcommand == "fit" and _slurm_has_requeued():
             settings.ckpt_path = "last"
         if settings.ckpt_path not in (None, *FOUND_BY_NAME):
+            refuse_url("ckpt_path", settings.ckpt_path)
             settings.ckpt_path = os.path.expanduser(settings.ckpt_path)
             check_checkpoint(Path(settings.ckpt_path))
 
@@ -119,6 +121,7 @@ class AttentionEditingCLI(LightningCLI):
             if wanted and not any(isinstance(callback, family) for callback in config["callbacks"]):
                 config["callbacks"].append(default())
         check_accelerator(config.get("accelerator"))
+        refuse_url("trainer.default_root_dir", config.get("default_root_dir"))
         try:
             return super()._instantiate_trainer(with_npu(config), callbacks)
         except (MisconfigurationException, ValueError, ImportError) as error:

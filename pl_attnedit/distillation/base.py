@@ -14,6 +14,7 @@ from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.attention import Target
+from pl_attnedit.checkpoints import read_checkpoint, use_atomic_files
 from pl_attnedit.distillation.block import Block
 from pl_attnedit.distillation.liger import use_liger
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
@@ -143,6 +144,8 @@ class DistillationModule(OptimisedModule):
 
     def configure_model(self) -> None:
         """Builds teacher and student once. A run that resumes skips the init: its weights come from the checkpoint."""
+        if self._trainer is not None:
+            use_atomic_files(self.trainer.strategy)  # sharded checkpoints can be read then under every strategy
         if self._held is None:
             with default_dtype(torch.float32):  # of what is computed on the way; `64-true` has changed it
                 self._build()
@@ -210,7 +213,7 @@ class DistillationModule(OptimisedModule):
         for loop in (self.trainer.validate_loop, self.trainer.fit_loop.epoch_loop.val_loop):
             loop.inference_mode = False  # what is gathered there must serve training too
         if path := self.trainer.ckpt_path:  # Lightning loads its weights first, and would miss some of a foreign one
-            self.on_load_checkpoint(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+            self.on_load_checkpoint(read_checkpoint(path, tensors=False))
 
     def find_teacher(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
         """The teacher with its tokenizer and fingerprint."""

@@ -31,7 +31,7 @@ def data_parallel_mesh(module: LightningModule) -> DeviceMesh | None:
     if module.device_mesh is None:
         return None
     strategy = module.trainer.strategy
-    if not getattr(strategy, "whole_checkpoints", False):
+    if not getattr(strategy, "own_checkpoints", False):
         raise invalid(
             "strategy", type(strategy).__name__, "use fsdp2: no other strategy could read this one's checkpoints"
         )

@@ -1,7 +1,8 @@
-"""Lightning's FSDP2 strategy, with checkpoints that are those of one process."""
+"""Lightning's FSDP2 strategy, with checkpoints that do not depend on the number of processes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,64 +12,93 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from pl_attnedit.checkpoint_shards import ShardReader
+from pl_attnedit.checkpoints import AtomicCheckpointIO, read_checkpoint, use_atomic_files
+from pl_attnedit.errors import invalid
+
 
 class FSDP2Strategy(ModelParallelStrategy):
     """`ModelParallelStrategy` that shards over all processes. In YAML: `strategy: fsdp2`.
 
-    A checkpoint is one file with whole tensors, the same as under any other strategy, and each of them can resume from it.
-    (Lightning's own numbers the optimizer's parameters in another order than an optimizer with several groups does, and
-    begins those that were still held back with a state as if they had made a step.)
+    A checkpoint is a folder into which each process writes its shards, and that any number of processes can read under
+    every strategy; as this one reads the files of the others. Optimizers are in it as the others save them, parameters by
+    number. (Lightning's own numbers them in another order than an optimizer with several groups does, and begins those
+    that were still held back with a state as if they had made a step.)
 
     Args:
         process_group_backend: as in Lightning's strategies: nccl, gloo ...; by default what suits the device.
         timeout: as in Lightning's strategies.
     """
 
-    whole_checkpoints = True
+    own_checkpoints = True
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
+        super().__init__(tensor_parallel_size=1, **kwargs)
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The shards of this process."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state dict with whole tensors on the CPU, in rank 0; all processes must call it."""
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        saved = inner.state_dict()
-        state = {
-            index: {name: self._whole(value) for name, value in saved["state"][index].items()}
-            for index in sorted(saved["state"])
-        }
-        return {"state": state, "param_groups": saved["param_groups"]} if self.is_global_zero else {}
+        """The optimizer's state dict with the shards of this process."""
+        return (optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """All processes must call it."""
+        use_atomic_files(self)
+        io = self.checkpoint_io
+        if not isinstance(io, AtomicCheckpointIO):
+            raise invalid("plugins", type(io).__name__, "fsdp2 writes its checkpoints itself: leave it out")
+        io.save_shards(checkpoint, self.broadcast(filepath), self.num_processes)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Model and optimizers take their shards from the file, of which each process reads no more than that."""
-        path = self.broadcast(checkpoint_path)
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        """Model and optimizers take their shards, and each process reads no more than that."""
+        path = Path(self.broadcast(checkpoint_path))
+        checkpoint = read_checkpoint(path, tensors=False)
         assert self.model is not None
         assert self.lightning_module is not None
+        reader = ShardReader(path) if path.is_dir() else None
         own = self.model.state_dict()
-        state = {name: _shard_like(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
-        self.model.load_state_dict(state, strict=self.lightning_module.strict_loading)
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+        if reader is None:
+            own = {name: _shard_like(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
+        else:
+            reader.load({f"state_dict/{name}": value for name, value in own.items()})
+        self.model.load_state_dict(own, strict=self.lightning_module.strict_loading)
+        for index, (optimizer, saved) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=False)):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            by_number = dict(zip(numbers, parameters, strict=True))
+            if reader is not None:
+                _read_state(reader, index, saved["state"], by_number)
             shards = {
-                number: {name: _shard_like(value, parameter) for name, value in saved["state"][number].items()}
-                for number, parameter in zip(numbers, parameters, strict=True)
-                if number in saved["state"]
+                number: {name: _shard_like(value, by_number[number]) for name, value in values.items()}
+                for number, values in saved["state"].items()
             }
             optimizer.load_state_dict({"state": shards, "param_groups": saved["param_groups"]})
         return checkpoint
 
-    def _whole(self, value: Any) -> Any:
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-            if not self.is_global_zero:
-                return None  # freed at once
-        return value.cpu() if isinstance(value, Tensor) else value
+
+def _read_state(reader: ShardReader, index: int, state: dict[int, Any], parameters: dict[int, Tensor]) -> None:
+    """Adds the tensors of an optimizer's state, sharded as its parameters are."""
+    tensors: dict[str, Tensor] = {}
+    for key, form in reader.forms.items():
+        kind, *where = key.split("/")
+        if kind == "optimizer" and int(where[0]) == index:
+            number, name, dtype = int(where[1]), where[2], form.properties.dtype
+            like = parameters[number]
+            same = form.size == like.shape
+            tensors[key] = torch.empty_like(like, dtype=dtype) if same else torch.empty(form.size, dtype=dtype)
+            state.setdefault(number, {})[name] = tensors[key]
+    reader.load(tensors)
 
 
 def _shard_like(value: Any, like: Any) -> Any:

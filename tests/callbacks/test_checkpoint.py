@@ -106,7 +106,7 @@ def test_saves_by_wall_time_and_at_the_end_and_keeps_the_newest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("pl_attnedit.callbacks.checkpoint.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pl_attnedit.callbacks.checkpoint_time.time.monotonic", lambda: now[0])
     saved: list[tuple[int, float]] = []
 
     class Clock(Callback):

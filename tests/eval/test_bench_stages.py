@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +124,22 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(capsys.readouterr().out)
     assert result["step_ms"] > 0
     assert result["variants"].keys() == {"ours", "bound_eager"}
+
+
+def test_a_checkpoint_is_timed_beside_the_steps(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pl_attnedit.checkpoints.SMALL", 0)  # in the background, as of large ones
+    arguments = ["--layers", "1", "--batch", "1", "--seq", "16", "--folder", str(tmp_path), "--mb-per-s", "20"]
+    assert main(["bench", "checkpoint", "--json", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["in_background"]
+    assert result["mb_per_s"] <= 20
+    assert result["seconds_blocked"] > 0
+    assert result["seconds_between_checkpoints"] >= result["seconds_of_write"] + result["every_seconds"]
+    assert 0 < result["share_blocked"] <= result["share"]
+    assert result["share_blocked"] <= 0.05
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 import pl_attnedit.strategies  # noqa: F401  # knows "fsdp2"
+from pl_attnedit import checkpoints
 from pl_attnedit.callbacks import (
     NaNGuard,
     ProcessWatch,
@@ -151,11 +152,15 @@ def own_rows(all_rows: list[Any]) -> DistributedSampler[Any]:
 def train(case: str, folder: Path, out: Path, strategy: str = "auto", **trainer_options: Any) -> dict[str, Any]:
     """Trains, and leaves a checkpoint and the saved student in `out`. Returns gradients and the validation's figures."""
     processes = 1 if strategy in ("auto", "layers") else 2  # that share the data
+    if strategy == "fsdp2":  # written in the background, as often as may be, and the best
+        checkpoints.SMALL, keeping = 0, {"every_seconds": 1e-9, "monitor": "val/kl"}
+    else:
+        keeping = {"every_seconds": 1000}
     module, gradients = build(case, folder), Gradients()
     batches, accumulate = loader(case, processes)
     trainer = make_trainer(
         *CASES[case]["callbacks"](),
-        *(gradients, NaNGuard(), Throughput(), ResumableCheckpoint(out, every_seconds=1000)),
+        *(gradients, NaNGuard(), Throughput(), ResumableCheckpoint(out, **keeping)),
         steps=STEPS,
         strategy=strategy,
         devices=1 if strategy == "auto" else 2,

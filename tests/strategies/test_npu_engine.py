@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pl_attnedit.callbacks.throughput import peak_memory_bytes
+from pl_attnedit.checkpoints import read_checkpoint
 from pl_attnedit.cli import main
 from pl_attnedit.modeling import load
 from pl_attnedit.strategies import NPUDDPStrategy, NPUFSDPStrategy
@@ -170,7 +171,7 @@ def test_two_processes(strategy: str, case: str, teacher_folder: Callable[..., s
         torch.testing.assert_close(found["validation"][name].float(), value.float(), rtol=1e-3, atol=1e-4)
     checkpoint = small_trainings.last(tmp_path / strategy)
     small_trainings.load_and_save(case, tmp_path, checkpoint, tmp_path / "resumed.ckpt")  # on the CPU, by one process
-    written, resumed = (torch.load(path, weights_only=True) for path in (checkpoint, tmp_path / "resumed.ckpt"))
+    written, resumed = (read_checkpoint(path) for path in (checkpoint, tmp_path / "resumed.ckpt"))
     for name, value in written["state_dict"].items():
         assert value.device.type == "cpu"
         assert torch.equal(resumed["state_dict"][name], value)

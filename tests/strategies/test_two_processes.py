@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +18,10 @@ import pytest
 import small_trainings
 import torch
 
+from pl_attnedit.callbacks import check_checkpoint, latest_checkpoint
+from pl_attnedit.checkpoints import read_checkpoint
+from pl_attnedit.errors import UserError
+from pl_attnedit.eval.students import load_student, student_fingerprint
 from pl_attnedit.modeling import load
 
 HERE = Path(__file__).parent
@@ -125,7 +131,7 @@ def test_only_fsdp2_shards_the_teacher(two: Path, one: Any, case: str) -> None:
 
 
 def checkpoint_of(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
+    return read_checkpoint(path)
 
 
 def assert_same_content(found: dict[str, Any], expected: dict[str, Any], **tolerance: float) -> None:
@@ -180,10 +186,41 @@ def test_the_saved_student_is_that_of_the_checkpoint(two: Path, case: str, strat
         assert torch.equal(student[rest], value), name
 
 
+@pytest.mark.parametrize("case", ["layers", "attention", "all"])  # of which all that is not the teacher's trains
+def test_a_sharded_checkpoint_is_a_folder_and_can_be_evaluated(two: Path, one: Any, case: str) -> None:
+    one(case)
+    folder = two / f"{case}-fsdp2"
+    newest = small_trainings.last(folder)
+    assert latest_checkpoint(folder) == newest
+    assert sorted(path.name for path in newest.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    assert check_checkpoint(folder / "best.ckpt")["stage"] == small_trainings.CASES[case]["stage"]
+    assert not [path.name for path in folder.iterdir() if path.name.endswith((".partial", ".replaced"))]
+    found, saved = load_student(newest).state_dict(), load(folder / "student").state_dict()
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in found.items())
+    assert student_fingerprint(newest) != student_fingerprint(folder / "best.ckpt")
+
+
+def test_a_sharded_checkpoint_that_is_not_whole_or_not_ours_is_passed_over(two: Path, tmp_path: Path) -> None:
+    whole = small_trainings.last(two / "layers-fsdp2")
+    for name in ("last-00000001.ckpt", "last-00000002.ckpt"):
+        shutil.copytree(whole, tmp_path / name)
+    shard = tmp_path / "last-00000002.ckpt" / "__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"last-00000002.ckpt.*broken or truncated"):
+        assert latest_checkpoint(tmp_path) == tmp_path / "last-00000001.ckpt"
+    shard.unlink()
+    with pytest.raises(UserError, match=r"last-00000002.ckpt.*broken or truncated"):
+        check_checkpoint(tmp_path / "last-00000002.ckpt")
+    (tmp_path / "last-00000001.ckpt" / ".metadata").write_bytes(pickle.dumps(os.getcwd))  # what a pickle can run
+    with pytest.raises(UserError, match=r"is not a checkpoint of pl_attnedit \(\w+.getcwd"):
+        check_checkpoint(tmp_path / "last-00000001.ckpt")
+
+
 def test_a_killed_process_ends_the_other_with_a_message(folder: Path) -> None:
     processes = start_two("killed", str(folder))
     began = time.monotonic()
-    assert processes[1].wait(60) == -signal.SIGKILL
+    assert processes[1].wait(200) == -signal.SIGKILL
     killed = time.monotonic()
     text = processes[0].communicate(timeout=60)[0]
     assert time.monotonic() - killed < 10, killed - began

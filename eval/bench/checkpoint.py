@@ -1,0 +1,142 @@
+"""`bench checkpoint`: how long a checkpoint holds a training up, and what that is at the default interval."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from pl_attnedit.callbacks import AtomicCheckpointIO, ResumableCheckpoint
+from pl_attnedit.callbacks.checkpoint_time import SHARE
+from pl_attnedit.eval.bench.stages import RandomTokens, StepBench, machine, make_module
+from pl_attnedit.eval.bench.timing import synchronize
+
+ALONE = 4  # steps that are timed before the write
+MOST = 100_000  # steps
+
+
+def bench_checkpoint(
+    teacher: PreTrainedModel, options: StepBench, folder: Path, mb_per_s: float | None = None
+) -> dict[str, Any]:
+    """Trains until one checkpoint, begun in the background as in any training, is complete.
+
+    Args:
+        folder: gets the checkpoint, which is removed afterwards.
+        mb_per_s: of a slower disk that all processes share: each sleeps for what its part would have taken there.
+
+    Returns:
+        The keys of the JSON. `share`: the time in which training is held up, and by which its steps are slower during the
+        write, over the time from one checkpoint to the next at the default interval.
+    """
+    import pl_attnedit.strategies  # noqa: F401  # registers fsdp2
+
+    device = next(teacher.parameters()).device
+    folder = folder / f"bench-checkpoint-{os.getpid()}"
+    io = TimedIO(None if mb_per_s is None else 1e6 * mb_per_s / options.devices)
+    callback = ResumableCheckpoint(folder, every_seconds=MOST)
+    timed = UntilComplete(callback, io, options.warmup, device)
+    trainer = Trainer(
+        accelerator="gpu" if device.type == "cuda" else device.type,
+        devices=options.devices,
+        strategy=options.strategy,
+        precision=options.precision,  # type: ignore[arg-type]
+        max_steps=MOST,
+        callbacks=[timed, callback],
+        plugins=[io],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    tokens = RandomTokens(teacher.config.vocab_size, options.seq, options.batch * options.devices * 64)
+    loader = DataLoader(tokens, batch_size=options.batch)
+    try:
+        trainer.fit(make_module(teacher, options), loader)
+        return timed.result()
+    finally:
+        if trainer.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class TimedIO(AtomicCheckpointIO):
+    """Keeps how long this process's part took, at so many bytes per second at most."""
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        super().__init__()
+        self.bytes_per_s, self.seconds, self.in_background = bytes_per_s, 0.0, False
+
+    def _begin(self, write: Any, background: bool) -> None:
+        run, self.in_background = write.run, background
+
+        def timed() -> Any:
+            began = time.perf_counter()
+            written = run()
+            if self.bytes_per_s is not None:
+                size = sum(part.size_in_bytes for part in written) if written else write.path.stat().st_size
+                time.sleep(max(0.0, size / self.bytes_per_s - (time.perf_counter() - began)))
+            self.seconds = time.perf_counter() - began
+            return written
+
+        write.run = timed
+        super()._begin(write, background)
+
+
+class UntilComplete(Callback):
+    """Times steps alone, has a checkpoint begun, times steps until it is complete, and ends the training there."""
+
+    def __init__(self, callback: ResumableCheckpoint, io: TimedIO, warmup: int, device: torch.device) -> None:
+        self.callback, self.io, self.warmup, self.device = callback, io, warmup, device
+        self.alone: list[float] = []
+        self.during: list[float] = []
+        self.blocked, self.bytes = 0.0, 0
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if self.callback.last_model_path:
+            path, self.blocked = Path(self.callback.last_model_path), self.callback.time.spent
+            files = path.iterdir() if path.is_dir() else [path]
+            self.bytes = sum(file.stat().st_size for file in files)
+            self.callback.on_train_end = lambda *_: None  # type: ignore[method-assign]  # none at the end
+            trainer.should_stop = True
+        synchronize(self.device)
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Before the one of the `ResumableCheckpoint`."""
+        synchronize(self.device)
+        seconds = time.perf_counter() - self._began
+        if self.io.writing:
+            self.during.append(seconds)
+        elif self.callback.time.spent == 0 and trainer.global_step > self.warmup:
+            self.alone.append(seconds)
+            if len(self.alone) == ALONE:
+                self.callback.every_seconds = 1e-9  # now
+
+    def result(self) -> dict[str, Any]:
+        every = ResumableCheckpoint().every_seconds
+        alone = statistics.median(self.alone)
+        slower = max(0.0, statistics.mean(self.during) / alone - 1) if self.during else 0.0
+        in_background = self.io.seconds if self.io.in_background else 0.0
+        cycle = max((in_background or self.blocked) + every, self.blocked / SHARE)  # from one checkpoint to the next
+        return {
+            "bytes": self.bytes,
+            "seconds_blocked": self.blocked,
+            "seconds_of_write": self.io.seconds,
+            "in_background": self.io.in_background,
+            "mb_per_s": self.bytes / self.io.seconds / 1e6,
+            "step_ms": 1e3 * alone,
+            "step_ms_during_write": 1e3 * statistics.mean(self.during) if self.during else None,
+            "every_seconds": every,
+            "seconds_between_checkpoints": cycle,
+            "share": (self.blocked + in_background * slower / (1 + slower)) / cycle,
+            "share_blocked": self.blocked / cycle,
+            "lost_at_most_seconds": cycle + (in_background or self.blocked),  # killed as the next is nearly complete
+            "machine": machine(self.device),
+        }
