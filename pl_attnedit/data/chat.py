@@ -209,6 +209,10 @@ def _answer(text: str, chat: list[dict[str, Any]], i: int, template: _Template) 
         closed = template.attempt(chat[: i + 1])
         if closed and text.startswith(closed):
             end = len(closed.rstrip())
+        alone = template.attempt([*before, {**named, "content": mark}])
+        first = _common_prefix(text, alone)
+        if alone[first:].startswith(_MARK):
+            start = first
     if before and "add_generation_prompt" in template.source:
         opened = template.attempt(before, add_generation_prompt=True)
         if opened and text.startswith(opened) and opened != template.attempt(before):

@@ -107,6 +107,25 @@ STRICT = TOOLS.replace(
 )
 
 
+# As Mistral: no generation prompt, the tools before the last question.
+BARE = (
+    "{% for m in messages %}{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+    "{{ raise_exception('no call') }}{% elif m.role == 'assistant' %}{% if m.tool_calls %}[CALLS]{{ m.tool_calls | tojson }}"
+    "{% else %}{{ m.content }}{% endif %}<eos>{% else %}[{{ m.role }}]{{ m.content }}[/{{ m.role }}]{% endif %}{% endfor %}"
+)
+
+
+def test_a_call_behind_no_generation_prompt(with_template: Any) -> None:
+    chat = [
+        {"role": "user", "content": "Tide?"},
+        {"role": "assistant", "tool_calls": [{"name": "tide"}]},
+        {"role": "tool", "content": "high"},
+        {"role": "assistant", "content": "It is high."},
+    ]
+    text, spans = render(chat, with_template(BARE), answers=True)
+    assert [text[start:end] for start, end in spans] == ['[CALLS][{"name": "tide"}]<eos>', "It is high.<eos>"]
+
+
 @pytest.mark.parametrize("template", [TOOLS, STRICT])
 def test_tool_calls_are_answers_and_their_results_are_not(with_template: Any, template: str) -> None:
     call = {"type": "function", "function": {"name": "tide", "arguments": {"place": "Kiel"}}}
