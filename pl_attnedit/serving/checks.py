@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pl_attnedit.attention import GateSWAConfig, MLAConfig
+import torch
+
+from pl_attnedit.attention import TARGETS, GateSWAConfig, MLAConfig
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import attention_spec, family_of
@@ -26,6 +28,19 @@ def vllm_name(name: str, plan: EditPlan) -> str:
         return name
     module, dot, rest = match[3].partition(".")
     return match[1] + _NAMES[type(target)].get(module, module) + dot + rest
+
+
+def attention_weights(config: Any) -> set[str]:
+    """Names of all weights of a saved model's edited attention modules."""
+    plan = EditPlan.from_dict(config.attention_edit)
+    names = set()
+    for index in plan.edited_layers:
+        target = plan.target_of(index)
+        assert target is not None
+        with torch.device("meta"):
+            module = TARGETS[target.type](target, config, index)
+        names |= {f"model.layers.{index}.self_attn.{name}" for name in module.state_dict()}
+    return names
 
 
 def check_config(config: Any, all_tokens: bool = False) -> None:

@@ -16,9 +16,10 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from pl_attnedit.errors import UserError
 from pl_attnedit.modeling.hf import EDITED
 from pl_attnedit.modeling.plan import EditPlan
-from pl_attnedit.serving.checks import check_config, vllm_name
+from pl_attnedit.serving.checks import attention_weights, check_config, vllm_name
 from pl_attnedit.serving.layers import LAYERS
 
 BASES = {
@@ -38,6 +39,7 @@ class EditedForCausalLM:
         self.edit_plan = plan = EditPlan.from_dict(config.attention_edit)
         check_config(config, all_tokens=vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.absent = attention_weights(config)
         known = vllm_config.compilation_config.static_forward_context
         for index in plan.edited_layers:
             layer = self.model.layers[index]  # type: ignore[attr-defined]
@@ -50,9 +52,17 @@ class EditedForCausalLM:
             layer.self_attn = LAYERS[type(target)](base, target, config, index, vllm_config, name.removesuffix(".attn"))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        return super().load_weights(  # type: ignore[misc]
-            (vllm_name(name, self.edit_plan), weight) for name, weight in weights
-        )
+        """As vLLM's, which would leave a linear module without a weight as it finds it: here all must come once."""
+
+        def renamed() -> Iterable[tuple[str, Tensor]]:
+            for name, weight in weights:
+                self.absent.discard(name)
+                yield vllm_name(name, self.edit_plan), weight
+
+        loaded = super().load_weights(renamed())  # type: ignore[misc]
+        if self.absent:
+            raise UserError(f"weights of this model are missing: {', '.join(sorted(self.absent)[:4])} ...")
+        return loaded
 
 
 for _family, _base in BASES.items():

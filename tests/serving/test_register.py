@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from pl_attnedit import EditPlan, GateSWAConfig, MLAConfig, UserError
+from pl_attnedit import EditPlan, GateSWAConfig, MLAConfig, UserError, edit_model
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.serving import VERSIONS, register
-from pl_attnedit.serving.checks import check_config, vllm_name
+from pl_attnedit.serving.checks import attention_weights, check_config, vllm_name
 
 
 @pytest.fixture
@@ -92,3 +92,14 @@ def test_what_vllm_would_run_otherwise_is_refused(make_teacher: Any) -> None:
         check_config(config("qwen2", head_dim=16))
     with pytest.raises(UserError, match="hybrid KV cache manager"):
         check_config(config("llama"), all_tokens=True)
+
+
+def test_the_weights_that_must_come_are_those_that_are_saved(make_teacher: Any) -> None:
+    targets = {
+        "S": GateSWAConfig(window=4, learned_sink=True),
+        "M": MLAConfig(8, 4, q_lora_rank=6, latent_norm=False),
+        "N": MLAConfig(8, 4),
+    }
+    student = edit_model(make_teacher("qwen3"), targets, pattern="SMNF", init="random")
+    saved = {name for name in student.state_dict() if "self_attn" in name and ".3." not in name}
+    assert attention_weights(student.config) == saved

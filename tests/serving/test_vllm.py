@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from engines import BLOCK, SHAPE, answer, build_student, compare, engine, greedy, scheduler
+from safetensors.torch import load_file, save_file
 
 from pl_attnedit import GateSWAConfig, MLAConfig
 from pl_attnedit.serving.memory import groups_of, held_bytes, layers_of
@@ -210,3 +211,44 @@ def test_what_is_used_of_vllms_inside_is_as_it_was() -> None:
         if found[: len(expected)] != expected:
             gone.append(f"{name}({', '.join(found)})")
     assert not gone
+
+
+EVERYTHING = (
+    {
+        "S": GateSWAConfig(window=48, sinks=4),
+        "T": GateSWAConfig(window=48, gate="element", learned_sink=True),
+        "M": MLAConfig(40, 16, rope_frequencies="graded"),
+    },
+    "SMFT",
+)
+
+
+def test_two_tensor_parallel_ranks(
+    make_teacher: Callable[..., Any], make_ids: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In processes of their own, as the scheduler is then too."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each rank wants a NUMA node
+    student = build_student(make_teacher("llama", **SHAPE), *EVERYTHING)
+    student.save_pretrained(tmp_path)
+    with engine(tmp_path, tensor_parallel_size=2) as llm:
+        assert compare(llm, student, prompts(make_ids, (5, 300)), 16) < 5e-5
+
+
+def test_a_student_without_some_of_its_weights_is_not_served(make_teacher: Callable[..., Any], tmp_path: Path) -> None:
+    build_student(make_teacher("llama", **SHAPE), *EVERYTHING).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    names = (
+        "0.self_attn.gate_proj.weight",
+        "0.self_attn.k_proj.weight",
+        "1.self_attn.kv_b_proj.weight",
+        "3.self_attn.sink",
+    )
+    for name in names:  # linear, one of three that vLLM stacks, and plain ones
+        lost = f"model.layers.{name}"
+        save_file({k: w for k, w in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+        with (
+            pytest.raises(ValueError, match=f"missing: {lost} |not initialized from checkpoint.*{lost}"),
+            engine(tmp_path),
+        ):
+            pass
