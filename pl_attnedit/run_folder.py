@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.files import json_text, write_atomically, writing
+from pl_attnedit.files import json_text, no_room, write_atomically, writing
 from pl_attnedit.locks import LOCK, claim, is_claimed
 
 
@@ -81,6 +81,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = claim(self.path / LOCK)  # held open as long as the process lives
         except OSError as error:
+            if (message := no_room(error, self.path)) is not None:
+                raise UserError(message) from error
             raise invalid("runs", str(self.path), f"must be a folder that can be written to ({error})") from error
         if self._lock is None:
             raise UserError(f"run folder {self.path}: another process is running this conversion")

@@ -142,3 +142,9 @@ def test_files_given_to_another_command(tmp_path: Path, layers: Any, capsys: Any
     assert "is a recipe" in capsys.readouterr().err
     assert main(["eval", "x", "--teacher", "y", "--suite", str(tmp_path / "0.yaml")]) == 2
     assert "must be a suite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["convert", "fit", "study"])
+def test_the_rule_is_said(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert "mappings merge, lists and values replace" in " ".join(capsys.readouterr().out.split())

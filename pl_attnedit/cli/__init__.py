@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from pl_attnedit.cli.messages import farewell, message_of
+from pl_attnedit.files import no_room
 
 COMMANDS: dict[str, str] = {
     "convert": "run a whole conversion from a recipe: init, stage 1, stage 2, evaluation, report",
@@ -31,7 +32,23 @@ COMMANDS: dict[str, str] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. A user's mistake is one message and status 2; a signal is one message and status 128 + signal."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    status = 0
+    try:
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for Python's own flush at the end
+        if isinstance(error, BrokenPipeError):  # of `| head`, which has seen enough
+            return 128 + signal.SIGPIPE
+        if (message := no_room(error, "standard output")) is None:
+            raise
+        if not status:  # else it has been said
+            print(f"pl-attnedit: error: {message}", file=sys.stderr)
+        return status or 2
+    return status
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
@@ -49,9 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"pl_attnedit.cli.{'fit' if name == 'validate' else name.replace('-', '_')}")
     try:
         with termination_as_exception():
-            status = module.main([name, *rest] if module.__name__.endswith(".fit") else rest)
-            sys.stdout.flush()
-            return status
+            return module.main([name, *rest] if module.__name__.endswith(".fit") else rest)
     except Interrupted as stopped:
         interrupted = stopped
     except KeyboardInterrupt:
@@ -60,9 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(left.__context__, KeyboardInterrupt):
             return left.code if isinstance(left.code, int) else int(left.code is not None)
         interrupted = Interrupted(signal.SIGINT)
-    except BrokenPipeError:  # of `| head`, which has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for Python's own flush at the end
-        return 128 + signal.SIGPIPE
     except Exception as error:
         message = message_of(error)
         if message is None:

@@ -13,8 +13,9 @@ from pl_attnedit.errors import UserError, invalid
 def main(arguments: Sequence[str]) -> int:
     parser = OptionParser(
         prog="pl-attnedit study",
-        description="Run the conversions of a study, those that are not done yet, and compare its variants. "
-        "Options after -- go to every `pl-attnedit convert`.",
+        description="Run the conversions of a study, those that are not done yet, and compare its variants. A variant's "
+        "fields lie over those of `change`, these over the base: mappings merge, lists and values replace. Options after -- "
+        "go to every `pl-attnedit convert`.",
     )
     parser.add_argument(
         "study", type=expanduser, help="YAML with name, base (a recipe), variants, change, seeds; see configs/studies"

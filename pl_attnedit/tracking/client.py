@@ -16,6 +16,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.files import no_room
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 EXPERIMENT = "pl_attnedit"
@@ -84,6 +85,8 @@ def connect(tracking_uri: str | None = None, *, create: bool = True) -> MlflowCl
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except (*UNREACHABLE, OSError) as error:
+        if (message := no_room(error, uri)) is not None:
+            raise UserError(f"tracking_uri: {message}") from error
         reason = str(error).splitlines()[0][:300]
         raise invalid("tracking_uri", uri, f"MLflow cannot be reached there ({reason}); {_ALLOWED}") from error
     return client

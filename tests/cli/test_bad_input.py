@@ -386,14 +386,20 @@ def test_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert "There are cache, init, loss" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_seen_enough() -> None:
-    """`pl-attnedit ... | head -1`"""
-    code = "import sys; from pl_attnedit.cli import main; sys.exit(main(['doctor', '--json']))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("arguments", [["doctor", "--json"], ["eval", "--help"], ["--version"]], ids=" ".join)
+def test_output_that_nobody_takes(arguments: list[str]) -> None:
+    """`pl-attnedit ... | head -1`, and `> FILE` on a full disk."""
+    command = [sys.executable, "-m", "pl_attnedit.cli", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    assert "Error" not in process.stderr.read()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr.count("\n") == 1
+    assert "the disk is full" in done.stderr
+    assert done.returncode == 2
+    assert process.stderr.read() == ""
     assert process.wait() == 128 + signal.SIGPIPE
 
 
