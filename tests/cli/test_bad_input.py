@@ -386,7 +386,7 @@ def test_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert "There are cache, init, loss" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["doctor", "--json"], ["eval", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["doctor", "--json"], ["--version"]], ids=" ".join)
 def test_output_that_nobody_takes(arguments: list[str]) -> None:
     """`pl-attnedit ... | head -1`, and `> FILE` on a full disk."""
     command = [sys.executable, "-m", "pl_attnedit.cli", *arguments]
