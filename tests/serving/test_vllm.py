@@ -79,6 +79,21 @@ def test_a_student_equals_hugging_faces(
         assert compare(llm, student, prompts(make_ids), 16) < 5e-5
 
 
+@pytest.mark.parametrize(
+    "target",
+    [MLAConfig(512, 64), MLAConfig(104, 24, rope_frequencies="graded")],
+    ids=lambda target: f"{target.kv_lora_rank}+{target.qk_rope_head_dim}",
+)
+def test_widths_of_published_conversions(
+    target: MLAConfig, make_teacher: Callable[..., Any], make_ids: Callable[..., Any], tmp_path: Path
+) -> None:
+    fields = {"hidden_size": 512, "head_dim": 64, "num_hidden_layers": 2, "initializer_range": 0.05}
+    student = build_student(make_teacher("qwen3", **{**SHAPE, **fields}), {"M": target}, "M")
+    student.save_pretrained(tmp_path)
+    with engine(tmp_path) as llm:
+        assert compare(llm, student, prompts(make_ids, (5, 300)), 16) < 5e-5
+
+
 @pytest.mark.parametrize("rope", [None, "llama3", "yarn"])
 def test_every_family(
     family: str, rope: str | None, make_teacher: Callable[..., Any], make_ids: Callable[..., Any], tmp_path: Path
