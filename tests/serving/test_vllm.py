@@ -267,3 +267,10 @@ def test_a_student_without_some_of_its_weights_is_not_served(make_teacher: Calla
             engine(tmp_path),
         ):
             pass
+
+
+def test_a_quantised_cache_is_refused_where_pytorch_reads_it() -> None:
+    from pl_attnedit.serving.paged_backend import GatheredImpl
+
+    with pytest.raises(ValueError, match="kv_cache_dtype = 'fp8'"):
+        GatheredImpl(4, 32, 1.0, 2, None, None, "fp8")
