@@ -3,6 +3,8 @@
 lm-eval runs context + choice once for every choice of a question. `SharedPrefixLM` runs the context once, keeps its
 cache, and scores all choices from there: with four choices of 12 tokens after 128, 176 tokens instead of 560. It also
 skips the logits of the context. The numbers are the same up to rounding; it is the path that generation takes, too.
+A GPU does so after long contexts only: a pass over few tokens takes it as long as its kernel launches, and short contexts
+of many lengths fill whole batches when each choice is a row of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pl_attnedit.data.encoding import beginning, encode, frame
 from pl_attnedit.errors import invalid
 
+LONG_CONTEXT = 1024  # tokens, from which on a GPU is busy with one of them
 # (strings, context tokens, continuation tokens): lm-eval's form of a request; rolling windows have no strings.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -114,7 +117,8 @@ class SharedPrefixLM(HFLM):
         for prefix, indices in by_context.items():
             longest = max(len(requests[i][2]) for i in indices)
             # A short prefix (rolling windows share a single token) is cheaper to repeat than to keep.
-            if len(indices) > 1 and longest < len(prefix) <= self.max_length - longest:
+            least = longest + 1 if self.device.type == "cpu" else max(longest + 1, LONG_CONTEXT)
+            if len(indices) > 1 and least <= len(prefix) <= self.max_length - longest:
                 shared[prefix] = indices
             else:
                 single += indices

@@ -76,6 +76,22 @@ def test_a_shared_context_runs_once(teacher: PreTrainedModel, tokenizer: PreTrai
     assert seen == [(1, length - 1), (3, 2)]
 
 
+@pytest.mark.parametrize("long", [60, 1000])
+def test_a_gpu_repeats_short_contexts(
+    long: int, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each choice is a row of one batch then; the model is still on the CPU here."""
+    monkeypatch.setattr("pl_attnedit.eval.language_model.LONG_CONTEXT", long)
+    lm = SharedPrefixLM(teacher, tokenizer, name="teacher", max_length=128, batch_size=4)
+    asked = [Instance("loglikelihood", {}, (" ".join(["word"] * 60), f" {last}"), 0) for last in ("a of", "is it")]
+    expected, seen = lm.loglikelihood(asked), []
+    monkeypatch.setattr(type(lm), "device", property(lambda lm: torch.device("meta")))
+    monkeypatch.setattr(lm, "_score_after_prefix", lambda *rows: seen.append(rows) or expected)
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", lambda lm, requests, *_: seen.append(requests) or expected)
+    assert lm.loglikelihood(asked) == expected
+    assert [len(rows) for rows in seen] == [3 if long == 60 else 2]
+
+
 def test_contexts_of_one_length_share_a_batch(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     lm = SharedPrefixLM(teacher, tokenizer, name="teacher", max_length=128, batch_size=2)
     batches = list(lm._equal_lengths([(1, 2), (3, 4, 5), (5, 6), (7, 8)]))
