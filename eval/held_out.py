@@ -72,6 +72,8 @@ def held_out_texts(teacher: str, text: str, trained: TrainedOn, seq_len: int = 5
             known.add(key)
         else:
             found[key] = document if isinstance(document, str) else render(document, tokenizer(), False).text
+    if known and not found:
+        raise invalid("--text", text, "the student was trained on all of it; name other text")
     if known:
         log.warning(
             "%s: left out %d of %d documents, on which the student was trained",
@@ -79,8 +81,6 @@ def held_out_texts(teacher: str, text: str, trained: TrainedOn, seq_len: int = 5
             len(known),
             len(known) + len(found),
         )
-    if known and not found:
-        raise invalid("--text", text, "the student was trained on all of it; name other text")
     chosen, characters = [], 0
     for key in sorted(found):
         if characters < MOST_CHARACTERS:

@@ -241,9 +241,11 @@ def test_eval_asks_others(
     assert (by == "suite") == ("left out 1 of 4 questions" in caplog.text)
     grown.write_text("".join(json.dumps({"text": row}) + "\n" for row in seen))
     capsys.readouterr()
+    caplog.clear()
     status, settings = evaluate(grown, *options)
     assert (status, settings) == (2, {})
     assert capsys.readouterr().err.splitlines()[-1].endswith("the student was trained on all of it; name other text")
+    assert "left out" not in caplog.text
 
 
 def test_a_text_file_that_has_grown(tiny_tokenizer: Any, tmp_path: Path) -> None:
