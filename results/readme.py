@@ -105,8 +105,19 @@ def bench_one_gpu() -> str:
         naive = f"{found['naive_over_step']:.1f}" if found.get("naive_over_step") else ""
         speed = rounded(found["tokens_per_s"], 1000 if found["tokens_per_s"] > 1e5 else 100)
         over = f"{found['step_over_bound']:.2f}"
-        rows.append([name, what["batch"].replace("x", " x "), speed, over, f"{found['flop_utilisation']:.0%}", naive])
-    return markdown_table(["", "batch", "tokens/s", "step / bound", "FLOP utilisation", "naive / step"], rows)
+        use = f"{found['flop_utilisation']:.0%}"
+        rows.append([name, what["precision"], what["batch"].replace("x", " x "), speed, over, use, naive])
+    head = ["", "precision", "batch", "tokens/s", "step / bound", "FLOP utilisation", "naive / step"]
+    return markdown_table(head, rows)
+
+
+def precision() -> str:
+    rows = []
+    for found in data("precision")["rows"]:
+        moved = [f"{found['moved'][kind]:.0%}" for kind in ("q_proj", "o_proj", "kv_b_proj", "kv_a_layernorm")]
+        rows.append([found["precision"], found["dtype"], *moved, f"{found['kl']:.3f}"])
+    head = ["precision", "what does not train", "q_proj", "o_proj", "kv_b_proj", "kv_a_layernorm", "KL"]
+    return markdown_table(head, rows)
 
 
 def bench_two_gpus() -> str:
@@ -367,6 +378,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "bench_init": bench_init,
     "bench_one_gpu": bench_one_gpu,
+    "precision": precision,
     "bench_two_gpus": bench_two_gpus,
     "bench_trl": bench_trl,
     "bench_decode": bench_decode,
