@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from pl_attnedit import load
     from pl_attnedit.data.encoding import encode
-    from pl_attnedit.data.tokens import load_tokenizer
+    from pl_attnedit.data.tokens import check_vocabulary, load_tokenizer
 
     model: Any = load(options.model)
     tokenizer: Any = load_tokenizer(options.model)
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         [ids] = encode(tokenizer, [options.prompt])
     if not ids:
         raise invalid("prompt", options.prompt, "has no token to go on from")
+    check_vocabulary(tokenizer, max(ids), model.config.vocab_size, "the prompt")
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     prompt = torch.tensor([ids])
     output = model.generate(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from pl_attnedit.errors import invalid
 from pl_attnedit.teachers import EDITED_PREFIX
 
 ADAPTER_FILE = "adapter_config.json"
+_ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.safetensors", "adapter_model.bin")
+LOADING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # and say what does not fit
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 _QUANTISATION_FIELDS = ("quantization_config", "compression_config")
@@ -26,13 +29,14 @@ _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 
 def check_adapter(field: str, path: Path) -> None:
     """Hugging Face would put an adapter on top of the weights beside it, or fetch others to put it on."""
-    if (path / ADAPTER_FILE).is_file():
-        raise invalid(
-            field,
-            str(path),
-            f"holds an adapter ({ADAPTER_FILE}), which is not put on any weights here: merge it into its base model and "
-            "save that, or take it out of the folder where its weights are merged already",
-        )
+    for name in _ADAPTER_FILES:
+        if (path / name).is_file():
+            merged = (
+                "merge it into its base model and save that; if the weights beside it are merged already, take it out"
+            )
+            raise invalid(
+                field, str(path), f"holds an adapter ({name}), which is not put on any weights here: {merged}"
+            )
 
 
 def check_fields(name: str, path: Path) -> None:
@@ -68,6 +72,11 @@ def check_model(name: str, config: PreTrainedConfig) -> None:
     if headless or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         found = ", ".join(architectures) or kind
         raise invalid("teacher", name, f"must be a causal language model with its head, this is {found}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("factor") and rope.get("rope_type", "default") == "default":
+        raise invalid(
+            "rope_parameters", rope, "has a factor, but no rope_type that says what for: linear, yarn, llama3"
+        )
     attention = config._attn_implementation
     if attention is not None:  # config.json asks for one
         try:
@@ -96,37 +105,55 @@ def check_weights(name: str, path: Path) -> None:
 def _check_tensors(name: str, path: Path, stamp: tuple[Any, ...]) -> None:
     """Hugging Face itself says which tensors it would load, with all renamings of its own; on the meta device it loads
     none. stamp: what the answer stands for."""
-    noise, before = logging.ERROR + 1, logging.get_verbosity()
-    logging.set_verbosity(noise)  # a report of many lines, which says the same
     try:
-        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, device_map="meta", use_safetensors=True, **options)
+        with without_reports():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, device_map="meta", use_safetensors=True, **LOADING)
         quantised = [tensor for file in _files_of(path) for tensor in _not_plain(file)]
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise invalid("teacher", name, f"cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    problem = _first({"its weights are quantised, load one in 16 or 32 bits:": quantised}) or tensor_problem(loaded[1])
+    if problem:
+        raise invalid("teacher", name, problem)
+
+
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Hugging Face's warnings about tensors have many lines; what is wrong is said in one."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
     finally:
         logging.set_verbosity(before)
-    found = loaded[1]
-    mismatched = [each if isinstance(each, str) else each[0] for each in found["mismatched_keys"]]
-    for wrong, what in (
-        (quantised, "its weights are quantised, load one in 16 or 32 bits:"),
-        (found["missing_keys"], "the weights lack"),
-        (found["unexpected_keys"], "its model has no place for the weights"),
-        (mismatched, "config.json gives another shape to the weights"),
-    ):
-        if wrong:
-            more = ", ..." if len(wrong) > 3 else ""
-            raise invalid("teacher", name, f"{what} {', '.join(sorted(wrong)[:3])}{more}")
+
+
+def tensor_problem(info: Mapping[str, Any]) -> str | None:
+    """What Hugging Face says of tensors that do not fit the model; None where all do."""
+    mismatched = [each if isinstance(each, str) else each[0] for each in info["mismatched_keys"]]
+    return _first(
+        {
+            "the weights lack": info["missing_keys"],
+            "its model has no place for the weights": info["unexpected_keys"],
+            "its config gives another shape to the weights": mismatched,
+        }
+    )
+
+
+def _first(problems: Mapping[str, Collection[str]]) -> str | None:
+    for what, names in problems.items():
+        if names:
+            return f"{what} {', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
+    return None
 
 
 def _files_of(path: Path) -> list[Path]:
     """The files that Hugging Face reads."""
-    if not (path / INDEX).is_file():
-        return [path / WEIGHTS]
-    shards = set(json.loads((path / INDEX).read_text("utf-8"))["weight_map"].values())
-    if left := sorted(file.name for file in path.glob("model-*.safetensors") if file.name not in shards):
-        raise ValueError(f"{INDEX} does not name {left[0]}, which lies beside it: remove what is left of another model")
-    return [path / shard for shard in sorted(shards)]
+    files = {WEIGHTS}
+    if (path / INDEX).is_file():
+        files = set(json.loads((path / INDEX).read_text("utf-8"))["weight_map"].values())
+    if left := sorted(file.name for file in path.glob("model-*-of-*.safetensors") if file.name not in files):
+        raise ValueError(f"{left[0]} does not belong to the weights beside it: remove what is left of another model")
+    return [path / file for file in sorted(files)]
 
 
 def _not_plain(file: Path) -> list[str]:

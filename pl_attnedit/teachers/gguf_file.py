@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.teachers.checks import check_model
+from pl_attnedit.teachers.checks import LOADING, check_model, tensor_problem, without_reports
 from pl_attnedit.teachers.gguf_tokenizer import exact_tokenizer
 
 CONVERTER = 3  # counts up with every change of what is made of a file
@@ -75,9 +75,10 @@ def convert(file: Path, target: Path) -> None:
         reader = gguf.GGUFReader(file)
         _check_file(reader)
         config = _exact_config(file, reader)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, config=config, dtype=torch.float32, output_loading_info=True
-        )
+        with without_reports():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, config=config, dtype=torch.float32, **LOADING
+            )
         model, found = loaded
         _check_tensors(reader, model, found)
         tokenizer = exact_tokenizer(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), reader)
@@ -191,8 +192,8 @@ def _by_frequencies(given: dict[str, Any], plain: dict[str, Any], factors: torch
 
 def _check_tensors(reader: gguf.GGUFReader, model: Any, found: dict[str, Any]) -> None:
     """Every tensor of the file is in the model, and all of the model came from the file."""
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(f"lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
+    if problem := tensor_problem(found):
+        raise UserError(problem)
     wanted = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
     if sum(wanted.values()) == sum(int(t.n_elements) for t in reader.tensors if t.name != FREQUENCIES):
         return

@@ -5,17 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from gguf import GGUFReader
-from tokenizers import pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.errors import UserError
 
 try:  # how text is cut before merging, by `pre`: those that transformers sets itself
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-except ImportError:  # before 5.20
+except ImportError:  # older ones set none
     GGUF_PRE_TOKENIZER_SPLITS = {}
 
 # of llama.cpp's `llama-vocab.cpp`, as all that follows
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = dict.fromkeys(("llama3", "llama-v3", "llama-bpe"), _LLAMA3)
+_SPLITS |= dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _LLAMA3.replace("{1,3}", ""))
 _AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais"}
 _DIGITS_ALONE = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 _WORDS_WHOLE = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
@@ -54,8 +60,15 @@ def exact_tokenizer(tokenizer: Any, reader: GGUFReader) -> PreTrainedTokenizerBa
 def _cut(backend: Any, pre: str | None) -> None:
     """Splits text the way that the merges were learned with."""
     if pre in _DIGITS_ALONE:
-        parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        digits, spelled = (
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, spelled])
+    elif pre in _SPLITS:
+        words = pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated")
+        spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, spelled])
     elif pre not in {*_AS_GPT2, *GGUF_PRE_TOKENIZER_SPLITS}:
         raise UserError(f"says tokenizer.ggml.pre = {pre!r}, which is not honoured")
     if pre in _WORDS_WHOLE:

@@ -54,6 +54,15 @@ def shards(folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size="80KB")
 
 
+def files_of_another_model(folder: Path) -> None:
+    """As a smaller model leaves them, that is saved over a larger one."""
+    shards(folder)
+    model, _ = load_teacher(str(folder))
+    (folder / "model.safetensors.index.json").unlink()
+    model.save_pretrained(folder)
+    (folder / "model-00001-of-00003.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+
+
 def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "base"}')
 
@@ -98,7 +107,9 @@ def two_sets(folder: Path) -> None:
         ),
         (config(num_hidden_layers=3), r"no place for the weights model\.layers\.3"),
         (two_sets, "two sets of weights"),
-        (file_of_another_model, "does not name model-00009-of-00009.safetensors"),
+        (file_of_another_model, "model-00009-of-00009.safetensors does not belong"),
+        (files_of_another_model, "model-00001-of-00003.safetensors does not belong"),
+        (lambda folder: (folder / "adapter_model.bin").touch(), "holds an adapter"),
         (lost_shard, "cannot be loaded"),
         (adapter, "holds an adapter"),
         (adapter_alone, "holds an adapter"),
@@ -139,6 +150,7 @@ def test_weights_that_are_the_model(folder: Path, change: Callable[[Path], None]
         (config(text_config={"quantization_config": {"quant_method": "awq"}}), r"quantised \(method awq\)"),
         (config(attn_implementation="flash_attention_9"), "attn_implementation = 'flash_attention_9'"),
         (config(_attn_implementation="no_such/kernel"), "attn_implementation = 'no_such/kernel'"),
+        (config(rope_parameters={"rope_theta": 1e4, "factor": 4.0}), "has a factor, but no rope_type"),
         (config(model_type="attnedit_llama"), "is a converted model already"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

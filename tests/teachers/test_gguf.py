@@ -115,13 +115,17 @@ def test_other_families(tmp_path: Path, backend: Tokenizer, make_teacher: Callab
         (says(attention__sliding_window=8), "attention.sliding_window = 8"),
         (says(rope__dimension_count=4, attention__key_length=8), "rope.dimension_count = 4"),
         (says(expert_count=4), "expert_count = 4"),
+        (says(feed_forward_length=40), r"another shape to the weights model\.layers\.0\.mlp\.down_proj"),
         (says(something_new=4), "something_new = 4"),
         (says(split__count=2), r"one of 2 files; join them first"),
         (says(general__type="adapter"), "holds no model"),
         (says(tokenizer__ggml__pre="martian"), "tokenizer.ggml.pre = 'martian'"),
         (says(tokenizer__ggml__something=1), "tokenizer.ggml.something = 1"),
         (lambda writer: writer.add_tensor("blk.0.attn_q_norm.weight", np.ones(8, np.float32)), "attn_q_norm.weight"),
-        (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(32, np.float32)), "lacks .*k_proj.bias"),
+        (
+            lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(32, np.float32)),
+            "the weights lack .*k_proj.bias",
+        ),
         (lambda writer: writer.add_tensor("rope_freqs.weight", np.arange(4, dtype=np.float32) + 1), "other factors in"),
         (lambda writer: writer.add_tensor("rope_factors_long.weight", np.ones(4, np.float32)), "rope_factors_long"),
     ],
@@ -138,7 +142,7 @@ def test_what_is_not_honoured_is_refused(
 
 def test_files_that_are_not_whole(tmp_path: Path, backend: Tokenizer, model: Any) -> None:
     write_gguf(tmp_path / "part.gguf", model, backend, keep=lambda name: ".1.mlp.up_proj" not in name)
-    with pytest.raises(UserError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(UserError, match=r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight"):
         resolve_teacher(str(tmp_path / "part.gguf"))
     write_gguf(tmp_path / "big.gguf", model, backend, endianess=gguf.GGUFEndian.BIG)
     with pytest.raises(UserError, match="is big-endian"):
