@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import TargetConfig
+from pl_attnedit.distillation.forward_check import check_forward
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
 from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.distillation.pairs import Call, Pairs
@@ -35,10 +36,11 @@ class UntrainedPlans:
         self, teacher: PreTrainedModel, targets: Mapping[str, TargetConfig], calibration: Sequence[Tensor] | None = None
     ) -> None:
         self.teacher, self.targets = teacher, targets
-        self.pairs = {
-            letter: Pairs(teacher, edit_model(teacher, target, pattern="S", calibration=calibration))
-            for letter, target in targets.items()
-        }
+        self.pairs = {}
+        for letter, target in targets.items():
+            student = edit_model(teacher, target, pattern="S", calibration=calibration)
+            check_forward(teacher, student)
+            self.pairs[letter] = Pairs(teacher, student)
         self._any = next(iter(self.pairs.values()))
 
     @torch.no_grad()

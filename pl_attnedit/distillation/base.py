@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pl_attnedit.attention import Target
 from pl_attnedit.checkpoints import read_checkpoint, use_atomic_files
 from pl_attnedit.distillation.block import Block
+from pl_attnedit.distillation.forward_check import check_forward
 from pl_attnedit.distillation.liger import use_liger
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 from pl_attnedit.distillation.optimisation import OptimisedModule
@@ -184,6 +185,7 @@ class DistillationModule(OptimisedModule):
         if self._trainer is not None and self.trainer.world_size > 1:
             for attention in edited_attention(student).values():  # a random init is each process's own
                 take_from(0, attention, self.trainer.strategy.root_device)
+        check_forward(teacher, student)  # whole, and before kernels that need a GPU
         if hparams["liger"]:  # after the init, which may have run on the CPU
             device = self.device if self._trainer is None else self.trainer.strategy.root_device
             for model in (teacher, student):
