@@ -77,9 +77,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     resolve_teacher(recipe.teacher)
     path = Path(recipe.runs) / recipe.name
     data.setup()
-    trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
-    frozen_dtype(trainer.precision, recipe.dtype)  # of a plugin, too
-    check_devices(recipe, trainer.strategy.root_device.type, trainer.world_size, here=True)
+    trainer = check_machine(recipe)
     for stage in (recipe.stage1, recipe.stage2):
         data.phases = stage.phases
         if stage.total_steps:
@@ -106,6 +104,14 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
         folder.path, recipe.name, tags, tracking_uri=recipe.tracking_uri, experiment=recipe.experiment
     )
     return Conversion(recipe, data, folder, runs, plain).run()
+
+
+def check_machine(recipe: Recipe) -> Trainer:
+    """A Trainer as the stages will have it; `UserError` where this machine cannot run them."""
+    trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
+    frozen_dtype(trainer.precision, recipe.dtype)  # of a plugin, too
+    check_devices(recipe, trainer.strategy.root_device.type, trainer.world_size, here=True)
+    return trainer
 
 
 class Conversion:

@@ -29,6 +29,7 @@ from jsonargparse import ArgumentParser
 from scipy import stats
 
 from pl_attnedit.config_files import merged, read_yaml
+from pl_attnedit.conversion import check_machine
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.formatting import aligned
 from pl_attnedit.files import write_atomically
@@ -187,6 +188,7 @@ class StudyRun:
         for each in self.chosen:
             try:
                 check_recipe(each.recipe)
+                check_machine(each.recipe)
                 resolve_teacher(each.recipe.teacher)
             except UserError as error:
                 raise UserError(f"variant {each.variant!r}: {error}") from error

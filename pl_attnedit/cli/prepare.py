@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.packing import Corpus
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.formatting import aligned
+from pl_attnedit.teachers.checks import check_adapter, check_fields
 from pl_attnedit.teachers.source import TEACHER_SOURCES
 
 
@@ -31,7 +33,12 @@ def main(arguments: Sequence[str]) -> int:
     config = parser.parse_args(list(arguments))
     if config.teacher is None:
         raise invalid("teacher", None, f"must be given, by --teacher or in the config; allowed: {TEACHER_SOURCES}")
-    print(_summary(TextDataModule(config.teacher, **dict(parser.instantiate_classes(config).data))))
+    data = TextDataModule(config.teacher, **dict(parser.instantiate_classes(config).data))
+    folder = Path(data.tokenizer.name_or_path)
+    check_adapter("teacher", folder)
+    if (folder / "config.json").is_file():  # a tokenizer alone will do here
+        check_fields(config.teacher, folder)
+    print(_summary(data))
     return 0
 
 

@@ -268,7 +268,9 @@ def test_no_command_takes_what_is_no_teacher(
     name, file = str(folder), str(recipe(teacher=str(folder)))
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({"name": "s", "base": file, "variants": {"a": None}}))
     there = sorted(tmp_path.iterdir())
-    of_the_head = [] if wrong == "a lost tensor" else [["convert", "-c", file, "--dry-run"]]
+    of_the_head = [["convert", "-c", file, "--dry-run"], ["prepare", "-c", file]]
+    if wrong == "a lost tensor":
+        of_the_head.clear()
     for command in (
         *of_the_head,
         ["convert", "-c", file],
@@ -286,6 +288,17 @@ def test_no_command_takes_what_is_no_teacher(
         assert "Traceback" not in message
         assert "error: " in message.splitlines()[-1], message
         assert sorted(tmp_path.iterdir()) == there, command
+
+
+def test_a_study_on_devices_that_are_not_here(recipe: Make, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(tmp_path)
+    base = str(recipe(trainer={"accelerator": "gpu"}))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"name": "s", "base": base, "variants": {"a": None}}))
+    assert main(["study", "study.yaml"]) == 2
+    assert "variant 'a': trainer: " in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_tokens_beyond_the_vocabulary(
