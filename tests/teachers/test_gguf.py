@@ -169,6 +169,29 @@ def test_tokens_around_a_text(
     assert tokenizer.decode(ids, skip_special_tokens=True).removeprefix("&") == "import this"
 
 
+def test_sentencepiece(tmp_path: Path, backend: Tokenizer, model: Any) -> None:
+    """Text gets BOS and a space before it unless the file says otherwise."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab"]
+    pieces += [f"w{i}" for i in range(320 - len(pieces))]
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(pieces)
+        writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(61)])
+        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 61)  # unknown, control, bytes, normal
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        for part in writer.kv_data:
+            part.pop("tokenizer.ggml.merges", None)
+
+    for name, more, ids in (("plain", {}, [1, 264]), ("bare", {"tokenizer__ggml__add_bos_token": False}, [264])):
+        file = tmp_path / f"{name}.gguf"
+        write_gguf(file, model, backend, lambda writer, more=more: (change(writer), says(**more)(writer)))
+        _, tokenizer = load_teacher(str(file))
+        assert tokenizer("ab").input_ids == ids
+        assert tokenizer.decode(tokenizer("ab ab").input_ids, skip_special_tokens=True) == "ab ab"
+
+
 def test_digits_alone(tmp_path: Path, backend: Tokenizer, model: Any) -> None:
     """SmolLM's merges were learned from text whose digits stand alone."""
     write_gguf(tmp_path / "tiny.gguf", model, backend)
