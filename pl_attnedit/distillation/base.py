@@ -185,7 +185,10 @@ class DistillationModule(OptimisedModule):
         if self._trainer is not None and self.trainer.world_size > 1:
             for attention in edited_attention(student).values():  # a random init is each process's own
                 take_from(0, attention, self.trainer.strategy.root_device)
-        check_forward(teacher, student)  # whole, and before kernels that need a GPU
+        if self._trainer is not None and not self.deals_out_layers and data_parallel_mesh(self) is None:
+            for model in (teacher, student):  # where all of it will be
+                model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+        check_forward(teacher, student)  # unsharded, and before kernels that need a GPU
         if hparams["liger"]:  # after the init, which may have run on the CPU
             device = self.device if self._trainer is None else self.trainer.strategy.root_device
             for model in (teacher, student):
