@@ -27,21 +27,24 @@ def check_forward(teacher: Any, student: Any) -> None:
     """
     pairs = Pairs(teacher, student)
     ids = torch.arange(TOKENS, device=teacher.model.embed_tokens.weight.device)[None] % teacher.config.vocab_size
-    several = len({parameter.dtype for parameter in student.parameters()}) > 1  # only mixed precision runs those
+    dtypes = {parameter.dtype for model in (teacher, student) for parameter in model.parameters()}
+    several = len(dtypes) > 1  # only mixed precision runs those
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    share = max(8 * coarsest, 1e-5)  # of the values: kernels may round differently
     with torch.autocast(ids.device.type, torch.bfloat16) if several else nullcontext():
         theirs = {"teacher": _own_forward(teacher, ids), "student": _own_forward(student, ids)}
         (first, of_teacher), (second, of_student) = theirs.values()
         *embedded, calls = pairs.begin({"input_ids": ids})
         for role, ours, states in zip(theirs, embedded, (first, second)):
-            _compare(f"the embeddings of the {role}", ours, states[0])
+            _compare(f"the embeddings of the {role}", share, ours, states[0])
         for index, (pair, call) in enumerate(pairs.with_calls(calls)):
             found = pair(first[index], second[index], call=call)
             for role, ours, states in (("teacher", found.teacher, first), ("student", found.student, second)):
-                _compare(f"layer {index} of the {role}", ours, states[index + 1], states[index])
+                _compare(f"layer {index} of the {role}", share, ours, states[index + 1], states[index])
 
         def logits(student: Tensor, teacher: Tensor, student_head: nn.Module, teacher_head: nn.Module) -> None:
-            _compare("the head of the teacher", teacher_head(teacher), of_teacher)
-            _compare("the head of the student", student_head(student), of_student)
+            _compare("the head of the teacher", share, teacher_head(teacher), of_teacher)
+            _compare("the head of the student", share, student_head(student), of_student)
 
         pairs.heads(first[-1], second[-1], logits)
 
@@ -62,9 +65,7 @@ def _own_forward(model: Any, ids: Tensor) -> tuple[list[Tensor], Tensor]:
             handle.remove()
 
 
-def _compare(where: str, ours: Tensor, theirs: Tensor, entered: Tensor | None = None) -> None:
-    """The same operations in the same order give the same; what is allowed is for kernels that round differently."""
-    share = max(8 * torch.finfo(theirs.dtype).eps, 1e-5)
+def _compare(where: str, share: float, ours: Tensor, theirs: Tensor, entered: Tensor | None = None) -> None:
     ours, theirs = ours.float(), theirs.float()
     update = theirs if entered is None else theirs - entered.float()
     allowed = share * (theirs.abs() + update.abs().max())
