@@ -137,6 +137,11 @@ def _hidden(model: PreTrainedModel, row_T: torch.Tensor) -> torch.Tensor:
     return model.base_model(row_T[None].to(model.device), use_cache=False).last_hidden_state[0]
 
 
+def compare_sequence(teacher: PreTrainedModel, student: PreTrainedModel, row_T: torch.Tensor) -> torch.Tensor:
+    """`compare_positions` of one sequence: (4, T)."""
+    return _compare(teacher, student, _hidden(teacher, row_T), row_T)
+
+
 @torch.inference_mode()
 def _compare(
     teacher: PreTrainedModel, student: PreTrainedModel, teacher_TH: torch.Tensor, row_T: torch.Tensor

@@ -101,11 +101,12 @@ def _introduction(summary: Mapping[str, Any], licence: str | None) -> str:
     budget = summary["kv_bytes_per_token_student"] / summary["kv_bytes_per_token_teacher"]
     stated = f"The teacher's licence is {licence}." if licence else "The teacher states no licence where we looked."
     tokens = count(summary["tokens_stage1"] + summary["tokens_stage2"])
+    phases = f" ({summary['phases']})" if summary.get("phases") else ""
     context = context_length(summary["kv_context"])
     return (
         f"`{summary['teacher']}` with its attention replaced by {names} (pattern `{summary['pattern']}`, F = the teacher's "
-        f"own attention) and distilled from the original on {tokens} tokens. It caches {percent(budget)} of the teacher's "
-        f"bytes at a context of {context}. {stated}"
+        f"own attention) and distilled from the original on {tokens} tokens{phases}. It caches {percent(budget)} of the "
+        f"teacher's bytes at a context of {context}. {stated}"
     )
 
 

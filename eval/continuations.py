@@ -50,7 +50,7 @@ def greedy_continuations(
     rows = []
     for prompt in prompts:
         tokens = [_continue(model, tokenizer, prompt, max_new_tokens) for model in (teacher, student)]
-        parts_at = _first_difference(*tokens)
+        parts_at = first_difference(*tokens)
         texts = [_decode(tokenizer, ids) for ids in tokens]
         common = _decode(tokenizer, tokens[0][:parts_at])
         # A character can span tokens, and then its beginning alone decodes to something else.
@@ -71,18 +71,24 @@ def _continue(
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id,
+        eos_token_id=eos_of(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     output = cast(Any, model).generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return output[0, ids.shape[1] :].tolist()
 
 
+def eos_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text."""
+    ends = model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _first_difference(first: list[int], second: list[int]) -> int | None:
+def first_difference(first: list[int], second: list[int]) -> int | None:
     for index, (a, b) in enumerate(zip(first, second)):
         if a != b:
             return index

@@ -12,8 +12,17 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.answers import TaskRequest, answers_folder, circumstances, digest, evaluation_mode, kept
+from pl_attnedit.eval.answers import (
+    TaskRequest,
+    answers_folder,
+    circumstances,
+    digest,
+    evaluation_mode,
+    kept,
+    write_samples,
+)
 from pl_attnedit.eval.by_position import by_position, compare_positions, fidelity, packed_sequences
+from pl_attnedit.eval.generations import METRICS, generations, prompts_of
 from pl_attnedit.eval.harness import AnsweredPair, EvaluationResult, answer_both, compare_samples, model_context
 from pl_attnedit.eval.held_out import HeldOut, held_out_texts, trained_on
 from pl_attnedit.eval.retrieval import build_retrieval_tasks
@@ -65,8 +74,10 @@ def evaluate_suite(
     texts = held_out.texts
     # what can be missing is noticed before the models have answered for hours
     requests = build_tasks(suite, texts, pair.tokenizer, out / "tasks", pair.max_length, bigbench, trained)
-    tokens = pair.sequences(texts)
+    tokens, prompts = pair.sequences(texts), pair.prompts(texts)
     found = pair.answer(requests, out, batch_size)
+    if prompts is not None:
+        pair.generate(prompts, found, out)
     further: dict[str, Any] = {}
     if tokens is not None:
         further |= pair.by_position(tokens, out / ".answers")
@@ -121,6 +132,32 @@ class _Pair:
             return None
         context = min(options.context or self.max_length, self.max_length)
         return packed_sequences(texts, self.tokenizer, options.sequences, context)
+
+    def prompts(self, texts: Sequence[str]) -> torch.Tensor | None:
+        """Of `generation`, (prompts, tokens)."""
+        options = self.suite.generation
+        if options is None:
+            return None
+        longest = self.max_length - options.prompt_tokens
+        if options.new_tokens > longest:
+            raise invalid("generation.new_tokens", options.new_tokens, f"must be at most {longest} after such prompts")
+        return prompts_of(texts, self.tokenizer, options.prompts, options.prompt_tokens)
+
+    def generate(self, prompts_NT: torch.Tensor, found: AnsweredPair, out: Path) -> None:
+        """Adds the task `generation` to what was found."""
+        assert self.suite.generation is not None
+        with evaluation_mode(*self.models):
+            samples = generations(
+                *self.models,
+                self.tokenizer,
+                prompts_NT,
+                self.suite.generation.new_tokens,
+                prints=(self.teacher_print, self.student_print),
+                folders=(answers_folder(), out / ".answers"),
+            )
+        found.pairs["generation"] = list(zip(samples["teacher"], samples["student"], strict=True))
+        found.higher_is_better["generation"] = METRICS
+        found.samples.extend(write_samples(out, name, "generation", rows) for name, rows in samples.items())
 
     def by_position(self, tokens_NT: torch.Tensor, folder: Path) -> dict[str, Any]:
         """`by_position` and `fidelity` of results.json."""

@@ -71,6 +71,21 @@ class RetrievalTasks:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """What both models write, sampled and greedy (`pl_attnedit.eval.generations`).
+
+    Args:
+        prompts: beginnings of held-out documents, at most.
+        prompt_tokens: their length.
+        new_tokens: longest text that is written.
+    """
+
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
 class BigBenchTasks:
     """BIG-bench's multiple-choice tasks from local JSONL; `bigbench` in the results is all their questions together.
 
@@ -125,6 +140,7 @@ class Suite:
         text: perplexity and cloze of held-out text.
         by_position: KL and agreement, by position in context and over all positions.
         retrieval: synthetic long-context tasks.
+        generation: what both write after the same prompts.
         bigbench: questions from local files.
         library: tasks of lm-eval's library.
         efficiency: speed and memory.
@@ -137,6 +153,7 @@ class Suite:
     text: TextTasks | None = None
     by_position: PositionTask | None = None
     retrieval: RetrievalTasks | None = None
+    generation: Generation | None = None
     bigbench: BigBenchTasks | None = None
     library: list[LibraryTask] = field(default_factory=list)
     efficiency: Efficiency | None = None
@@ -153,7 +170,7 @@ class Suite:
     @property
     def needs_text(self) -> bool:
         """Whether tasks are made of held-out text."""
-        return any(part is not None for part in (self.text, self.by_position, self.retrieval))
+        return any(part is not None for part in (self.text, self.by_position, self.retrieval, self.generation))
 
     @property
     def version(self) -> str:
@@ -162,7 +179,8 @@ class Suite:
 
     def version_on(self, text: str = BUILTIN, bigbench: str | Path | Sequence[str | Path] | None = None) -> str:
         """The version of an evaluation on this text and these questions, which are known by their names."""
-        content = [asdict(self), TASKS_VERSION, version("lm_eval") if self.library else None]
+        parts = {name: part for name, part in asdict(self).items() if part or name != "generation"}  # a later part
+        content = [parts, TASKS_VERSION, version("lm_eval") if self.library else None]
         files = [bigbench] if isinstance(bigbench, str | Path) else bigbench or []
         if text != BUILTIN or files:
             content += [os.path.abspath(name) if os.path.exists(name) else str(name) for name in (text, *files)]

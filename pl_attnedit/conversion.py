@@ -42,7 +42,7 @@ from pl_attnedit.files import json_text, write_atomically
 from pl_attnedit.memory import release_memory
 from pl_attnedit.modeling.edit import read_config
 from pl_attnedit.modeling.kv import fill_cache, kv_context, on_meta
-from pl_attnedit.recipe import Recipe, StageRecipe
+from pl_attnedit.recipe import Recipe, StageRecipe, phases_text
 from pl_attnedit.recipe_checks import check_devices, check_recipe, stage_module
 from pl_attnedit.run_folder import RunFolder, read_summary
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
@@ -298,6 +298,7 @@ class Conversion:
             "teacher": self.recipe.teacher,
             "targets": self.plain["targets"],
             "pattern": kv["pattern"],
+            "phases": phases_text(self.recipe),
             "tokens_stage1": after1["tokens"],
             "tokens_stage2": after2["tokens"],
             "kl_before": before["val/kl"],
@@ -313,7 +314,7 @@ class Conversion:
         path = write_atomically(self.folder.path / "summary.json", json_text(summary))
         student = (self.folder.path / "student").resolve()
         where = {STUDENT_TAG: student, STUDENT_FINGERPRINT_TAG: teacher_fingerprint(student)}
-        parent.set_tags({"pattern": summary["pattern"], **where})
+        parent.set_tags({"pattern": summary["pattern"], "phases": summary["phases"], **where})
         parent.log_metrics({name: value for name, value in summary.items() if isinstance(value, int | float)})
         parent.log_file(path)
 

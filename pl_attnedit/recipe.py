@@ -157,6 +157,12 @@ class Recipe:
                 raise invalid(name, getattr(self, name), f"must be {kind}")
 
 
+def phases_text(recipe: Recipe) -> str:
+    """What stages that have phases go through; "" where none has."""
+    stages = {"stage 1": recipe.stage1.phases, "stage 2": recipe.stage2.phases}
+    return "; ".join(f"{name}: {', '.join(map(str, phases))}" for name, phases in stages.items() if phases)
+
+
 # what a conversion sets itself
 _OURS_OF_TRAINER = {
     *(

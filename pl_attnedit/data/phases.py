@@ -37,6 +37,9 @@ class Phase:
         if not 0 < self.learning_rate < math.inf:
             raise invalid("phases: learning_rate", self.learning_rate, "must be positive")
 
+    def __str__(self) -> str:
+        return f"{self.steps:,} steps of {self.batch_size} × {self.seq_len:,} tokens"
+
 
 class PhasedSequences(Dataset[dict[str, Tensor]]):
     """Packed sequences of several lengths; an item is a whole batch of one of them."""

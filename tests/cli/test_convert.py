@@ -26,8 +26,9 @@ from pl_attnedit.run_folder import RunFolder, read_summary
 from pl_attnedit.teachers.source import teacher_fingerprint
 
 KEYS = (
-    "teacher targets pattern tokens_stage1 tokens_stage2 kl_before kl_after_stage1 kl_after_stage2 top1_after ppl_teacher "
-    "ppl_student kv_context kv_bytes_per_token_teacher kv_bytes_per_token_student wall_seconds peak_rss_bytes run_id recipe"
+    "teacher targets pattern phases tokens_stage1 tokens_stage2 kl_before kl_after_stage1 kl_after_stage2 top1_after "
+    "ppl_teacher ppl_student kv_context kv_bytes_per_token_teacher kv_bytes_per_token_student wall_seconds peak_rss_bytes "
+    "run_id recipe"
 )
 Make = Callable[..., Any]
 
@@ -222,7 +223,7 @@ def slow_stages(recipe: Make, tmp_path: Path) -> Path:
 def test_killed_and_interrupted_conversions_go_on_to_the_same_figures(
     slow_stages: Path, start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:/work/wt/phases")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["convert", "-c", str(slow_stages), "--runs", "unbroken"]) == 0
@@ -256,6 +257,10 @@ def test_killed_and_interrupted_conversions_go_on_to_the_same_figures(
     for name in ("kl_before", "kl_after_stage1", "kl_after_stage2", "top1_after", "ppl_student"):
         assert found[name] == pytest.approx(unbroken[name], rel=0.02), name
     assert found["tokens_stage1"] == unbroken["tokens_stage1"] == 12 * 64
+    steps = "stage 2: 5 steps of 2 × 32 tokens, 7 steps of 1 × 64 tokens"
+    assert found["phases"] == unbroken["phases"] == steps
+    assert f" tokens ({steps}). It" in (folder / "student" / "README.md").read_text()
+    assert f"({steps})" in (folder / "report.html").read_text()
     assert found["tokens_stage2"] == unbroken["tokens_stage2"] == 5 * 2 * 32 + 7 * 64
 
 

@@ -37,6 +37,7 @@ SUITE = {
     "by_position": {"sequences": 2, "context": 128},
     "retrieval": {"tasks": ["needle_1", "copy"], "depths": [0.5], "samples": 2},
     "bigbench": {"limit": 5},
+    "generation": {"prompts": 4, "prompt_tokens": 16, "new_tokens": 8},
     "efficiency": {"contexts": [64], "batches": [1, 2], "new_tokens": 4, "repeats": 1, "budget_gb": 0.5},
     "margins": {"heldout_cloze/acc": 0.05, "bigbench/acc*": 0.3},
 }
@@ -91,8 +92,11 @@ def test_a_suite_from_the_command_line(
     assert found["suite"]["name"] == "small"
     tasks = {(row["task"], row["metric"]): row for row in found["tasks"]}
     assert {task for task, _ in tasks} == {
-        *("heldout_perplexity", "heldout_cloze", "needle_1", "copy", "bigbench_questions", "bigbench_more", "bigbench")
+        *("heldout_perplexity", "heldout_cloze", "needle_1", "copy", "bigbench_questions", "bigbench_more", "bigbench"),
+        "generation",
     }
+    assert tasks["generation", "sampled_nll"]["n"] == 4
+    assert tasks["generation", "path_kl"]["student"] > 0.001
     cloze = tasks["heldout_cloze", "acc"]
     assert cloze["margin"] == 0.05
     assert cloze["verdict"] in ("non-inferior", "inferior", "inconclusive")
@@ -115,7 +119,7 @@ def test_a_suite_from_the_command_line(
     options = {"contexts": [64], "batches": [1, 2], "new_tokens": 4, "repeats": 1}
     assert found["efficiency"] == [{"models": ["teacher", "student"], **options}]
     assert found["largest_batch"][1] == {"model": "student", "context": 64, "budget_bytes": 500_000_000, "batch": 7}
-    assert len(found["samples"]) == 12
+    assert len(found["samples"]) == 14
 
     again = evaluate()
     everything = [*("heldout_perplexity", "heldout_cloze", "bigbench_questions", "bigbench_more", "needle_1", "copy")]
