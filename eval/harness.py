@@ -29,6 +29,7 @@ from pl_attnedit.eval.answers import (
     load_tasks,
     write_samples,
 )
+from pl_attnedit.eval.generations import METRICS as OF_TEXTS
 from pl_attnedit.eval.language_model import SharedPrefixLM
 from pl_attnedit.eval.statistics import (
     Difference,
@@ -319,7 +320,7 @@ def _difference(metric: str, pairs: list[Pair]) -> Difference:
         return paired_aggregate([ll for ll, _ in teacher], [ll for ll, _ in student], lengths, WEIGHTED[metric])
     if metric == "perplexity":  # of a single word or sentence each
         return paired_aggregate(teacher, student, aggregate=perplexity)
-    if set(teacher) | set(student) <= {0, 1}:
+    if metric not in OF_TEXTS and set(teacher) | set(student) <= {0, 1}:
         return paired_proportions(teacher, student)
     return paired_aggregate(teacher, student)
 
