@@ -186,8 +186,7 @@ def _scores(
 
     return {
         "scores": [
-            {kind: [score(*each) for each in zip(prompts_BT, texts)] for kind, texts in of_model.items()}
-            for of_model in written
+            {kind: [score(*each) for each in zip(prompts_BT, of_model[kind])] for kind in KINDS} for of_model in written
         ]
     }
 
