@@ -53,8 +53,7 @@ format: setup  ## let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup  ## speed and memory of this machine: a training step of stage 2 of a small shape, and its loss
-	$(BIN)/pl-attnedit bench stage2 --layers 4 --batch 1 --seq 256 --repeats 3
+bench: setup  ## speed and memory of the loss of stage 2 on this machine; `pl-attnedit bench --help` lists the others
 	$(BIN)/pl-attnedit bench loss
 
 figures: setup  ## the README's tables and plots from the data in results/
