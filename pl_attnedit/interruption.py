@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,17 +91,26 @@ def _leave_terminal(signum: int) -> None:
 def termination_as_exception() -> Iterator[None]:
     """SIGTERM and SIGHUP (a terminal went away) raise `Interrupted` inside the block, as SIGINT raises KeyboardInterrupt.
 
-    A signal that the process was started to ignore, as by nohup, stays ignored.
+    A signal that the process was started to ignore, as by nohup, stays ignored. One that comes in a `__del__`, whose
+    exceptions Python drops, comes once more behind it.
     """
 
     def end(signum: int, frame: FrameType | None) -> None:
         _leave_terminal(signum)
         raise Interrupted(signum)
 
-    before = _handle({signal.SIGTERM, signal.SIGHUP}, end)
+    def dropped(found: Any) -> None:
+        if isinstance(found.exc_value, Interrupted):
+            threading.Timer(0.1, os.kill, (os.getpid(), found.exc_value.signum)).start()
+        else:
+            unraisable(found)
+
+    before, unraisable = _handle({signal.SIGTERM, signal.SIGHUP}, end), sys.unraisablehook
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
+        sys.unraisablehook = unraisable
         _put_back(before)
 
 

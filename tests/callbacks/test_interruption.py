@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,23 @@ def fake_scontrol(folder: Path, status: int) -> Path:
     path.write_text(f'#!/bin/sh\necho "$@" >> {folder}/called\necho not allowed >&2\nexit {status}\n')
     path.chmod(0o755)
     return path
+
+
+def test_a_signal_in_a_finaliser_is_not_lost() -> None:
+    """Python drops what is raised there."""
+
+    class Profiler:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    seen = []
+    with pytest.raises(Interrupted), termination_as_exception():
+        del_me = Profiler()
+        del del_me
+        seen.append("the finaliser has ended")
+        time.sleep(60)
+    assert seen == ["the finaliser has ended"]
 
 
 def test_a_job_of_an_array_is_requeued_by_its_own_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
