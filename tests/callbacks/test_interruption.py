@@ -194,11 +194,15 @@ def test_a_signal_in_a_finaliser_is_not_lost() -> None:
             time.sleep(0.01)
 
     seen = []
-    with pytest.raises(Interrupted), termination_as_exception():
+
+    def work() -> None:
         del_me = Profiler()
         del del_me
         seen.append("the finaliser has ended")
         time.sleep(60)
+
+    with pytest.raises(Interrupted), termination_as_exception():
+        work()
     assert seen == ["the finaliser has ended"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -224,7 +225,7 @@ def slow_stages(recipe: Make, tmp_path: Path) -> Path:
 def test_killed_and_interrupted_conversions_go_on_to_the_same_figures(
     slow_stages: Path, start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["convert", "-c", str(slow_stages), "--runs", "unbroken"]) == 0
