@@ -34,8 +34,10 @@ def read_checkpoint(path: str | Path, *, tensors: bool = True) -> dict[str, Any]
         UserError: there is none; it is not one of ours, or not whole.
     """
     path = Path(path)
-    if not path.exists() or (path.is_dir() and not (path / REST).exists()):
+    if not path.exists():
         raise invalid("checkpoint", str(path), "there is no such file")
+    if path.is_dir() and not (path / REST).exists():
+        raise invalid("checkpoint", str(path), "is a folder that holds no checkpoint; give the .ckpt itself")
     try:
         checkpoint = torch.load(
             path / REST if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=True

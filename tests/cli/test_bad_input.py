@@ -220,6 +220,7 @@ def fit(teacher_folder: Make, tiny_corpus: str, tmp_path: Path, monkeypatch: pyt
         (["--trainer.logger.tracking_uri", "http://127.0.0.1:9"], ["cannot be reached"]),
         (["--ckpt_path", "none.ckpt"], ["none.ckpt", "no such file"]),
         (["--ckpt_path", "fit.yaml"], ["fit.yaml"]),
+        (["--ckpt_path", "."], ["checkpoint = '.': is a folder that holds no checkpoint"]),
         (["--ckpt_path", "last"], ["ckpt_path = 'last'", "dirpath"]),
         (["--ckpt_path", "best"], ["ckpt_path = 'best'", "dirpath"]),
         (["--trainer.max_steps", "0"], ["trainer.max_steps = 0", "would train nothing"]),
