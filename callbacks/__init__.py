@@ -8,7 +8,7 @@ from pl_attnedit.callbacks.progress import Progress
 from pl_attnedit.callbacks.progressive_unfreezing import ProgressiveUnfreezing
 from pl_attnedit.callbacks.teacher_forcing import TeacherForcing
 from pl_attnedit.callbacks.throughput import Throughput
-from pl_attnedit.checkpoints import AtomicCheckpointIO
+from pl_attnedit.checkpoints.io import AtomicCheckpointIO
 
 __all__ = [
     "AtomicCheckpointIO",

@@ -20,8 +20,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from pl_attnedit.callbacks.checkpoint_files import newest_first
 from pl_attnedit.callbacks.checkpoint_time import SHARE, CheckpointTime
 from pl_attnedit.callbacks.random_state import random_state, restore_random_state
-from pl_attnedit.checkpoint_disk import PARTIAL, clean, refuse_url
-from pl_attnedit.checkpoints import AtomicCheckpointIO, use_atomic_files
+from pl_attnedit.checkpoints.disk import PARTIAL, clean, refuse_url
+from pl_attnedit.checkpoints.io import AtomicCheckpointIO, use_atomic_files
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.interruption import Interrupted, SignalWatch, requeue_slurm_job
 from pl_attnedit.locks import LOCK, claim

@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from pl_attnedit.checkpoint_disk import refuse_url
-from pl_attnedit.checkpoints import read_checkpoint
+from pl_attnedit.checkpoints.disk import refuse_url
+from pl_attnedit.checkpoints.io import read_checkpoint
 from pl_attnedit.errors import UserError, invalid
 
 CHECKPOINT_KEY = "pl_attnedit"

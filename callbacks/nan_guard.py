@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pl_attnedit.callbacks.checkpoint_files import last_checkpoint
-from pl_attnedit.distillation.sharding import local
+from pl_attnedit.distillation.engine.sharding import local
 from pl_attnedit.errors import UserError
 
 _LOSS = "loss"

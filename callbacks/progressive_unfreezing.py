@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from pl_attnedit.attention import Target
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling.plan import FULL
-from pl_attnedit.modeling.sensitivity import Sensitivity
+from pl_attnedit.modeling.ranking import Sensitivity
 
 Order = Literal["all", "bottom_up", "top_down", "parts"]
 ORDERS = ("all", "bottom_up", "top_down", "parts")

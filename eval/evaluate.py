@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.answers import (
+from pl_attnedit.eval.fidelity.by_position import by_position, compare_positions, fidelity, packed_sequences
+from pl_attnedit.eval.fidelity.generations import METRICS, generations, prompts_of
+from pl_attnedit.eval.harness.answers import (
     TaskRequest,
     answers_folder,
     circumstances,
@@ -21,17 +23,15 @@ from pl_attnedit.eval.answers import (
     kept,
     write_samples,
 )
-from pl_attnedit.eval.by_position import by_position, compare_positions, fidelity, packed_sequences
-from pl_attnedit.eval.generations import METRICS, generations, prompts_of
-from pl_attnedit.eval.harness import AnsweredPair, EvaluationResult, answer_both, compare_samples, model_context
+from pl_attnedit.eval.harness.paired import AnsweredPair, EvaluationResult, answer_both, compare_samples, model_context
+from pl_attnedit.eval.harness.retrieval import build_retrieval_tasks
+from pl_attnedit.eval.harness.suites import Efficiency, Suite
+from pl_attnedit.eval.harness.tasks import BIGBENCH, OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks
 from pl_attnedit.eval.held_out import HeldOut, held_out_texts, trained_on
-from pl_attnedit.eval.retrieval import build_retrieval_tasks
 from pl_attnedit.eval.students import load_pair, student_fingerprint
-from pl_attnedit.eval.suites import Efficiency, Suite
-from pl_attnedit.eval.tasks import BIGBENCH, OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks
 from pl_attnedit.files import write_atomically
-from pl_attnedit.teachers.source import resolve_teacher, teacher_fingerprint
-from pl_attnedit.trained_on import TrainedOn
+from pl_attnedit.modeling.trained_on import TrainedOn
+from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_fingerprint
 
 SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none
 Rows = list[dict[str, Any]]

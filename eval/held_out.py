@@ -18,7 +18,7 @@ from pl_attnedit.data.chat import render
 from pl_attnedit.data.sources import BUILTIN, Document, document_hash, open_source
 from pl_attnedit.data.tokens import load_tokenizer
 from pl_attnedit.errors import invalid
-from pl_attnedit.trained_on import TrainedOn
+from pl_attnedit.modeling.trained_on import TrainedOn
 
 MOST_CHARACTERS = 4_000_000  # about a million tokens of English
 log = logging.getLogger(__name__)

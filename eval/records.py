@@ -29,7 +29,7 @@ from pl_attnedit.tracking.client import CHECKPOINTS_TAG, EXPERIMENT, KIND_TAG, P
 from pl_attnedit.tracking.places import artifacts
 
 if TYPE_CHECKING:  # comparing and reporting do not wait for lm-eval's import
-    from pl_attnedit.eval.harness import EvaluationResult
+    from pl_attnedit.eval.harness.paired import EvaluationResult
 
 # Files of a few kB come and go here: no progress bar for each.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

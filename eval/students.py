@@ -10,12 +10,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.callbacks import check_checkpoint
-from pl_attnedit.checkpoints import read_checkpoint
+from pl_attnedit.checkpoints.io import read_checkpoint
 from pl_attnedit.distillation import STAGES
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling import load
 from pl_attnedit.modeling.weights import share_weights
-from pl_attnedit.teachers.source import file_sha256, load_teacher, teacher_fingerprint
+from pl_attnedit.teachers.sources.resolve import file_sha256, load_teacher, teacher_fingerprint
 
 
 def load_student(path: str | Path, dtype: str | None = None) -> PreTrainedModel:

@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pl_attnedit.eval.charts import Chart, Mark, Series, line_chart, scatter_chart
-from pl_attnedit.eval.compare import fidelity_cell
-from pl_attnedit.eval.formatting import markdown_table
-from pl_attnedit.eval.report_figures import TARGET_CSS
-from pl_attnedit.eval.report_tables import task_row
+from pl_attnedit.conversion.study import ratio_text
+from pl_attnedit.eval.report.charts import Chart, Mark, Series, line_chart, scatter_chart
+from pl_attnedit.eval.report.compare import fidelity_cell
+from pl_attnedit.eval.report.figures import TARGET_CSS
+from pl_attnedit.eval.report.formatting import markdown_table
+from pl_attnedit.eval.report.tables import task_row
 from pl_attnedit.files import write_atomically
-from pl_attnedit.study import ratio_text
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"

@@ -10,8 +10,8 @@ import yaml
 
 from pl_attnedit.cli import main
 from pl_attnedit.config_files import merged, read_yaml
+from pl_attnedit.conversion.recipe import as_plain, read_recipe, recipe_parser
 from pl_attnedit.errors import UserError
-from pl_attnedit.recipe import as_plain, read_recipe, recipe_parser
 
 RECIPE: dict[str, Any] = {
     "name": "layers",

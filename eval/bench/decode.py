@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pl_attnedit.attention import TargetConfig
 from pl_attnedit.eval.bench.stages import machine
 from pl_attnedit.eval.efficiency import largest_batch, measure_efficiency
-from pl_attnedit.eval.formatting import aligned
+from pl_attnedit.eval.report.formatting import aligned
 from pl_attnedit.modeling.plan import EditPlan
 
 

@@ -17,9 +17,9 @@ from pl_attnedit.data.encoding import encode
 from pl_attnedit.data.sources import document_hash, open_source
 from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.eval.formatting import aligned
+from pl_attnedit.eval.report.formatting import aligned
 from pl_attnedit.modeling import EditPlan
-from pl_attnedit.modeling.calibrate import collect_statistics
+from pl_attnedit.modeling.calibration import collect_statistics
 from pl_attnedit.modeling.edit import FROM_TEXT, Init, assemble, initialise_from
 from pl_attnedit.modeling.kv import promised_bytes
 

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import Target
+from pl_attnedit.distillation.engine.pairs import Batch
 from pl_attnedit.distillation.losses import kl_divergence, nmse
-from pl_attnedit.distillation.pairs import Batch
 
 
 class TeacherForced:

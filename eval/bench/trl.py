@@ -21,7 +21,7 @@ import torch
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.bench.trl_runs import TrlBench
-from pl_attnedit.eval.formatting import aligned
+from pl_attnedit.eval.report.formatting import aligned
 
 Launch = Callable[[str, TrlBench], dict[str, Any]]
 

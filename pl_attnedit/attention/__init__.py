@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pl_attnedit.attention.base import Target, TargetConfig
-from pl_attnedit.attention.calibration import LayerStatistics
-from pl_attnedit.attention.gate_swa import GateSWA, GateSWAConfig
-from pl_attnedit.attention.mla import MLA, MLAConfig
+from pl_attnedit.attention.gate_swa.module import GateSWA, GateSWAConfig
+from pl_attnedit.attention.mla.module import MLA, MLAConfig
+from pl_attnedit.attention.statistics import LayerStatistics
 from pl_attnedit.errors import UserError, invalid
 
 __all__ = [

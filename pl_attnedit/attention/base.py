@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
-from pl_attnedit.attention.npu_attention import fused_attention, takes_fused
+from pl_attnedit.attention.kernels.npu import fused_attention, takes_fused
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import AttentionSpec, attention_spec
 
 if TYPE_CHECKING:
-    from pl_attnedit.attention.calibration import LayerStatistics
+    from pl_attnedit.attention.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ def _teacher_dtype(options: Namespace) -> torch.dtype:
 def _model(name: str, layers: int | None, dtype: torch.dtype, device: torch.device) -> Any:
     """A shape with random weights, or a real model."""
     from pl_attnedit.eval.bench.shapes import random_model
-    from pl_attnedit.teachers.source import load_teacher
+    from pl_attnedit.teachers.sources.resolve import load_teacher
 
     if name in SHAPES:
         return random_model(name, layers=layers, dtype=dtype, device=device)
@@ -326,7 +326,7 @@ def _trl(options: Namespace) -> int:
 def _cache(options: Namespace) -> int:
     from pl_attnedit import load
     from pl_attnedit.eval.bench.cache import bench_cache, cache_table
-    from pl_attnedit.teachers.source import load_teacher
+    from pl_attnedit.teachers.sources.resolve import load_teacher
 
     models = {"teacher": load_teacher(options.teacher)[0]}
     for folder in options.student:
@@ -338,7 +338,7 @@ def _cache(options: Namespace) -> int:
 
 def _init(options: Namespace) -> int:
     from pl_attnedit.eval.bench.init import bench_init, init_table
-    from pl_attnedit.teachers.source import load_teacher
+    from pl_attnedit.teachers.sources.resolve import load_teacher
 
     _at_least_1(options, "seq_len", "calibration_sequences", "heldout_sequences")
     device = torch_device(options.device)

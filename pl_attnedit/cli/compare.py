@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.compare import compare_runs, format_rows
+from pl_attnedit.eval.report.compare import compare_runs, format_rows
 from pl_attnedit.files import check_output, write_atomically
 from pl_attnedit.tracking.client import EXPERIMENT
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pl_attnedit.conversion import convert
+from pl_attnedit.conversion.dry_run import dry_run, dry_run_table
+from pl_attnedit.conversion.pipeline import convert
+from pl_attnedit.conversion.recipe import as_plain, read_recipe, recipe_parser
 from pl_attnedit.data import TextDataModule
-from pl_attnedit.dry_run import dry_run, dry_run_table
-from pl_attnedit.recipe import as_plain, read_recipe, recipe_parser
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 import pl_attnedit.strategies  # noqa: F401  # knows `strategy: fsdp2`
 from pl_attnedit.config_files import read_yaml
-from pl_attnedit.doctor import TRAINER_FIELDS, Platform, as_json, examine, obstacles
+from pl_attnedit.conversion.doctor import TRAINER_FIELDS, Platform, as_json, examine, obstacles
 from pl_attnedit.errors import invalid
 from pl_attnedit.files import json_text
 from pl_attnedit.tracking.environment import environment

@@ -13,7 +13,7 @@ from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import invalid
 
 if TYPE_CHECKING:  # it imports lm-eval, which takes seconds
-    from pl_attnedit.eval.harness import EvaluationResult
+    from pl_attnedit.eval.harness.paired import EvaluationResult
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _by_suite(options: Namespace) -> EvaluationResult:
-    from pl_attnedit.eval.suites import load_suite
+    from pl_attnedit.eval.harness.suites import load_suite
 
     suite = load_suite(options.suite)
     from pl_attnedit.eval.evaluate import evaluate_suite
@@ -108,11 +108,11 @@ def _by_suite(options: Namespace) -> EvaluationResult:
 
 
 def _by_tasks(options: Namespace) -> EvaluationResult:
-    from pl_attnedit.eval.harness import evaluate_pair
+    from pl_attnedit.eval.harness.paired import evaluate_pair
+    from pl_attnedit.eval.harness.tasks import OFFLINE_TASKS, build_offline_tasks
     from pl_attnedit.eval.held_out import held_out_texts, trained_on
     from pl_attnedit.eval.students import load_pair, student_fingerprint
-    from pl_attnedit.eval.tasks import OFFLINE_TASKS, build_offline_tasks
-    from pl_attnedit.teachers.source import resolve_teacher, teacher_fingerprint
+    from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_fingerprint
 
     teacher, student, tokenizer = load_pair(options.student, options.teacher, options.dtype)
     folder: str | Path | None = options.task_folder
@@ -145,7 +145,7 @@ def _check_run(run_id: str, teacher: str, tracking_uri: str | None) -> None:
     """An unknown run, or one of another teacher, is an error before the work."""
     from mlflow.exceptions import MlflowException
 
-    from pl_attnedit.teachers.source import resolve_teacher, teacher_fingerprint
+    from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_fingerprint
     from pl_attnedit.tracking import connect
 
     client = connect(tracking_uri, create=False)
@@ -174,8 +174,8 @@ def _log(result: EvaluationResult, run_id: str, tracking_uri: str | None, out: P
 
 
 def _table(result: EvaluationResult) -> str:
-    from pl_attnedit.eval.formatting import NONE, aligned, points_or_value, significant, value_of
-    from pl_attnedit.eval.report_tables import fidelity_cells
+    from pl_attnedit.eval.report.formatting import NONE, aligned, points_or_value, significant, value_of
+    from pl_attnedit.eval.report.tables import fidelity_cells
 
     head = ("task", "metric", "n", "teacher", "student", "student - teacher [95% interval]", "detectable", "p (Holm)")
     rows: list[tuple[str, ...]] = [(*head, "verdict")]

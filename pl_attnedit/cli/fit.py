@@ -14,15 +14,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from pl_attnedit.callbacks import NaNGuard, ProcessWatch, Progress, ResumableCheckpoint, Throughput, check_checkpoint
-from pl_attnedit.checkpoint_disk import refuse_url
+from pl_attnedit.checkpoints.disk import refuse_url
 from pl_attnedit.config_files import RULE, LayeredParser, StageFile
+from pl_attnedit.conversion.checks import check_accelerator, check_edits
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import DistillationModule
 from pl_attnedit.distillation.settings import frozen_dtype
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.recipe_checks import check_accelerator, check_edits
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
-from pl_attnedit.teachers.source import resolve_teacher
+from pl_attnedit.teachers.sources.resolve import resolve_teacher
 from pl_attnedit.tracking import LogConfigCallback
 
 FOUND_BY_NAME = {"last": "last*.ckpt", "best": "best*.ckpt"}  # values of ckpt_path, and the files that they mean

@@ -14,9 +14,9 @@ from pl_attnedit.config_files import read_yaml
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.packing import Corpus
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.formatting import aligned
-from pl_attnedit.teachers.checks import check_adapter, check_fields
-from pl_attnedit.teachers.source import TEACHER_SOURCES
+from pl_attnedit.eval.report.formatting import aligned
+from pl_attnedit.teachers.sources.checks import check_adapter, check_fields
+from pl_attnedit.teachers.sources.resolve import TEACHER_SOURCES
 
 
 def main(arguments: Sequence[str]) -> int:

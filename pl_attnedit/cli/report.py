@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _report(options: Namespace) -> int:
-    from pl_attnedit.eval.report import write_report
+    from pl_attnedit.eval.report.page import write_report
 
     runs = options.runs or options.filter
     print(write_report(runs, options.out, options.tracking_uri, options.experiment))
@@ -67,9 +67,9 @@ def _rounds(options: Namespace) -> int:
     every = seconds("--every", options.every or "6h")
     retry, timeout = seconds("--retry", options.retry or "1h"), seconds("--timeout", options.timeout or "1d")
     from pl_attnedit.data.sources import BUILTIN
+    from pl_attnedit.eval.harness.suites import load_suite
     from pl_attnedit.eval.records import SUITE_TAG, VERSION_TAG
-    from pl_attnedit.eval.schedule import Schedule, absolute_uri
-    from pl_attnedit.eval.suites import load_suite
+    from pl_attnedit.eval.schedule.watch import Schedule, absolute_uri
 
     suite = load_suite(options.suite or "quick")
     for_eval = ["--device", options.device] if options.device else []

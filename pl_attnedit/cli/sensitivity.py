@@ -55,11 +55,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _measure(options: Any) -> dict[str, Any]:
     from pl_attnedit.distillation.settings import parse_targets, plain_targets
-    from pl_attnedit.eval.sensitivity import UntrainedPlans, cached_by_letter, single_edits
+    from pl_attnedit.eval.fidelity.untrained import UntrainedPlans, cached_by_letter, single_edits
     from pl_attnedit.modeling import EditPlan
     from pl_attnedit.modeling.kv import kv_context
-    from pl_attnedit.modeling.sensitivity import Sensitivity
-    from pl_attnedit.teachers.source import load_teacher
+    from pl_attnedit.modeling.ranking import Sensitivity
+    from pl_attnedit.teachers.sources.resolve import load_teacher
 
     parsed = parse_targets(options.target)
     targets = parsed if isinstance(parsed, dict) else {"S": parsed}
@@ -111,7 +111,7 @@ def _text(options: Any, tokenizer: Any, targets: dict[str, Any]) -> tuple[Any, A
 
 def _plans(plans: Any, columns: dict[str, Any], cached: dict[str, Any], budget: float, batches: Any) -> dict[str, Any]:
     """The plan for a budget, measured as a whole, beside as many full layers evenly spread."""
-    from pl_attnedit.modeling.sensitivity import Sensitivity, spread_evenly
+    from pl_attnedit.modeling.ranking import Sensitivity, spread_evenly
 
     scores = Sensitivity({letter: [row["kl"] for row in column] for letter, column in columns.items()})
     chosen = {"plan": scores.plan(cached, budget)}
@@ -127,7 +127,7 @@ def _plans(plans: Any, columns: dict[str, Any], cached: dict[str, Any], budget: 
 
 
 def _table(result: dict[str, Any]) -> str:
-    from pl_attnedit.eval.formatting import with_error
+    from pl_attnedit.eval.report.formatting import with_error
 
     columns = result["layers"]
     heads = [f"{letter}: {'KL':>7} {'+-':>8} {'NLL diff':>9}" for letter in columns]

@@ -31,8 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.workers < 1:
         raise invalid("--workers", options.workers, "must be at least 1")
 
+    from pl_attnedit.conversion.study import StudyRun, read_study, study_table
     from pl_attnedit.files import check_output, json_text, write_atomically
-    from pl_attnedit.study import StudyRun, read_study, study_table
 
     if options.output:
         check_output("--output", options.output)

@@ -34,7 +34,7 @@ from pl_attnedit.data.tokens import (
 )
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.interruption import ignore_signals
-from pl_attnedit.trained_on import TrainedOn
+from pl_attnedit.modeling.trained_on import TrainedOn
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from pl_attnedit.data.chat import check_chat, mark_answers, render
 from pl_attnedit.data.encoding import TooLongError, bare, encode
 from pl_attnedit.data.sources import Document, OpenSource, bytes_hash, document_hash
 from pl_attnedit.errors import invalid
-from pl_attnedit.teachers.source import (
+from pl_attnedit.teachers.sources.resolve import (
     PACKAGE_PREFIX,
     TEACHER_SOURCES,
     TOKENIZER_FILES,

@@ -1,8 +1,8 @@
 """The two stages as LightningModules, their losses and metrics."""
 
-from pl_attnedit.distillation.base import DistillationModule
-from pl_attnedit.distillation.layerwise import LayerwiseDistillation
-from pl_attnedit.distillation.model import ModelDistillation
+from pl_attnedit.distillation.stage import DistillationModule
+from pl_attnedit.distillation.stage1 import LayerwiseDistillation
+from pl_attnedit.distillation.stage2 import ModelDistillation
 
 STAGES: dict[str, type[DistillationModule]] = {"stage1": LayerwiseDistillation, "stage2": ModelDistillation}
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pl_attnedit.attention.autocast import to_autocast
-from pl_attnedit.distillation.local import compile_whole
+from pl_attnedit.attention.kernels.autocast import to_autocast
+from pl_attnedit.distillation.engine.local_gradients import compile_whole
 
 EPS = 1e-8
 

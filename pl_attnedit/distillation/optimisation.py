@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 
-from pl_attnedit.distillation.pairs import Batch, Pairs
-from pl_attnedit.distillation.sharding import local
-from pl_attnedit.distillation.step_graph import StepGraph
+from pl_attnedit.distillation.engine.cuda_graph import StepGraph
+from pl_attnedit.distillation.engine.pairs import Batch, Pairs
+from pl_attnedit.distillation.engine.sharding import local
 from pl_attnedit.errors import invalid
 
 

@@ -13,7 +13,7 @@ from pl_attnedit.errors import invalid
 from pl_attnedit.export import deepseek_v3, step3p7
 from pl_attnedit.files import writing
 from pl_attnedit.modeling import load
-from pl_attnedit.trained_on import FILE as TRAINED_ON
+from pl_attnedit.modeling.trained_on import FILE as TRAINED_ON
 
 __all__ = ["FORMATS", "export"]
 

@@ -13,13 +13,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pl_attnedit.attention import MLA, LayerStatistics, Target, TargetConfig
-from pl_attnedit.attention.plain_svd import plain_svd
+from pl_attnedit.attention.mla.plain_svd import plain_svd
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.modeling.calibrate import CalibrationBatch, collect_statistics
+from pl_attnedit.modeling.calibration import CalibrationBatch, collect_statistics
 from pl_attnedit.modeling.hf import EDITED, EditedModelMixin, edited_config
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import family_of
-from pl_attnedit.teachers.checks import check_adapter
+from pl_attnedit.teachers.sources.checks import check_adapter
 
 Init = Literal["random", "copy", "calibrated", "plain_svd"]
 INITS: tuple[str, ...] = ("random", "copy", "calibrated", "plain_svd")

@@ -20,7 +20,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
 from pl_attnedit.attention import MLA, GateSWAConfig, MLAConfig, TargetConfig
-from pl_attnedit.attention.mla import rotate_pairs
+from pl_attnedit.attention.mla.module import rotate_pairs
 from pl_attnedit.errors import invalid
 from pl_attnedit.serving.kv_cache import SinkWindowSpec
 from pl_attnedit.serving.memory import Layer, latent_block, layers_of

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from pl_attnedit.checkpoint_shards import ShardReader
-from pl_attnedit.checkpoints import AtomicCheckpointIO, read_checkpoint, use_atomic_files
+from pl_attnedit.checkpoints.io import AtomicCheckpointIO, read_checkpoint, use_atomic_files
+from pl_attnedit.checkpoints.shards import ShardReader
 from pl_attnedit.errors import invalid
 
 

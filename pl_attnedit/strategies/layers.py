@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pl_attnedit.distillation.sharding import take_from
+from pl_attnedit.distillation.engine.sharding import take_from
 
 
 class LayersStrategy(DDPStrategy):

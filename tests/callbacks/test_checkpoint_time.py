@@ -17,8 +17,8 @@ import torch
 from callback_helpers import Killed, Memory, Tiny, loader, make_trainer
 from lightning.pytorch import Callback, Trainer
 
-from pl_attnedit import checkpoints
 from pl_attnedit.callbacks import ResumableCheckpoint, latest_checkpoint
+from pl_attnedit.checkpoints import io as checkpoints
 from pl_attnedit.errors import UserError
 from pl_attnedit.interruption import Interrupted
 

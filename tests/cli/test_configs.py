@@ -14,8 +14,8 @@ from fixtures_stages import make_trainer
 
 from pl_attnedit.cli import main
 from pl_attnedit.cli.fit import AttentionEditingCLI
-from pl_attnedit.recipe import read_recipe, recipe_parser
-from pl_attnedit.recipe_checks import check_recipe, stage_module
+from pl_attnedit.conversion.checks import check_recipe, stage_module
+from pl_attnedit.conversion.recipe import read_recipe, recipe_parser
 
 FOLDER = Path(__file__).parents[2] / "configs"
 STUDIES = sorted(FOLDER.glob("studies/*.yaml"))  # tests/cli/test_study.py

@@ -17,14 +17,14 @@ from mlflow.tracking import MlflowClient
 
 import pl_attnedit
 from pl_attnedit.cli import main
-from pl_attnedit.conversion import Conversion
+from pl_attnedit.conversion.dry_run import dry_run
+from pl_attnedit.conversion.pipeline import Conversion
+from pl_attnedit.conversion.recipe import as_plain, read_recipe, recipe_parser
+from pl_attnedit.conversion.run_folder import RunFolder, read_summary
 from pl_attnedit.data import TextDataModule
-from pl_attnedit.dry_run import dry_run
 from pl_attnedit.errors import UserError
 from pl_attnedit.files import json_text
-from pl_attnedit.recipe import as_plain, read_recipe, recipe_parser
-from pl_attnedit.run_folder import RunFolder, read_summary
-from pl_attnedit.teachers.source import teacher_fingerprint
+from pl_attnedit.teachers.sources.resolve import teacher_fingerprint
 
 KEYS = (
     "teacher targets pattern phases tokens_stage1 tokens_stage2 kl_before kl_after_stage1 kl_after_stage2 top1_after "
@@ -78,7 +78,7 @@ def test_from_a_recipe_to_a_report_and_again(
         "student_fingerprint": teacher_fingerprint(folder / "student"),
         "working_folder": str(tmp_path),
     }
-    assert runs["stage2"].data.tags["pl_attnedit.checkpoints"] == str(folder / "stage2")
+    assert runs["stage2"].data.tags["pl_attnedit.checkpoints.io"] == str(folder / "stage2")
     for run in (parent, *runs.values()):
         assert run.info.status == "FINISHED"
     for run in runs.values():
@@ -283,7 +283,7 @@ def test_a_summary_of_a_diverged_student_is_json_and_is_read_again(tmp_path: Pat
 def test_wall_time_counts_the_starts_that_were_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     clock = iter([now - 100, now + 1000, now + 1010, now + 1010])
-    monkeypatch.setattr("pl_attnedit.run_folder.time.time", lambda: next(clock))
+    monkeypatch.setattr("pl_attnedit.conversion.run_folder.time.time", lambda: next(clock))
     first = RunFolder(tmp_path / "run", {"name": "x"})
     first.start()  # 100 s ago; its last sign of life is the file it writes now
     first._lock.close()

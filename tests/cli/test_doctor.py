@@ -15,9 +15,9 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from pl_attnedit import doctor
 from pl_attnedit.cli import main
-from pl_attnedit.doctor import Platform, attention_problems, examine, obstacles
+from pl_attnedit.conversion import doctor
+from pl_attnedit.conversion.doctor import Platform, attention_problems, examine, obstacles
 
 Write = Callable[..., str]
 Install = Callable[..., None]

@@ -40,7 +40,7 @@ def test_killed_at_random_moments_the_final_weights_have_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if stage == "stage2":
-        monkeypatch.setattr("pl_attnedit.checkpoints.SMALL", 0)  # written in the background
+        monkeypatch.setattr("pl_attnedit.checkpoints.io.SMALL", 0)  # written in the background
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed of the moments: {seed}")  # shown where the test fails
     config = fit_config(stage, STEPS)

@@ -12,14 +12,14 @@ import torch
 import yaml
 from fixtures_stages import make_trainer
 
-from pl_attnedit import dry_run as module
-from pl_attnedit.conversion import Conversion
+from pl_attnedit.conversion import dry_run as module
+from pl_attnedit.conversion.dry_run import dry_run
+from pl_attnedit.conversion.pipeline import Conversion
+from pl_attnedit.conversion.recipe import Recipe, read_recipe, recipe_parser
+from pl_attnedit.conversion.run_folder import RunFolder
 from pl_attnedit.data import TextDataModule
-from pl_attnedit.dry_run import dry_run
 from pl_attnedit.eval.bench.shapes import config_of
-from pl_attnedit.eval.formatting import count, percent
-from pl_attnedit.recipe import Recipe, read_recipe, recipe_parser
-from pl_attnedit.run_folder import RunFolder
+from pl_attnedit.eval.report.formatting import count, percent
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(CONFIGS.joinpath("recipes").glob("*.yaml"))

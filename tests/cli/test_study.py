@@ -17,12 +17,12 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from pl_attnedit.cli import main
+from pl_attnedit.conversion.checks import check_recipe
+from pl_attnedit.conversion.recipe import read_recipe, recipe_parser
+from pl_attnedit.conversion.study import StudyRun, read_study, rows
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.shapes import config_of
 from pl_attnedit.locks import LOCK, claim
-from pl_attnedit.recipe import read_recipe, recipe_parser
-from pl_attnedit.recipe_checks import check_recipe
-from pl_attnedit.study import StudyRun, read_study, rows
 
 Make = Callable[..., Any]
 STUDIES = sorted(Path(__file__).parents[2].glob("configs/studies/*.yaml"))

@@ -279,7 +279,7 @@ def test_unreachable_hub_says_what_was_tried(monkeypatch: pytest.MonkeyPatch, tm
     def snapshot_download(*args: Any, **kwargs: Any) -> str:
         raise OSError("Got: ConnectError: Name or service not known\nmore")
 
-    monkeypatch.setattr("pl_attnedit.teachers.source.snapshot_download", snapshot_download)
+    monkeypatch.setattr("pl_attnedit.teachers.sources.resolve.snapshot_download", snapshot_download)
     with pytest.raises(
         UserError, match=r"source = 'org/name': not found; tried .* hub .*ConnectError.*allowed: builtin:"
     ):

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from pl_attnedit.conversion.recipe import recipe_parser
 from pl_attnedit.data import Source, TextDataModule, tokens
 from pl_attnedit.data.packing import ResumableSampler, epoch_order
 from pl_attnedit.errors import UserError
-from pl_attnedit.recipe import recipe_parser
 
 
 @pytest.fixture

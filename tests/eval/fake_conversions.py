@@ -20,7 +20,7 @@ from typing import Any
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
-from pl_attnedit.eval.harness import EvaluationResult, TaskDifference
+from pl_attnedit.eval.harness.paired import EvaluationResult, TaskDifference
 from pl_attnedit.eval.records import log_evaluation
 from pl_attnedit.tracking import TrackedRun, connect, start_child, start_conversion
 from pl_attnedit.tracking.client import EXPERIMENT
@@ -231,8 +231,8 @@ def copy_conversions(database: Path, run_id: str, copies: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    from pl_attnedit.eval.compare import compare_runs, format_rows
-    from pl_attnedit.eval.report import write_report
+    from pl_attnedit.eval.report.compare import compare_runs, format_rows
+    from pl_attnedit.eval.report.page import write_report
 
     out = Path(sys.argv[1]).resolve()
     uri, ids = fake_store(out)

@@ -131,7 +131,7 @@ def add_suites(uri: str, folder: Path, ids: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from pl_attnedit.eval.report import write_report
+    from pl_attnedit.eval.report.page import write_report
 
     out = Path(sys.argv[1]).resolve()
     store, run_ids = fake_store(out)

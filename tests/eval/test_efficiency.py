@@ -28,7 +28,7 @@ from pl_attnedit.eval.efficiency import (
 )
 from pl_attnedit.modeling.kv import cache_bytes, promised_bytes
 from pl_attnedit.modeling.plan import EditPlan
-from pl_attnedit.teachers.source import load_teacher
+from pl_attnedit.teachers.sources.resolve import load_teacher
 
 Teachers = Callable[..., PreTrainedModel]
 TARGETS = {"S": GateSWAConfig(window=8, sinks=2), "M": MLAConfig(8, 4, rope_frequencies="spread")}

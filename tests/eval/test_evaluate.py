@@ -24,11 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pl_attnedit import GateSWAConfig, edit_model
 from pl_attnedit.cli import main
-from pl_attnedit.eval.harness import evaluate_pair
+from pl_attnedit.eval.harness.paired import evaluate_pair
+from pl_attnedit.eval.harness.tasks import write_task
 from pl_attnedit.eval.records import find_conversions
-from pl_attnedit.eval.report import write_report
-from pl_attnedit.eval.tasks import write_task
-from pl_attnedit.teachers.source import load_teacher
+from pl_attnedit.eval.report.page import write_report
+from pl_attnedit.teachers.sources.resolve import load_teacher
 from pl_attnedit.tracking import connect
 
 SUITE = {

@@ -18,7 +18,7 @@ from pl_attnedit.cli import main
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.students import load_pair, load_student
 from pl_attnedit.export import export
-from pl_attnedit.teachers.source import load_teacher
+from pl_attnedit.teachers.sources.resolve import load_teacher
 
 SUITE = {
     "name": "small",

@@ -28,13 +28,13 @@ from fixtures_stages import (  # noqa: F401
 
 from pl_attnedit import UserError
 from pl_attnedit.cli import main
-from pl_attnedit.conversion import save_student
+from pl_attnedit.conversion.pipeline import save_student
 from pl_attnedit.data import TextDataModule, datamodule
 from pl_attnedit.data.sources import OpenSource, document_hash
 from pl_attnedit.eval import held_out
 from pl_attnedit.eval.held_out import held_out_texts, trained_on
 from pl_attnedit.export import export
-from pl_attnedit.trained_on import FILE, TrainedOn
+from pl_attnedit.modeling.trained_on import FILE, TrainedOn
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ["--documents", "2", "--cloze", "2", "--seq-len", "64"]

@@ -16,18 +16,19 @@ from fixtures_stages import cache_of_tests, document, framed, session_cache  # n
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pl_attnedit import UserError
+from pl_attnedit.conversion.run_folder import RunFolder
 from pl_attnedit.data import TextDataModule, tokens
 from pl_attnedit.data.generated import Sampling, TeacherWriter, generate_data
 from pl_attnedit.data.sources import Source, open_source
-from pl_attnedit.eval import answers, harness
-from pl_attnedit.eval.answers import TaskRequest, circumstances
-from pl_attnedit.eval.by_position import teacher_hidden
-from pl_attnedit.eval.harness import answer_both
-from pl_attnedit.eval.suites import Efficiency, LibraryTask, PositionTask, RetrievalTasks, Suite, TextTasks
-from pl_attnedit.eval.tasks import CLOZE_TASK, build_offline_tasks
-from pl_attnedit.run_folder import RunFolder
-from pl_attnedit.teachers import source
-from pl_attnedit.teachers.source import file_sha256, teacher_fingerprint
+from pl_attnedit.eval.fidelity.by_position import teacher_hidden
+from pl_attnedit.eval.harness import answers
+from pl_attnedit.eval.harness import paired as harness
+from pl_attnedit.eval.harness.answers import TaskRequest, circumstances
+from pl_attnedit.eval.harness.paired import answer_both
+from pl_attnedit.eval.harness.suites import Efficiency, LibraryTask, PositionTask, RetrievalTasks, Suite, TextTasks
+from pl_attnedit.eval.harness.tasks import CLOZE_TASK, build_offline_tasks
+from pl_attnedit.teachers.sources import resolve as source
+from pl_attnedit.teachers.sources.resolve import file_sha256, teacher_fingerprint
 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 

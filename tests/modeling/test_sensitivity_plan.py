@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pl_attnedit import UserError
-from pl_attnedit.modeling.sensitivity import Sensitivity, spread_evenly
+from pl_attnedit.modeling.ranking import Sensitivity, spread_evenly
 
 SCORES = Sensitivity({"S": [0.1, 0.4, 0.2, 0.3], "M": [0.05, 0.1, 0.19, 0.01]})
 CACHED = {"F": [100] * 4, "S": [10] * 4, "M": [40] * 4}

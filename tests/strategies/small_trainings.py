@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 import pl_attnedit.strategies  # noqa: F401  # knows "fsdp2"
-from pl_attnedit import checkpoints
 from pl_attnedit.callbacks import (
     NaNGuard,
     ProcessWatch,
@@ -30,7 +29,8 @@ from pl_attnedit.callbacks import (
     TeacherForcing,
     Throughput,
 )
-from pl_attnedit.conversion import save_student
+from pl_attnedit.checkpoints import io as checkpoints
+from pl_attnedit.conversion.pipeline import save_student
 from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
 
 STAGES = {"stage1": LayerwiseDistillation, "stage2": ModelDistillation}

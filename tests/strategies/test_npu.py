@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from simulated_npu import npu, on_simulated_npus
 
 from pl_attnedit.callbacks.random_state import random_state, restore_random_state
-from pl_attnedit.conversion import build_trainer
+from pl_attnedit.conversion.pipeline import build_trainer
 from pl_attnedit.distillation import LayerwiseDistillation
 from pl_attnedit.errors import UserError
 from pl_attnedit.strategies import NPUAccelerator, NPUDDPStrategy, NPUFSDPStrategy, NPUSingleStrategy, with_npu
@@ -189,7 +189,7 @@ class Witness:
             assert not who.startswith("pl_attnedit"), who
 
 sys.meta_path.insert(0, Witness())
-import pl_attnedit, pl_attnedit.conversion, pl_attnedit.cli.fit, pl_attnedit.strategies
+import pl_attnedit, pl_attnedit.conversion.pipeline, pl_attnedit.cli.fit, pl_attnedit.strategies
 assert "torch_npu" not in sys.modules
 """
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pl_attnedit.callbacks.throughput import peak_memory_bytes
-from pl_attnedit.checkpoints import read_checkpoint
+from pl_attnedit.checkpoints.io import read_checkpoint
 from pl_attnedit.cli import main
 from pl_attnedit.modeling import load
 from pl_attnedit.strategies import NPUDDPStrategy, NPUFSDPStrategy

@@ -16,9 +16,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from simulated_npu import on_simulated_npus
 from transformers import PreTrainedModel
 
-from pl_attnedit import GateSWAConfig, MLAConfig, doctor, edit_model
-from pl_attnedit.attention.npu_attention import SWITCH
+from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
+from pl_attnedit.attention.kernels.npu import SWITCH
 from pl_attnedit.cli import main
+from pl_attnedit.conversion import doctor
 
 TRAINERS = Path(__file__).parents[2] / "configs" / "trainer"
 

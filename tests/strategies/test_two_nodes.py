@@ -21,7 +21,7 @@ from fixtures_stages import WINDOW, subprocess_environment
 from lightning.pytorch import Callback, Trainer
 
 from pl_attnedit.callbacks import latest_checkpoint
-from pl_attnedit.checkpoints import read_checkpoint
+from pl_attnedit.checkpoints.io import read_checkpoint
 
 pytestmark = pytest.mark.slow  # minutes: each process of each run imports everything
 STEPS = 6

@@ -20,7 +20,7 @@ import small_trainings
 import torch
 
 from pl_attnedit.callbacks import check_checkpoint, latest_checkpoint
-from pl_attnedit.checkpoints import read_checkpoint
+from pl_attnedit.checkpoints.io import read_checkpoint
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.students import load_student, student_fingerprint
 from pl_attnedit.modeling import load

@@ -15,7 +15,7 @@ from mlflow_reads import metric_history
 from tracking_helpers import Line, MlflowServer, batches, trainer
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.compare import compare_runs
+from pl_attnedit.eval.report.compare import compare_runs
 from pl_attnedit.tracking import (
     TrackedRun,
     TrackingLogger,

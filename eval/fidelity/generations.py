@@ -1,0 +1,197 @@
+"""What teacher and student write after the same prompts, sampled and greedy, as the teacher sees it.
+
+Likelihoods of given texts hide what generation loses: a student that goes its own way leaves what it was trained on. Both
+models sample with the same random numbers, so that equal models write the same texts, and are compared prompt by prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pl_attnedit.data.encoding import encode
+from pl_attnedit.errors import invalid
+from pl_attnedit.eval.fidelity.by_position import compare_sequence
+from pl_attnedit.eval.fidelity.continuations import eos_of, first_difference
+from pl_attnedit.eval.harness.answers import Sample, circumstances, kept
+
+KINDS = ("sampled", "greedy")
+BATCH = 16  # prompts that are continued together and kept together
+NGRAM = 4
+# of each prompt; higher is better
+METRICS = {
+    "sampled_nll": False,  # the teacher's nats per token for what is written
+    "greedy_nll": False,
+    "greedy_agreement": True,  # tokens up to where the teacher's greedy text parts from it
+    "path_kl": False,  # KL(teacher || student), nats per token, along what the model has sampled
+    "sampled_repetition": False,  # share of 4-grams that stood before in what is written
+    "greedy_repetition": False,
+    "sampled_length": True,  # tokens, up to and with the end of the text
+    "greedy_length": True,
+}
+log = logging.getLogger(__name__)
+
+
+def prompts_of(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompts: int, prompt_tokens: int
+) -> torch.Tensor:
+    """(prompts, tokens): the beginnings of documents spread evenly over those that are long enough; fewer where there are
+    fewer.
+
+    Raises:
+        UserError: less than two such documents.
+    """
+    ids = [row[:prompt_tokens] for row in encode(tokenizer, documents) if len(row) > prompt_tokens]
+    if len(ids) < 2:
+        raise invalid(
+            "generation.prompt_tokens", prompt_tokens, f"only {len(ids)} documents are longer: give more by --text"
+        )
+    if len(ids) < prompts:
+        log.warning("generation: the documents give only %d of %d prompts", len(ids), prompts)
+    count = min(prompts, len(ids))
+    return torch.tensor([ids[i * len(ids) // count] for i in range(count)])
+
+
+class GumbelNoise(LogitsProcessor):
+    """Makes greedy decoding sample (the Gumbel-max trick): of one seed, place and step the same random numbers, whatever
+    the model and the batch.
+
+    Args:
+        places: of the rows among all prompts.
+        begun: tokens of a prompt.
+    """
+
+    def __init__(self, places: Sequence[int], begun: int, seed: int) -> None:
+        self.places, self.begun, self.seed = places, begun, seed
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.begun
+        noise = [
+            np.random.default_rng((self.seed, place, step)).gumbel(size=scores.shape[-1]).astype(np.float32)
+            for place in self.places
+        ]
+        return scores.float() + torch.from_numpy(np.stack(noise)).to(scores.device)
+
+
+@torch.inference_mode()
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts_BT: torch.Tensor,
+    new_tokens: int,
+    noise: Any = None,
+) -> list[list[int]]:
+    """What the model writes after each prompt, up to and with the end of the text; greedy, or sampled by `noise`."""
+    ids, ends = prompts_BT.to(model.device), eos_of(model, tokenizer)
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=(ends or [0])[0]
+    )
+    processors = LogitsProcessorList([] if noise is None else [noise])
+    output = model.generate(  # type: ignore[operator]
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, logits_processor=processors
+    )
+    rows = output[:, ids.shape[1] :].tolist()
+    return [row[: next((i + 1 for i, id in enumerate(row) if id in ends), len(row))] for row in rows]
+
+
+def generations(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts_NT: torch.Tensor,
+    new_tokens: int,
+    *,
+    prints: tuple[str, str],
+    folders: tuple[Path | None, Path | None],
+    seed: int = 0,
+) -> dict[str, list[Sample]]:
+    """Both models' texts with their `METRICS`, as samples like lm-eval's, by "teacher" and "student".
+
+    Args:
+        prints: fingerprints of the two models.
+        folders: where what the teacher, and what the student has written is kept, batch by batch.
+    """
+    found: dict[str, list[Sample]] = {"teacher": [], "student": []}
+    with tqdm(total=len(prompts_NT), desc="generation", unit="prompt", leave=False, disable=False) as bar:
+        for first in range(0, len(prompts_NT), BATCH):
+            prompts_BT = prompts_NT[first : first + BATCH]
+            asked = {
+                "generation": [*prompts_BT.shape, new_tokens, seed, first],
+                "text": hashlib.sha256(prompts_BT.numpy().tobytes()).hexdigest(),
+            }
+            noise = GumbelNoise(range(first, first + len(prompts_BT)), prompts_BT.shape[1], seed)
+            keys = [{"model": known, **circumstances(model)} for known, model in zip(prints, (teacher, student))]
+            written = []
+            for model, key, folder in zip((teacher, student), keys, folders):
+                compute = partial(_texts, model, tokenizer, prompts_BT, new_tokens, noise)
+                written.append(kept(folder, {**asked, **key}, compute)[0])
+            compute = partial(_scores, teacher, student, prompts_BT, written)
+            scores, _ = kept(folders[1], {**asked, "scores": keys}, compute)
+            for name, texts, of_model in zip(found, written, scores["scores"]):
+                for row, prompt_T in enumerate(prompts_BT):
+                    place = {"doc_id": first + row, "doc_hash": asked["text"], "prompt": tokenizer.decode(prompt_T)}
+                    both = {kind: texts[kind][row] for kind in KINDS}
+                    parts_at = first_difference(written[0]["greedy"][row], both["greedy"])
+                    agreement = len(both["greedy"]) if parts_at is None else parts_at
+                    more = {"path_kl": of_model["sampled"][row][1], "greedy_agreement": agreement}
+                    for kind, ids in both.items():
+                        more |= {kind: tokenizer.decode(ids), f"{kind}_nll": of_model[kind][row][0]}
+                        more |= {f"{kind}_repetition": repetition(ids), f"{kind}_length": len(ids)}
+                    found[name].append({**place, "filter": "none", "metrics": list(METRICS), **more})
+            bar.update(len(prompts_BT))
+    return found
+
+
+def _texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts_BT: torch.Tensor,
+    new_tokens: int,
+    noise: GumbelNoise,
+) -> dict[str, Any]:
+    return {
+        kind: write(model, tokenizer, prompts_BT, new_tokens, noise if kind == "sampled" else None) for kind in KINDS
+    }
+
+
+def _scores(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    prompts_BT: torch.Tensor,
+    written: list[dict[str, list[list[int]]]],
+) -> dict[str, Any]:
+    """By model, kind and prompt: the teacher's nats per token of the text and KL(teacher || student) along it."""
+
+    def score(prompt_T: torch.Tensor, text: list[int]) -> list[float]:
+        row_T = torch.cat([prompt_T, torch.tensor(text)])
+        values_4T = compare_sequence(teacher, student, row_T)[
+            :, len(prompt_T) - 1 : -1
+        ]  # what predicts each of its tokens
+        return [values_4T[2].mean().item(), values_4T[0].mean().item()]
+
+    return {
+        "scores": [
+            {kind: [score(*each) for each in zip(prompts_BT, of_model[kind])] for kind in KINDS} for of_model in written
+        ]
+    }
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """The share of 4-grams that stood before; 0 for a text that has none."""
+    grams = list(zip(*(ids[i:] for i in range(NGRAM))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

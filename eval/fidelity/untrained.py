@@ -1,0 +1,118 @@
+"""How far students of many edit plans are from their teacher before any training, layer by layer or as a whole."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pl_attnedit.attention import TargetConfig
+from pl_attnedit.distillation.engine.forward_check import check_forward
+from pl_attnedit.distillation.engine.pairs import Call, Pairs
+from pl_attnedit.distillation.losses import tokens_of_a_chunk
+from pl_attnedit.distillation.metrics import Fidelity
+from pl_attnedit.modeling import FULL, EditPlan, edit_model
+from pl_attnedit.modeling.hf import edited_config
+from pl_attnedit.modeling.kv import fill_cache, on_meta
+
+
+class UntrainedPlans:
+    """Every target in every layer, calibrated (or copied) and untrained, beside the teacher; the trunk is shared.
+
+    A plan's students differ from the teacher only from the first edited layer on, so only those layers are run again, on the
+    teacher's hidden states. Logits exist a chunk of tokens at a time.
+
+    Args:
+        targets: by pattern letter.
+        calibration: batches of input ids (batch, time), for targets whose init looks at text.
+    """
+
+    def __init__(
+        self, teacher: PreTrainedModel, targets: Mapping[str, TargetConfig], calibration: Sequence[Tensor] | None = None
+    ) -> None:
+        self.teacher, self.targets = teacher, targets
+        self.pairs = {}
+        for letter, target in targets.items():
+            student = edit_model(teacher, target, pattern="S", calibration=calibration)
+            check_forward(teacher, student)
+            self.pairs[letter] = Pairs(teacher, student)
+        self._any = next(iter(self.pairs.values()))
+
+    @torch.no_grad()
+    def measure(
+        self,
+        plans: Sequence[str],
+        batches: Iterable[Tensor],
+        report: Callable[[int], None] = lambda done: None,
+    ) -> list[dict[str, float | None]]:
+        """One row for each plan, a letter for each layer.
+
+        Keys: `kl`, forward KL(teacher||student) in nats per token; `kl_error`, its standard error over batches (None where
+        there is one batch); `nll_difference`, student less teacher in nats per token; `top1`, agreement.
+
+        batches: input ids (batch, time) int64; report: called after each batch with the number done.
+        """
+        weights: list[int] = []
+        found: list[list[dict[str, float]]] = [[] for _ in plans]
+        for done, ids in enumerate(batches, start=1):
+            ids = ids.to(self.teacher.device)
+            weights.append(ids.numel())
+            states, calls = self._teacher_states(ids)
+            for plan, rows in zip(plans, found):
+                rows.append(self._compare(plan, ids, states, calls))
+            report(done)
+        return [_mean(rows, weights) for rows in found]
+
+    def _teacher_states(self, ids: Tensor) -> tuple[list[Tensor], list[Call]]:
+        """What enters each layer of the teacher, and what leaves the last: (batch, time, hidden)."""
+        hidden, _, calls = self._any.begin({"input_ids": ids})
+        states = [hidden]
+        for pair, call in self._any.with_calls(calls):
+            states.append(pair(states[-1], call=call).teacher)
+        return states, calls
+
+    def _compare(self, plan: str, ids: Tensor, states: list[Tensor], calls: list[Call]) -> dict[str, float]:
+        first = len(plan) - len(plan.lstrip(FULL))
+        hidden = states[first]
+        for letter, index in zip(plan[first:], range(first, len(plan))):
+            if letter == FULL:
+                hidden = self._any.layers[index](hidden, call=calls[index]).teacher
+            else:
+                hidden = self.pairs[letter].layers[index](None, hidden, call=calls[index]).student
+        fidelity = Fidelity().to(ids.device)
+        chunk = tokens_of_a_chunk(self.teacher.config.vocab_size, ids.device)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        self._any.heads(states[-1], hidden, partial(fidelity.update, input_ids=ids, mask=mask, chunk=chunk))
+        values = fidelity.compute()
+        difference = values["ppl_student"].log() - values["ppl_teacher"].log()
+        return {"kl": values["kl"].item(), "nll_difference": difference.item(), "top1": values["top1"].item()}
+
+
+def single_edits(layers: int, letter: str) -> list[str]:
+    """The plans that edit one layer, in order."""
+    return [FULL * index + letter + FULL * (layers - index - 1) for index in range(layers)]
+
+
+def cached_by_letter(
+    teacher: PreTrainedModel, targets: Mapping[str, TargetConfig], context: int
+) -> dict[str, list[int]]:
+    """Bytes that each layer caches for one sequence of `context` tokens as a full layer and with each target."""
+    layers, config = teacher.config.num_hidden_layers, teacher.config
+    plans = {letter: EditPlan(letter * layers, {letter: target}) for letter, target in targets.items()}
+    configs: dict[str, Any] = {letter: edited_config(config, plan) for letter, plan in plans.items()}
+    models = {letter: on_meta(c, teacher.dtype) for letter, c in {**configs, FULL: config}.items()}
+    return {letter: next(fill_cache(model, context)) for letter, model in models.items()}
+
+
+def _mean(rows: list[dict[str, float]], weights: list[int]) -> dict[str, float | None]:
+    mean: dict[str, float | None] = {
+        name: sum(row[name] * weight for row, weight in zip(rows, weights)) / sum(weights) for name in rows[0]
+    }
+    several = len(rows) > 1
+    mean["kl_error"] = statistics.stdev(row["kl"] for row in rows) / len(rows) ** 0.5 if several else None
+    return mean

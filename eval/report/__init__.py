@@ -1,0 +1,1 @@
+"""Reports: the page, its tables and charts, Markdown, JSON, the comparison of conversions, the model card."""

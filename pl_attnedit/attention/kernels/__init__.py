@@ -1,0 +1,1 @@
+"""How attention is computed where PyTorch's own function is not the best way."""

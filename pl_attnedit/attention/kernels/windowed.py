@@ -1,0 +1,112 @@
+"""Attention to a window and sinks at the cost of a window: for whole texts without a mask of their own."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pl_attnedit.attention.base import attention
+from pl_attnedit.attention.kernels.autocast import to_autocast
+from pl_attnedit.attention.kernels.npu import fused_attention, takes_fused
+
+_SMALLEST_BLOCK = 32
+
+
+def attend_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+    sink_logit: Tensor | None = None,
+) -> Tensor:
+    """Query t sees the keys from t - window + 1 to t, and the first `sinks` ones up to t.
+
+    query (batch, heads, time, width), key and value (batch, kv_heads, time, width). sink_logit (heads,) or None: as in
+    `attend`. Returns (batch, time, heads * width).
+    In what torch.compile makes for a GPU flex_attention skips what is invisible, on an NPU the fused operator does so where
+    there are no sinks of either kind, elsewhere blocks of queries meet their own and the last block of keys. Uncompiled,
+    flex_attention would make all scores; an evaluation, whose texts are of many lengths, would compile for each.
+    """
+    if _takes_flex(query):
+        output = _flex(query, key, value, window, sinks, scale, sink_logit)
+    elif takes_fused(query) and not sinks and sink_logit is None:
+        output = fused_attention(query, key, value, None, scale, window)
+    else:
+        output = blockwise(query, key, value, window, sinks, scale, sink_logit)
+    return output.transpose(1, 2).flatten(2)
+
+
+def blockwise(
+    query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, sink_logit: Tensor | None
+) -> Tensor:
+    """Plain PyTorch: (batch, heads, time, width), work and memory linear in time."""
+    batch, _, time, _ = query.shape
+    block = max(window, _SMALLEST_BLOCK)
+    blocks = -(-time // block)
+
+    def split(states: Tensor) -> Tensor:
+        """(batch, blocks, heads, block, width)"""
+        padded = F.pad(states, (0, 0, 0, blocks * block - time))
+        return padded.unflatten(2, (blocks, block)).transpose(1, 2)
+
+    def with_last_block_and_sinks(states: Tensor) -> Tensor:
+        own = split(states)
+        last = torch.cat([torch.zeros_like(own[:, :1]), own[:, :-1]], dim=1)
+        first = states[:, None, :, :sinks].expand(-1, blocks, -1, -1, -1)
+        return torch.cat([first, last, own], dim=3).flatten(0, 1)
+
+    mask = _visible_in_blocks(blocks, block, window, min(sinks, time), query.device)
+    mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
+    keys, values = with_last_block_and_sinks(key), with_last_block_and_sinks(value)
+    output = attention(split(query).flatten(0, 1), keys, values, mask, scale, sink_logit)
+    return output.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :time]
+
+
+def _visible_in_blocks(blocks: int, block: int, window: int, sinks: int, device: torch.device) -> Tensor:
+    """(1, blocks, block, sinks + 2 * block): which of a block's keys each of its queries sees."""
+    begin = torch.arange(blocks, device=device)[:, None, None] * block
+    query_at = begin + torch.arange(block, device=device)[:, None]
+    key_at = begin - block + torch.arange(2 * block, device=device)
+    near = (key_at <= query_at) & (key_at > query_at - window) & (key_at >= 0)
+    first = torch.arange(sinks, device=device) <= query_at - window  # those in the window are among the near ones
+    return torch.cat([first.expand(blocks, block, sinks), near], dim=-1)[None]
+
+
+def _takes_flex(query: Tensor) -> bool:
+    return query.device.type == "cuda" and torch.compiler.is_compiling()
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, sink_logit: Tensor | None
+) -> Tensor:
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    block_mask = _block_mask(query.shape[2], window, sinks, query.device)  # not compiled: a new frame begins behind it,
+    if not torch.compiler.is_compiling():  # which is not compiled either where torch.compile has given up
+        return blockwise(query, key, value, window, sinks, scale, sink_logit)
+    # flex_attention takes one dtype, and float32 RoPE makes float32 queries and keys
+    query, key, value = to_autocast(query, key, value)
+    options = {"block_mask": block_mask, "scale": scale, "enable_gqa": True}
+    if sink_logit is None:
+        return flex_attention(query, key, value, **options)
+    output, found = flex_attention(query, key, value, **options, return_aux=AuxRequest(lse=True))
+    share = torch.sigmoid(found.lse - sink_logit[:, None])  # of the softmax, that the keys keep beside the sink
+    return (output * share[..., None]).to(output.dtype)
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=32)
+def _block_mask(time: int, window: int, sinks: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(batch: Tensor, head: Tensor, query_at: Tensor, key_at: Tensor) -> Tensor:
+        return (key_at <= query_at) & ((key_at > query_at - window) | (key_at < sinks))
+
+    with torch.inference_mode(False):  # kept, also for training, when a validation is the first to need it
+        return create_block_mask(visible, None, None, time, time, device=device)

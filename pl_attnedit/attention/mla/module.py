@@ -1,0 +1,266 @@
+"""Multi-head latent attention of DeepSeek-V2/V3: keys and values of all heads from one small latent per token.
+
+Names, shapes and softmax scale are DeepSeek-V3's, the RoPE pairs interleaved as there, so that an export is a rename.
+Two paths give the same output: the expanded one rebuilds keys and values of every head (prefill, training), the absorbed
+one folds `kv_b_proj` into queries and output and attends to the latents themselves (decode).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedConfig
+
+from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, copy_linear, init_linear, positive
+from pl_attnedit.errors import invalid
+from pl_attnedit.teachers import AttentionSpec
+
+if TYPE_CHECKING:
+    from pl_attnedit.attention.statistics import LayerStatistics
+
+RopeFrequencies = Literal["high", "spread", "graded"]
+FUSED_WIDTH = 256  # widest heads of PyTorch's flash attention
+
+
+@dataclass(frozen=True)
+class MLAConfig(TargetConfig):
+    """Multi-head latent attention. Widths are in values; None = the teacher's head dim.
+
+    Args:
+        kv_lora_rank: width of the latent that is cached for each token.
+        qk_rope_head_dim: width of the RoPE key that all heads share; even, cached beside the latent.
+        qk_nope_head_dim: width of the part of each query and key head that carries no position.
+        v_head_dim: width of a value head. The number of heads is what makes `o_proj` fit.
+        q_lora_rank: rank of a low-rank query projection; None = full rank.
+        latent_norm: RMSNorm on the latent, as in DeepSeek. Needed for export.
+        rope_frequencies: which of the teacher's frequencies the RoPE key has. "high" = the fastest ones; what turns
+            slower is treated as not turning, and where the slowest one turns half round within the context to be served,
+            the student must be trained at that length. "spread" = every n-th over the whole range. "graded" = the fastest
+            ones, then in growing steps down to one that turns less than half round within the teacher's context:
+            nearer to the teacher than "spread", and of use beyond the length of training, though less good there; its
+            export is for transformers alone.
+    """
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    q_lora_rank: int | None = None
+    latent_norm: bool = True
+    rope_frequencies: RopeFrequencies = "high"
+
+    type: ClassVar[str] = "mla"
+    default_pattern: ClassVar[str] = "S"
+
+    def __post_init__(self) -> None:
+        positive("kv_lora_rank", self.kv_lora_rank)
+        positive("qk_rope_head_dim", self.qk_rope_head_dim)
+        for field in ("qk_nope_head_dim", "v_head_dim", "q_lora_rank"):
+            positive(field, getattr(self, field), optional=True)
+        if self.qk_rope_head_dim % 2:
+            raise invalid("qk_rope_head_dim", self.qk_rope_head_dim, "must be even: RoPE rotates pairs")
+        if not isinstance(self.latent_norm, bool):
+            raise invalid("latent_norm", self.latent_norm, "must be true or false")
+        if self.rope_frequencies not in get_args(RopeFrequencies):
+            allowed = ", ".join(get_args(RopeFrequencies))
+            raise invalid("rope_frequencies", self.rope_frequencies, f"must be one of {allowed}")
+
+    def check(self, spec: AttentionSpec) -> None:
+        if self.kv_lora_rank > spec.hidden_size:
+            raise invalid("kv_lora_rank", self.kv_lora_rank, f"must be at most the hidden size {spec.hidden_size}")
+        if self.qk_rope_head_dim > spec.head_dim:
+            raise invalid(
+                "qk_rope_head_dim", self.qk_rope_head_dim, f"must be at most the teacher's head dim {spec.head_dim}"
+            )
+        if self.q_lora_rank is not None and self.q_lora_rank > spec.hidden_size:
+            raise invalid("q_lora_rank", self.q_lora_rank, f"must be at most the hidden size {spec.hidden_size}")
+        inner = spec.num_heads * spec.head_dim
+        if self.v_head_dim is not None and inner % self.v_head_dim:
+            raise invalid("v_head_dim", self.v_head_dim, f"must divide the width {inner} of the inherited o_proj")
+
+    def check_init(self, init: str, spec: AttentionSpec) -> None:
+        if init == "random":
+            return
+        if init == "copy":
+            raise invalid("init", init, "the teacher's projections do not fit mla; use 'calibrated' or 'random'")
+        for field in ("v_head_dim", "qk_nope_head_dim") if init == "plain_svd" else ("v_head_dim",):
+            if getattr(self, field) not in (None, spec.head_dim):
+                problem = f"init {init} needs the teacher's {spec.head_dim}; or init 'random'"
+                raise invalid(field, getattr(self, field), problem)
+        if init == "plain_svd":
+            if self.q_lora_rank is not None:
+                raise invalid("q_lora_rank", self.q_lora_rank, "plain_svd has a full-rank query only: leave it out")
+            return
+        for field in ("q_lora_rank", "kv_lora_rank") if self.latent_norm else ("q_lora_rank",):
+            if getattr(self, field) == 1:
+                raise invalid(
+                    field, 1, "must be at least 2: one latent is kept constant for the norm; or init 'random'"
+                )
+
+
+class MLA(Target):
+    """See the module's text. `kv_a_proj_with_mqa` gives latent and RoPE key, `kv_b_proj` keys and values from the latent."""
+
+    config_class = MLAConfig
+    needs_statistics = True
+    target: MLAConfig
+
+    def __init__(self, target: MLAConfig, model_config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__(target, model_config, layer_idx)
+        spec = self.spec
+        inner = spec.num_heads * spec.head_dim
+        self.rank, self.rope_dim = target.kv_lora_rank, target.qk_rope_head_dim
+        self.nope_dim = target.qk_nope_head_dim or spec.head_dim
+        self.v_dim = target.v_head_dim or spec.head_dim
+        self.num_heads = inner // self.v_dim
+        self.skipped = 0 if target.rope_frequencies != "graded" else self._frequencies_to_skip(model_config)
+        self.scaling = (self.nope_dim + self.rope_dim) ** -0.5
+        query_width = self.num_heads * (self.nope_dim + self.rope_dim)
+        if target.q_lora_rank is None:
+            self.q_proj = nn.Linear(spec.hidden_size, query_width, bias=spec.qkv_bias)
+        else:
+            self.q_a_proj = nn.Linear(spec.hidden_size, target.q_lora_rank, bias=spec.qkv_bias)
+            self.q_a_layernorm = nn.RMSNorm(target.q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(target.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(spec.hidden_size, self.rank + self.rope_dim, bias=spec.qkv_bias)
+        self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=1e-6) if target.latent_norm else nn.Identity()
+        self.kv_b_proj = nn.Linear(self.rank, self.num_heads * (self.nope_dim + self.v_dim), bias=False)
+        self.o_proj = nn.Linear(inner, spec.hidden_size, bias=spec.o_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        mask = None if attention_mask is None else as_bool_mask(attention_mask)
+        rotation = self.rotation(*position_embeddings)
+        query_nope, query_rope = self.queries(hidden_states)
+        query_rope = rotate_pairs(query_rope, *rotation)
+        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.rank, self.rope_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent)[:, None]  # (batch, 1, time, rank), as a cache wants it
+        key_rope = rotate_pairs(key_rope[:, None], *rotation)
+        if past_key_values is not None:
+            # in one tensor, which decoding can use as it is; values of width 0 take no room
+            cached = torch.cat([latent, key_rope], dim=-1)
+            cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
+            # of a quantised kv_b_proj the weight is packed: there is nothing to absorb
+            if hidden_states.shape[1] == 1 and type(self.kv_b_proj) is nn.Linear:
+                return self.o_proj(self.absorbed(query_nope, query_rope, cached, mask)), None
+            latent, key_rope = cached.split([self.rank, self.rope_dim], dim=-1)
+        return self.o_proj(self.expanded(query_nope, query_rope, latent, key_rope, mask)), None
+
+    def queries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, heads, time, nope) and (batch, heads, time, rope), not rotated yet."""
+        if self.target.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return query[..., : self.nope_dim], query[..., self.nope_dim :]
+
+    def frequency_index(self, device: torch.device | None = None) -> torch.Tensor:
+        """Which of the teacher's head_dim / 2 frequencies the rope / 2 pairs of the RoPE key have.
+
+        "high" gives the plain frequencies of a model of this RoPE width with base theta^(rope / head_dim), "spread" those
+        with base theta where the width divides the head dim. "graded" leaves out `skipped` in all: before pair i so
+        many as the fifth power of its place allows, which keeps the first half whole.
+        """
+        pairs = self.rope_dim // 2
+        index = torch.arange(pairs, device=device)
+        if self.target.rope_frequencies == "spread":
+            return index * self.spec.head_dim // self.rope_dim
+        last = max(pairs - 1, 1) ** 5
+        return index + (2 * self.skipped * index**5 + last) // (2 * last)  # in integers: everywhere the same
+
+    def _frequencies_to_skip(self, config: Any) -> int:
+        """As many as bring the slowest pair to half a turn within the teacher's context."""
+        half, pairs = self.spec.head_dim // 2, self.rope_dim // 2
+        reach = config.max_position_embeddings / math.pi
+        wanted = math.ceil(half * math.log(reach) / math.log(config.rope_parameters["rope_theta"]))
+        return max(min(wanted, half - 1) - (pairs - 1), 0)
+
+    def slot_frequencies(self, theta: torch.Tensor) -> torch.Tensor:
+        """(rope / 2,) of the RoPE key's pairs, out of the teacher's (head_dim / 2,), in radians per token."""
+        return theta[self.frequency_index(theta.device)]
+
+    def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (batch, 1, time, rope / 2) of the RoPE key's pairs out of the teacher's (batch, time, head_dim)."""
+        fastest = self.target.rope_frequencies != "spread" and not self.skipped
+        index = slice(self.rope_dim // 2) if fastest else self.frequency_index(cos.device)
+        return cos[:, None, :, index], sin[:, None, :, index]
+
+    def expanded(
+        self,
+        query_nope: torch.Tensor,
+        query_rope: torch.Tensor,
+        latent: torch.Tensor,
+        key_rope: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention over rebuilt keys and values: (batch, queries, heads * v)."""
+        key_value = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        key_nope, value = key_value.split([self.nope_dim, self.v_dim], dim=-1)
+        key = torch.cat([key_nope, key_rope.expand(-1, self.num_heads, -1, -1)], dim=-1)
+        return attend(torch.cat([query_nope, query_rope], dim=-1), key, value, mask, self.scaling)
+
+    def absorbed(
+        self, query_nope: torch.Tensor, query_rope: torch.Tensor, cached: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The same for one query token, over what is cached, (batch, 1, keys, rank + rope): (batch, 1, heads * v)."""
+        up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # (heads, nope + v, rank)
+        key_up, value_up = up.split([self.nope_dim, self.v_dim], dim=1)
+        query_latent = torch.einsum("bhtn,hnr->bhtr", query_nope, key_up)
+        query = torch.cat([query_latent, query_rope], dim=-1)
+        # the cache is key and value at once; of the output the latents' part is of use
+        output = attend_cached(query, cached, mask, self.scaling)[..., : self.rank]
+        return torch.einsum("bhr,hvr->bhv", output, value_up).flatten(1)[:, None]
+
+    def init_random(self, source: nn.Module) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module, self.spec.initializer_range)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        copy_linear(self.o_proj, source.o_proj)  # type: ignore[arg-type]
+
+    def init_copy(self, source: nn.Module) -> None:
+        self.target.check_init("copy", self.spec)
+
+    def init_from(self, source: nn.Module, statistics: LayerStatistics | None) -> None:
+        from pl_attnedit.attention.mla.calibrated import calibrate  # needs linear algebra that running an MLA does not
+
+        assert statistics is not None
+        calibrate(self, source, statistics)
+
+    def cached_values_per_token(self, context: int) -> float:
+        return self.rank + self.rope_dim
+
+
+def attend_cached(query: torch.Tensor, cached: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """One query token of each head, (batch, heads, 1, width), over (batch, 1, keys, width): (batch, heads, width).
+
+    The keys are not copied. Where heads are too wide for flash attention plain products are the fastest, made so that no row
+    of keys' scores is stored with a stride that is not a multiple of 8: tensor cores would run at a quarter of their speed.
+    """
+    batch, heads, _, width = query.shape
+    if width <= FUSED_WIDTH:
+        return attend(query, cached, cached, mask, scale).unflatten(-1, (heads, width))[:, 0]
+    keys = cached.shape[2]
+    scores = (cached[:, 0] @ (query[:, :, 0] * scale).mT).mT  # (batch, heads, keys), stored by key
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, 0], float("-inf"))
+    weights = cached.new_empty(batch, heads, keys + -keys % 8)[..., :keys]
+    return weights.copy_(scores.softmax(-1, dtype=torch.float32)) @ cached[:, 0]
+
+
+def rotate_pairs(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on neighbouring pairs, DeepSeek's layout: states (..., time, rope), cos and sin (..., time, rope / 2)."""
+    even, odd = states[..., 0::2], states[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)

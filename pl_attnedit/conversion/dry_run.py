@@ -1,0 +1,177 @@
+"""What a recipe would train, cache, hold and take, from the teacher's config alone: no weights, no text, nothing written."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from pl_attnedit.conversion.checks import check_devices, check_recipe, world_size
+from pl_attnedit.conversion.recipe import Recipe, StageRecipe
+from pl_attnedit.data import Phase, TextDataModule
+from pl_attnedit.distillation.settings import frozen_dtype, trained_dtype
+from pl_attnedit.errors import invalid
+from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
+from pl_attnedit.eval.bench.memory import StageMemory, Step, init_memory, stage_memory, trained_parameters
+from pl_attnedit.eval.report.formatting import count, duration, percent
+from pl_attnedit.modeling.edit import FROM_TEXT
+from pl_attnedit.modeling.hf import edited_config
+from pl_attnedit.modeling.kv import fill_cache, on_meta
+from pl_attnedit.serving.memory import BLOCK, held_bytes
+
+CONTEXTS = (1024, 8192, 32768)  # tokens; the model's limit is added
+# Share of a matrix product's rate that training reaches on a GPU. Measured on one and two H200, both stages
+# (results/bench_one_gpu.json, bench_two_gpus.json): Qwen3-8B 0.63 to 0.73, SmolLM2-135M 0.26 to 0.39.
+EFFICIENCY = 0.65
+SMALL_EFFICIENCY, SMALL = 0.35, 1e9  # teachers of fewer parameters
+MIXTURE_EFFICIENCY = 0.3  # not measured: experts are small matrix products
+
+
+def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
+    """The estimate as plain data; `UserError` for a recipe that does not fit its teacher. `data` is not opened."""
+    config, plan = check_recipe(recipe)
+    devices = world_size(recipe.trainer)
+    accelerator = recipe.trainer.get("accelerator")
+    check_devices(recipe, accelerator if accelerator in ("cpu", "npu") else "cuda", devices, here=False)
+    limit = config.max_position_embeddings
+    if data.seq_len > limit:
+        raise invalid("seq_len", data.seq_len, f"must be at most {limit}, the context of the model")
+    frozen = frozen_dtype(recipe.trainer.get("precision"), recipe.dtype)
+    dtype = trained_dtype(frozen)
+    teacher, student = on_meta(config, frozen), on_meta(edited_config(config, plan), dtype)
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert here is not None
+    parameters = sum(p.numel() for p in teacher.parameters())
+    mixture = any(is_mixture(layer.mlp) for layer in teacher.model.layers)
+    result: dict[str, Any] = {
+        "recipe": recipe.name,
+        "teacher": recipe.teacher,
+        "teacher_parameters": parameters,
+        "pattern": plan.pattern,
+        "layers": len(plan.letters),
+        "edited_layers": len(plan.edited_layers),
+        "kv": _kv(teacher, on_meta(student.config, frozen), limit),
+        "device_here": _name(here),
+        "matmul_flops": matmul_rate(here, torch.bfloat16 if _low(recipe) else dtype),
+        "efficiency": MIXTURE_EFFICIENCY if mixture else SMALL_EFFICIENCY if parameters < SMALL else EFFICIENCY,
+        "devices": devices,
+        "stages": {},
+        "memory": {},
+    }
+    if recipe.init in FROM_TEXT:
+        result["memory"]["init"] = init_memory(teacher, student, data.batch_size, data.seq_len)
+    for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
+        phases, memory = [], []
+        for phase in stage.all_phases(data.seq_len, data.batch_size):
+            step = _step(name, stage, phase, recipe, devices, 2 if _low(recipe) else dtype.itemsize)
+            memory.append(stage_memory(teacher, student, step))
+            tokens = phase.steps * stage.accumulate * devices * step.tokens
+            block_loss = stage.options.get("supervise") == "block"
+            sizes: dict[str, Any] = {
+                "seq_len": phase.seq_len,
+                "block_loss": block_loss,
+                "train_layers": step.train_layers,
+            }
+            flops = tokens * step_flops(teacher, student, stage=name, trained=step.trained, **sizes)
+            seconds = flops / (result["matmul_flops"] * result["efficiency"] * devices)
+            phases.append(asdict(phase) | {"tokens": tokens, "flops": flops, "seconds": seconds})
+        result["memory"][name] = max(memory, key=lambda found: found.total)
+        result["stages"][name] = {
+            "trained_parameters": sum(p.numel() for p in trained_parameters(student, step)),
+            **{figure: sum(phase[figure] for phase in phases) for figure in ("steps", "tokens", "flops", "seconds")},
+            "phases": [phase | {"memory": found.total} for phase, found in zip(phases, memory)],
+        }
+    return result
+
+
+def _kv(teacher: Any, student: Any, limit: int) -> list[dict[str, Any]]:
+    """Cached bytes of one sequence, by context: in Hugging Face's caches, and in the blocks of vLLM."""
+    rows = []
+    for context in sorted({*(c for c in CONTEXTS if c < limit), limit}):
+        found = {"teacher": sum(next(fill_cache(teacher, context))), "student": sum(next(fill_cache(student, context)))}
+        vllm = {
+            name: held_bytes(model.config, context, model.dtype.itemsize)
+            for name, model in {"teacher": teacher, "student": student}.items()
+        }
+        rows.append({"context": context, **found, "budget": found["student"] / found["teacher"], "vllm": vllm})
+    return rows
+
+
+def _name(device: torch.device) -> str:
+    module = torch.get_device_module(device)
+    return module.get_device_name() if hasattr(module, "get_device_name") else device.type
+
+
+def _step(name: str, stage: StageRecipe, phase: Phase, recipe: Recipe, devices: int, itemsize: int) -> Step:
+    options = stage.options
+    layers = options.get("train_layers")
+    return Step(
+        stage=name,
+        tokens=phase.batch_size * phase.seq_len,
+        trained=options.get("train", "attention"),
+        train_layers=None if layers is None else tuple(layers),
+        feature_weight=float(options.get("feature_weight", 0.0)),
+        activation_checkpointing=bool(options.get("activation_checkpointing", False)),
+        devices=devices,
+        sharded="fsdp" in str(recipe.trainer.get("strategy", "")),
+        itemsize=itemsize,
+        device_type="cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda",
+    )
+
+
+def _low(recipe: Recipe) -> bool:
+    """Whether arithmetic is in bfloat16."""
+    return str(recipe.trainer.get("precision", "")).startswith("bf16")
+
+
+def _budget(found: dict[str, Any]) -> str:
+    """Cells of a stage or of one of its phases."""
+    work = f"{found['flops'] / 1e15:10,.3g}"
+    return f"{found['steps']:5}   {count(found['tokens']):>8} {work}   {duration(found['seconds'])}"
+
+
+def dry_run_table(result: dict[str, Any]) -> str:
+    """The estimate as text."""
+    stages = result["stages"]
+    lines = [
+        f"{result['recipe']}: {result['teacher']}, {count(result['teacher_parameters'])} parameters; pattern "
+        f"{result['pattern']}, {result['edited_layers']} of {result['layers']} layers edited",
+        "",
+        "KV cache of one sequence   teacher GB   student GB   KV budget",
+    ]
+    for row in result["kv"]:
+        sizes = f"{row['teacher'] / 1e9:10.3f}   {row['student'] / 1e9:10.3f}"
+        lines.append(f"{row['context']:16,} tokens   {sizes}   {percent(row['budget']):>9}")
+    lines += ["", "served by vLLM             bytes per token           sequences in 1 GB"]
+    lines += [f"blocks of {BLOCK} tokens       teacher     student     teacher     student     ratio"]
+    for row in result["kv"]:
+        teacher, student = row["vllm"]["teacher"], row["vllm"]["student"]
+        bytes_ = f"{teacher / row['context']:10,.0f}  {student / row['context']:10,.0f}"
+        sequences = f"{1e9 / teacher:10,.2f}  {1e9 / student:10,.2f}"
+        lines.append(f"{row['context']:16,} tokens  {bytes_}  {sequences}  {teacher / student:7.2f}x")
+    lines += ["", "         trained parameters   steps     tokens      PFLOP   time here"]
+    for name, stage in stages.items():
+        trained = count(stage["trained_parameters"])
+        lines.append(f"{name}   {trained:>18}   {_budget(stage)}")
+        if len(stage["phases"]) > 1:
+            for phase in stage["phases"]:
+                of = f"{phase['batch_size']} x {phase['seq_len']:,}"
+                lines.append(f"{of:>27}   {_budget(phase)}, {phase['memory'] / 1e9:.2f} GB")
+    rate = f"{result['efficiency']:.0%} of the {result['matmul_flops'] / 1e12:.3g} TFLOP/s"
+    lines += [
+        f"time on {result['devices']} x {result['device_here']}, if each reaches {rate} that a matrix product "
+        "reaches on this machine now; init, validation and evaluation come on top",
+        "",
+        "GB per device   weights   gradients   optimizer   gathered   activations     total",
+    ]
+    memories: dict[str, StageMemory] = {name: found for name, found in result["memory"].items() if found is not None}
+    widths = {"weights": 10, "gradients": 12, "optimizer": 12, "gathered": 11, "activations": 14, "total": 10}
+    for name, memory in memories.items():
+        cells = "".join(f"{getattr(memory, field) / 1e9:{width}.2f}" for field, width in widths.items())
+        lines.append(f"{name:13}{cells}")
+    lines += [
+        "gathered and activations are estimates, their formula is in pl_attnedit/eval/bench/memory.py; an init from text is "
+        "not sharded, its statistics stand under activations",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,400 @@
+"""A whole conversion: init, stage 1, stage 2, saved student, evaluation, report.
+
+Every phase leaves its result in the run folder before the next begins, so a conversion that was stopped goes on with the
+phase it was in; within a stage, with the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+
+from pl_attnedit.callbacks import (
+    NaNGuard,
+    ProcessWatch,
+    Progress,
+    ResumableCheckpoint,
+    Throughput,
+    check_checkpoint,
+    latest_checkpoint,
+)
+from pl_attnedit.conversion.checks import check_devices, check_recipe, stage_module
+from pl_attnedit.conversion.recipe import Recipe, StageRecipe, phases_text
+from pl_attnedit.conversion.run_folder import RunFolder, read_summary
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.distillation import STAGES, DistillationModule
+from pl_attnedit.distillation.engine.sharding import whole_state_dict
+from pl_attnedit.distillation.settings import frozen_dtype
+from pl_attnedit.distillation.stage import TeacherHidden
+from pl_attnedit.errors import UserError
+from pl_attnedit.eval.fidelity.continuations import greedy_continuations
+from pl_attnedit.eval.harness.paired import evaluate_pair
+from pl_attnedit.eval.harness.tasks import OFFLINE_TASKS, build_offline_tasks
+from pl_attnedit.eval.records import log_evaluation
+from pl_attnedit.eval.report.card import write_card
+from pl_attnedit.eval.report.page import write_report
+from pl_attnedit.eval.students import load_pair
+from pl_attnedit.files import json_text, write_atomically
+from pl_attnedit.memory import release_memory
+from pl_attnedit.modeling.edit import read_config
+from pl_attnedit.modeling.kv import fill_cache, kv_context, on_meta
+from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
+from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_config, teacher_fingerprint
+from pl_attnedit.tracking import (
+    ConversionRuns,
+    TrackedRun,
+    TrackingLogger,
+    connect,
+    log_environment,
+    open_conversion,
+    resolve_tracking_uri,
+)
+from pl_attnedit.tracking.client import STUDENT_FINGERPRINT_TAG, STUDENT_TAG
+from pl_attnedit.tracking.conversion import RUNS_FILE
+
+RESULTS = {"stage1": "stage1/student", "stage2": "student"}  # folders of what the stages make
+
+
+def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any] | None:
+    """Runs what is left of a conversion and returns its summary; None in the further processes of a distributed one.
+
+    Args:
+        recipe: the recipe.
+        data_options: arguments of `TextDataModule` other than the tokenizer.
+        plain: the resolved recipe as plain data, for the run folder and MLflow.
+    """
+    # mistakes are errors before a run folder exists
+    data = TextDataModule(tokenizer=recipe.teacher, **data_options)
+    _, plan = check_recipe(recipe)
+    resolve_tracking_uri(recipe.tracking_uri)
+    resolve_teacher(recipe.teacher)
+    path = Path(recipe.runs) / recipe.name
+    data.setup()
+    trainer = check_machine(recipe)
+    for stage in (recipe.stage1, recipe.stage2):
+        data.phases = stage.phases
+        if stage.total_steps:
+            data.check_batches(trainer.world_size)
+    if trainer.is_global_zero and not (path / RUNS_FILE).exists():
+        connect(recipe.tracking_uri)
+    folder = RunFolder(path, plain, follows=not trainer.is_global_zero)
+    if not trainer.is_global_zero:
+        Conversion(recipe, data, folder, None, plain).follow()
+        return None
+    if folder.done("report"):
+        Conversion.say(f"{recipe.name}: done before")
+        return read_summary(folder.path)
+    teacher = teacher_fingerprint(resolve_teacher(recipe.teacher))
+    folder.keep_to({"teacher": teacher, "text": data.fingerprint})
+    kinds = {target.type for target in plan.targets.values()}
+    tags = {
+        "teacher": recipe.teacher,
+        "target": "+".join(sorted(kinds)),
+        "recipe": recipe.name,
+        "pattern": recipe.pattern or "",
+    }
+    runs = open_conversion(
+        folder.path, recipe.name, tags, tracking_uri=recipe.tracking_uri, experiment=recipe.experiment
+    )
+    return Conversion(recipe, data, folder, runs, plain).run()
+
+
+def check_machine(recipe: Recipe) -> Trainer:
+    """A Trainer as the stages will have it; `UserError` where this machine cannot run them."""
+    trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
+    frozen_dtype(trainer.precision, recipe.dtype)  # of a plugin, too
+    check_devices(recipe, trainer.strategy.root_device.type, trainer.world_size, here=True)
+    return trainer
+
+
+class Conversion:
+    """The phases of one conversion over its run folder and its MLflow runs.
+
+    With several processes that of rank 0 does all of it, and has the run folder and the MLflow runs to itself; the others
+    `follow`: they take part where a model is trained or measured by all.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: LightningDataModule,
+        folder: RunFolder,
+        runs: ConversionRuns | None,
+        plain: dict[str, Any],
+    ) -> None:
+        self.recipe, self.data, self.folder, self.plain = recipe, data, folder, plain
+        self._runs = runs
+        self._teacher_hidden: TeacherHidden = {}
+
+    def run(self) -> dict[str, Any]:
+        self.folder.start()
+        with self.runs.run() as parent:
+            log_environment(
+                parent,
+                config=self.plain,
+                data_fingerprint=self.data.fingerprint,  # type: ignore[attr-defined]
+                teacher_fingerprint=teacher_fingerprint(resolve_teacher(self.recipe.teacher)),
+            )
+            self.phase("tasks", self.build_tasks)  # before the training: text too short for them is an error at once
+            self.phase("init", self.initialise)
+            self.phase("stage1", lambda: self.stage("stage1", self.recipe.stage1, "init"))
+            self.phase("stage2", lambda: self.stage("stage2", self.recipe.stage2, "stage1/student"))
+            self.phase("kv", self.measure)
+            self.phase("evaluation", self.evaluate)
+            self.summarise(parent)
+        self.phase("report", self.report)
+        return read_summary(self.folder.path)
+
+    def follow(self) -> None:
+        """The part of `run` for processes other than rank 0. Which phases are done cannot change without them."""
+        if not self.folder.done("init"):
+            self.initialise()
+        if not self.folder.done("stage1"):
+            self.stage("stage1", self.recipe.stage1, "init")
+        if not self.folder.done("stage2"):
+            self.stage("stage2", self.recipe.stage2, "stage1/student")
+
+    @property
+    def runs(self) -> ConversionRuns:
+        assert self._runs is not None, "of rank 0 only"
+        return self._runs
+
+    @property
+    def follows(self) -> bool:
+        return self._runs is None
+
+    def phase(self, name: str, work: Any) -> None:
+        if self.folder.done(name):
+            self.say(f"{name}: done before")
+            return
+        self.say(name)
+        self.folder.finish(name, work())
+        release_memory()
+
+    @staticmethod
+    def say(text: str) -> None:
+        print(f"== {text}", file=sys.stderr, flush=True)
+
+    # phases
+
+    def build_tasks(self) -> str:
+        """lm-eval tasks out of held-out text; returns their folder."""
+        options = self.recipe.evaluation
+        folder = build_offline_tasks(
+            self.data.held_out_texts(),  # type: ignore[attr-defined]
+            self.folder.path / "eval" / "tasks",
+            n_documents=options.documents,
+            n_cloze=options.cloze,
+            seed=self.recipe.seed,
+            tokenizer=self.data.tokenizer,  # type: ignore[attr-defined]
+            max_length=self.data.seq_len,  # type: ignore[attr-defined]
+        )
+        return str(folder)
+
+    def initialise(self) -> dict[str, float]:
+        """Builds the student and measures it untrained."""
+        seed_everything(self.recipe.seed, verbose=False)
+        module = self.module("stage1", self.recipe.stage1, None)
+        trainer = self.trainer("init", None)
+        found = self.validate(trainer, module)
+        if not self.follows:
+            self.runs.run("stage1").log_metrics(found, step=0)  # where the curves of stage 1 begin
+        self.folder.save_folder("init", lambda path: save_student(module, path))
+        return found
+
+    def stage(self, name: str, stage: StageRecipe, start: str) -> dict[str, float]:
+        """Trains one stage from its last checkpoint, or from the student in the folder `start`; saves and measures it."""
+        if not stage.total_steps:
+            return self.leave_out(name, start)
+        seed_everything(self.recipe.seed, verbose=False)
+        checkpoint = latest_checkpoint(self.folder.path / name)
+        module = self.module(name, stage, start)
+        if checkpoint is not None:
+            fingerprint = teacher_fingerprint(resolve_teacher(self.recipe.teacher))
+            check_checkpoint(checkpoint, stage=name, teacher=fingerprint)
+            self.say(f"{name}: goes on from {checkpoint.name}")
+        trainer = self.trainer(name, stage)
+        self.data.phases = stage.phases  # type: ignore[attr-defined]
+        self.data.seed = self.recipe.seed + list(STAGES).index(name)  # type: ignore[attr-defined]  # stage 2 sees new text
+        trainer.fit(module, self.data, ckpt_path=str(checkpoint) if checkpoint else None)
+        dtype = module.frozen_dtype if name == "stage2" else None
+        self.folder.save_folder(RESULTS[name], lambda path: save_student(module, path, dtype))
+        found = self.validate(trainer, module)
+        if not self.follows:
+            self.runs.run(name).finish()
+        batch = trainer.num_devices * trainer.num_nodes * stage.accumulate
+        phases = stage.all_phases(self.data.seq_len, self.data.batch_size)  # type: ignore[attr-defined]
+        return found | {"tokens": batch * sum(phase.steps * phase.batch_size * phase.seq_len for phase in phases)}
+
+    def leave_out(self, name: str, start: str) -> dict[str, float]:
+        """What a stage of no steps hands on: the student it got, and that one's figures."""
+        if self.follows:  # they know no figures
+            return {}
+        copy = partial(shutil.copytree, self.folder.path / start, dirs_exist_ok=True)
+        self.folder.save_folder(RESULTS[name], copy)
+        self.runs.run(name).finish()
+        return {**self.folder.progress["init" if name == "stage1" else "stage1"], "tokens": 0}
+
+    def measure(self) -> dict[str, Any]:
+        """Cached bytes per token of teacher and student on their real caches, both in the student's dtype."""
+        config = read_config(self.folder.path / "student")
+        teacher, student = (on_meta(each, config.dtype) for each in (teacher_config(self.recipe.teacher), config))
+        context = kv_context(student)
+        return {
+            "kv_context": context,
+            "kv_bytes_per_token_teacher": sum(next(fill_cache(teacher, context))) / context,
+            "kv_bytes_per_token_student": sum(next(fill_cache(student, context))) / context,
+            "pattern": student.edit_plan.pattern,
+        }
+
+    def evaluate(self) -> dict[str, Any]:
+        """Teacher and student answer the same tasks; the result goes to MLflow and into the run folder."""
+        teacher, student, tokenizer = load_pair(self.folder.path / "student", self.recipe.teacher)
+        device = self.trainer("evaluation", None).strategy.root_device
+        for model in (teacher, student):
+            model.to(device)
+        out = self.folder.path / "eval"
+        result = evaluate_pair(
+            teacher,
+            student,
+            tokenizer,
+            OFFLINE_TASKS,
+            task_folder=out / "tasks",
+            max_length=self.data.seq_len,  # type: ignore[attr-defined]
+            out_dir=out,
+            teacher_fingerprint=teacher_fingerprint(resolve_teacher(self.recipe.teacher)),
+            student_fingerprint=teacher_fingerprint(self.folder.path / "student"),
+        )
+        tokens = self.recipe.evaluation.continuation_tokens
+        texts = greedy_continuations(teacher, student, tokenizer, max_new_tokens=tokens) if tokens else None
+        with self.runs.run("evaluation") as run:
+            log_evaluation(result, run, texts)
+        return result.content()["tasks"]
+
+    def report(self) -> str:
+        """report.html and the student's model card; what only a resumed conversion needs goes."""
+        summary = read_summary(self.folder.path)
+        write_card(self.folder.path / "student", summary, self.plain, self.folder.progress["evaluation"])
+        path = write_report([self.runs.run_id], self.folder.path / "report.html", self.runs.tracking_uri)
+        for leftover in ("init", "stage1/student"):
+            self.folder.remove(leftover)
+        return path.name
+
+    def summarise(self, parent: TrackedRun) -> None:
+        """summary.json: what the conversion cost and gained; its figures go to the parent run."""
+        progress = self.folder.progress
+        before, after1, after2 = progress["init"], progress["stage1"], progress["stage2"]
+        kv = progress["kv"]
+        summary = {
+            "recipe": self.recipe.name,
+            "run_id": self.runs.run_id,
+            "teacher": self.recipe.teacher,
+            "targets": self.plain["targets"],
+            "pattern": kv["pattern"],
+            "phases": phases_text(self.recipe),
+            "tokens_stage1": after1["tokens"],
+            "tokens_stage2": after2["tokens"],
+            "kl_before": before["val/kl"],
+            "kl_after_stage1": after1["val/kl"],
+            "kl_after_stage2": after2["val/kl"],
+            "top1_after": after2["val/top1"],
+            "ppl_teacher": after2["val/ppl_teacher"],
+            "ppl_student": after2["val/ppl_student"],
+            **{name: kv[name] for name in ("kv_context", "kv_bytes_per_token_teacher", "kv_bytes_per_token_student")},
+            "wall_seconds": progress["wall_seconds"],
+            "peak_rss_bytes": progress["peak_rss_bytes"],
+        }
+        path = write_atomically(self.folder.path / "summary.json", json_text(summary))
+        student = (self.folder.path / "student").resolve()
+        where = {STUDENT_TAG: student, STUDENT_FINGERPRINT_TAG: teacher_fingerprint(student)}
+        parent.set_tags({"pattern": summary["pattern"], "phases": summary["phases"], **where})
+        parent.log_metrics({name: value for name, value in summary.items() if isinstance(value, int | float)})
+        parent.log_file(path)
+
+    # parts of the phases
+
+    def module(self, name: str, stage: StageRecipe, start: str | None) -> DistillationModule:
+        init_from = None if start is None else str(self.folder.path / start)
+        return stage_module(self.recipe, name, stage, init_from)
+
+    def trainer(self, name: str, stage: StageRecipe | None) -> Trainer:
+        options: dict[str, Any] = {
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            "callbacks": [Progress(name), ProcessWatch()],
+        }
+        if stage is None:
+            options |= {"logger": False, "enable_checkpointing": False}
+        else:
+            every = stage.validate_every
+            options |= {
+                "max_steps": stage.total_steps,
+                "accumulate_grad_batches": stage.accumulate,
+                "limit_val_batches": 1.0 if every else 0,
+                "val_check_interval": every * stage.accumulate if every else None,
+                "check_val_every_n_epoch": None if every else 1,
+                "logger": not self.follows
+                and TrackingLogger(
+                    self.runs.tracking_uri, run_id=self.runs.children[name], spool_dir=self.runs.spool_dir
+                ),
+                "callbacks": [
+                    Progress(name),
+                    ProcessWatch(),
+                    Throughput(),
+                    NaNGuard(),
+                    *self.checkpointing(name, stage),
+                ],
+            }
+        return build_trainer(options | self.recipe.trainer)
+
+    def checkpointing(self, name: str, stage: StageRecipe) -> list[Callback]:
+        """The stage's own callbacks, and a `ResumableCheckpoint` where none of them is one; its folder is ours."""
+        callbacks = list(stage.callbacks)
+        if not any(isinstance(callback, ResumableCheckpoint) for callback in callbacks):
+            callbacks.append(ResumableCheckpoint())
+        for callback in callbacks:
+            if isinstance(callback, ResumableCheckpoint):
+                callback.dirpath = str((self.folder.path / name).resolve())
+        return callbacks
+
+    def validate(self, trainer: Trainer, module: DistillationModule) -> dict[str, float]:
+        """Held-out figures; the teacher's part is computed once per process."""
+        trainer.limit_val_batches = 1.0
+        module.teacher_hidden = self._teacher_hidden
+        [found] = trainer.validate(module, self.data, verbose=False)
+        return dict(found)
+
+
+def build_trainer(options: dict[str, Any]) -> Trainer:
+    """A Trainer; values that Lightning refuses are a user's mistake."""
+    try:
+        return Trainer(**with_npu(options))
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        raise UserError(f"trainer: {error}") from error
+
+
+def save_student(module: DistillationModule, path: Path, dtype: torch.dtype | None = None) -> None:
+    """The student as a Hugging Face folder with its tokenizer. All processes must call it; rank 0 writes.
+
+    dtype: of all its weights; None = each as it is, for a training that goes on from there.
+    """
+    assert module.tokenizer is not None
+    state = whole_state_dict(module.student)
+    if module.global_rank == 0:
+        if dtype is not None:
+            once = {id(value): value.to(dtype) for value in state.values()}  # what is tied stays one
+            state = {name: once[id(value)] for name, value in state.items()}
+        module.student.save_pretrained(path, state_dict=state)
+        if dtype not in (None, module.student.dtype):  # `save_pretrained` has written the module's own
+            module.student.config.dtype = dtype
+            module.student.config.save_pretrained(path)
+        module.tokenizer.save_pretrained(path)
+        module.trained_on().save(path)

