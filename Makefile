@@ -10,7 +10,7 @@ CONSTRAINTS := $(if $(filter-out 0,$(HAS_GPU)),,-c constraints.txt)
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-vllm lint format bench figures
+.PHONY: help setup quickstart test test-slow test-vllm lint format bench figures docs
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,5 +56,9 @@ format: setup  ## let ruff format and fix
 bench: setup  ## speed and memory of the loss of stage 2 on this machine; `pl-attnedit bench --help` lists the others
 	$(BIN)/pl-attnedit bench loss
 
-figures: setup  ## the README's tables and plots from the data in results/
+figures: setup  ## the tables and plots of README and docs from the data in results/
 	$(BIN)/python results/readme.py
+
+# The variable silences what mkdocs-material says of its successor.
+docs: setup  ## the documentation as pages, in build/docs; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -36,6 +36,8 @@ class LayerwiseDistillation(DistillationModule):
     `teacher_share`, set by the callback `TeacherForcing`, is the share of the teacher's hidden state in a layer's input:
     1 is full teacher forcing, 0 the student's own path. Targets are the teacher's activations throughout.
 
+    All further arguments are `DistillationModule`'s.
+
     Args:
         train_layers: edited layers to train, the others stay as they are; None = all. Where not even the optimiser states of
             all layers fit, run the stage once for each group of layers, each run with the last one's student as `init_from`.
@@ -44,7 +46,6 @@ class LayerwiseDistillation(DistillationModule):
             frozen: an error counts by what they make of it. It is measured over the energy of the teacher's block update,
             output minus input, because the residual stream itself is dominated by a few huge activations that no attention
             made. `train/nmse` is the error at this point, `val/nmse` always the attention's.
-        All others: see `DistillationModule`.
     """
 
     stage = "stage1"

@@ -19,6 +19,8 @@ Trainable = Literal["attention", "layers", "all"]
 class ModelDistillation(DistillationModule):
     """Forward KL(teacher || student) at temperature 1, mean over the tokens that count, on the student's own path.
 
+    All further arguments are `DistillationModule`'s.
+
     Args:
         train: "attention" = the new attention modules; the trunk stays shared with the teacher. "layers" = the decoder
             layers with the last norm, "all" = embeddings and lm_head too; `ProgressiveUnfreezing` may hold parts back.
@@ -26,7 +28,6 @@ class ModelDistillation(DistillationModule):
             of student and teacher; 0 = off.
         activation_checkpointing: keep only each layer's input for the backward pass and run the layer again there: less
             memory, a third more work.
-        All others: see `DistillationModule`.
     """
 
     stage = "stage2"
