@@ -43,7 +43,8 @@ def load_student(path: str | Path, dtype: str | None = None) -> PreTrainedModel:
     saved = next(iter(trained.values())).dtype
     # LightningCLI adds names of its own, which begin with an underscore
     settings = {name: value for name, value in content["hyper_parameters"].items() if not name.startswith("_")}
-    if before := settings.pop("teacher_dtype", None):  # in checkpoints of earlier versions, beside `dtype: float32`
+    settings.pop("liger", None)  # here and below: of earlier versions
+    if before := settings.pop("teacher_dtype", None):  # beside `dtype: float32`
         settings["dtype"] = before
     if saved == torch.float64:  # `64-true` is not in the settings
         settings["dtype"] = "float64"

@@ -46,7 +46,6 @@ class StepBench:
     seq: int = 512
     precision: str = "32-true"
     compiled: bool | None = None
-    liger: bool = False
     cuda_graph: bool = False
     activation_checkpointing: bool = False
     accumulate: int = 1  # batches per optimizer step
@@ -99,7 +98,6 @@ def make_module(teacher: PreTrainedModel, options: StepBench) -> DistillationMod
         "pattern": options.pattern,
         "init": "random",
         "compiled": options.compiled,
-        "liger": options.liger,
         "cuda_graph": options.cuda_graph,
         "learning_rate": 1e-5,
         "warmup_steps": 0,
@@ -293,7 +291,7 @@ def naive(module: Any, batch: dict[str, Tensor], stage: str) -> None:
 def summarise(module: Any, measured: Windows, options: StepBench, device: torch.device) -> dict[str, Any]:
     step = statistics.median(measured.seconds["ours"])
     bounds = {name: statistics.median(s) for name, s in measured.seconds.items() if name.startswith("bound")}
-    tokens = options.batch * options.seq / (options.devices if options.strategy == "layers" else 1)  # a device's share
+    tokens = options.batch * options.seq  # of one device
     low = "bf16" in options.precision
     rate = matmul_rate(device, torch.bfloat16 if low else torch.float32)
     flops = step_flops(module.teacher, module.student, stage=options.stage, trained=options.train, seq_len=options.seq)

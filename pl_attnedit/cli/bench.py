@@ -102,17 +102,11 @@ def _stage_options(commands: Any, name: str) -> ArgumentParser:
         name, help=f"a training step of {name} beside its bound and beside plain PyTorch"
     )
     _training_options(stage)
-    stage.add_argument("--liger", action="store_true", help="Liger's kernels in the trunk")
     stage.add_argument("--cuda-graph", action="store_true", help="the step recorded as a CUDA graph")
     stage.add_argument(
         "--devices", type=int, default=1, help="GPUs; beside more than one the same work on one is measured"
     )
-    stage.add_argument(
-        "--strategy",
-        choices=["ddp", "fsdp2", *(["layers"] if name == "stage1" else [])],
-        default="fsdp2",
-        help="for several devices",
-    )
+    stage.add_argument("--strategy", choices=["ddp", "fsdp2"], default="fsdp2", help="for several devices")
     stage.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step (default 1)")
     stage.add_argument("--window", type=int, default=1, help="batches that are timed together (default 1)")
     stage.add_argument("--repeats", type=int, default=5, help="windows (default 5)")

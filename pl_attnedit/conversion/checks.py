@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 import pl_attnedit.strategies  # noqa: F401  # makes our strategies known
 from pl_attnedit.callbacks import ProgressiveUnfreezing, TeacherForcing
 from pl_attnedit.conversion.recipe import Recipe, StageRecipe
-from pl_attnedit.distillation import STAGES, DistillationModule, liger
+from pl_attnedit.distillation import STAGES, DistillationModule
 from pl_attnedit.distillation.optimisation import check_cuda_graph
 from pl_attnedit.distillation.settings import check_precision, frozen_dtype, parse_targets
 from pl_attnedit.distillation.stage1 import check_trained_layers
@@ -63,15 +63,11 @@ def check_edits(
     return config, plan
 
 
-def check_devices(recipe: Recipe, device_type: str, processes: int, here: bool) -> None:
-    """`UserError` where a stage is to run what these devices cannot. here: they are this machine's."""
+def check_devices(recipe: Recipe, device_type: str, processes: int) -> None:
+    """`UserError` where a stage is to run what these devices cannot."""
     for stage in (recipe.stage1, recipe.stage2):
         if stage.total_steps and stage.options.get("cuda_graph"):
             check_cuda_graph(device_type, processes, stage.options.get("activation_checkpointing", False))
-        if stage.total_steps and stage.options.get("liger"):
-            liger.check_device(device_type)
-            if here:
-                liger.check_installed()
 
 
 def stage_module(recipe: Recipe, name: str, stage: StageRecipe, init_from: str | None) -> DistillationModule:
@@ -104,8 +100,6 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
     strategies = {"auto", *StrategyRegistry.available_strategies()}
     if isinstance(strategy, str) and strategy.lower() not in strategies:
         raise invalid("trainer.strategy", strategy, f"must be one of {', '.join(sorted(strategies))}")
-    if strategy == "layers" or getattr(strategy, "deals_out_layers", False):
-        raise invalid("trainer.strategy", "layers", "is for stage 1 alone, run by `pl-attnedit fit`: use ddp or fsdp2")
     world_size(trainer)
 
 

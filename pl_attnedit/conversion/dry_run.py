@@ -33,7 +33,7 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     config, plan = check_recipe(recipe)
     devices = world_size(recipe.trainer)
     accelerator = recipe.trainer.get("accelerator")
-    check_devices(recipe, accelerator if accelerator in ("cpu", "npu") else "cuda", devices, here=False)
+    check_devices(recipe, accelerator if accelerator in ("cpu", "npu") else "cuda", devices)
     limit = config.max_position_embeddings
     if data.seq_len > limit:
         raise invalid("seq_len", data.seq_len, f"must be at most {limit}, the context of the model")

@@ -110,7 +110,7 @@ def check_machine(recipe: Recipe) -> Trainer:
     """A Trainer as the stages will have it; `UserError` where this machine cannot run them."""
     trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
     frozen_dtype(trainer.precision, recipe.dtype)  # of a plugin, too
-    check_devices(recipe, trainer.strategy.root_device.type, trainer.world_size, here=True)
+    check_devices(recipe, trainer.strategy.root_device.type, trainer.world_size)
     return trainer
 
 

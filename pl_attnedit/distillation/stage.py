@@ -15,11 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.attention import Target
 from pl_attnedit.checkpoints.io import read_checkpoint, use_atomic_files
-from pl_attnedit.distillation.block import Block
 from pl_attnedit.distillation.engine.forward_check import check_forward
 from pl_attnedit.distillation.engine.pairs import Batch, Pairs
-from pl_attnedit.distillation.engine.sharding import data_parallel_mesh, shard, take_from
-from pl_attnedit.distillation.liger import use_liger
+from pl_attnedit.distillation.engine.sharding import broadcast, data_parallel_mesh, shard
 from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
 from pl_attnedit.distillation.optimisation import OptimisedModule
 from pl_attnedit.distillation.settings import (
@@ -60,7 +58,6 @@ class DistillationModule(OptimisedModule):
         dtype: dtype of the teacher, of what is frozen and of the saved student; bfloat16 needs `precision: bf16-mixed`. What
             trains is in float32 at least, with its optimizer states.
         compiled: run the layers through torch.compile. Default: where there is a GPU for it. Not on an NPU.
-        liger: run Liger's kernels in the trunk (extra `gpu`); worth it where compiled is false, see the README.
         cuda_graph: record a step as a CUDA graph and replay it, on one GPU: faster where a small model waits for launches,
             see the README. Its memory is held throughout, so not for a model that fills the GPU.
         learning_rate: peak of the schedule; the data's phases have rates of their own.
@@ -83,7 +80,6 @@ class DistillationModule(OptimisedModule):
         init_from: str | None = None,
         dtype: str = "float32",
         compiled: bool | None = None,
-        liger: bool = False,
         cuda_graph: bool = False,
         learning_rate: float = 1e-3,
         warmup_steps: int = 10,
@@ -184,27 +180,17 @@ class DistillationModule(OptimisedModule):
             self._initialise(student, teacher)
         if self._trainer is not None and self.trainer.world_size > 1:
             for attention in edited_attention(student).values():  # a random init is each process's own
-                take_from(0, attention, self.trainer.strategy.root_device)
-        if self._trainer is not None and not self.deals_out_layers and data_parallel_mesh(self) is None:
+                broadcast(attention, self.trainer.strategy.root_device)
+        if self._trainer is not None and data_parallel_mesh(self) is None:
             for model in (teacher, student):  # where all of it will be
                 model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
-        check_forward(teacher, student)  # unsharded, and before kernels that need a GPU
-        if hparams["liger"]:  # after the init, which may have run on the CPU
-            device = self.device if self._trainer is None else self.trainer.strategy.root_device
-            for model in (teacher, student):
-                use_liger(model, device)
+        check_forward(teacher, student)  # unsharded
         self._held = (teacher, student)
         self.layer_nmse = LayerNMSE(len(plan.edited_layers))
-        self.block = Block(0, 1, [0, teacher.config.num_hidden_layers])
         if self._trainer is not None:
             self._sum_exactly(self.trainer.strategy.root_device)
         self.prepare_training()
         self._shard()
-
-    @property
-    def deals_out_layers(self) -> bool:
-        """Whether each process has layers of its own."""
-        return self._trainer is not None and getattr(self.trainer.strategy, "deals_out_layers", False)
 
     def _shard(self) -> None:
         """Shards teacher and student where the strategy is FSDP2; optimisers are made of the shards then."""
@@ -296,16 +282,9 @@ class DistillationModule(OptimisedModule):
         for model in (self.teacher, self.student):
             rotary = model.model.rotary_emb.to(self.device)
             if not self.sharded:
-                self._place_parts(model)
+                model.to(self.device)
             if rotary.inv_freq.dtype != torch.float32:  # `64-true` has converted it; the teacher's are float32
                 model.model.rotary_emb = type(rotary)(config=model.config).to(self.device)
-
-    def _place_parts(self, model: Any) -> None:
-        parts = [part for name, part in model.model.named_children() if name != "layers"]
-        for part in (*parts, model.lm_head):
-            part.to(self.device)
-        for index, layer in enumerate(model.model.layers):
-            layer.to(self.device if index in self.block.layers else "cpu")
 
     def layer_modules(self) -> dict[int, Target]:
         """The new attention modules by layer index."""
@@ -322,18 +301,14 @@ class DistillationModule(OptimisedModule):
 
     def _validate(self, batch: Batch, batch_idx: int, key: tuple[str, int] | None, known: torch.Tensor | None) -> None:
         assert self.layer_nmse is not None
-        *embedded, calls = self.pairs.begin(batch)
+        teacher, student, calls = self.pairs.begin(batch)
         rows, edited = self._rows_of_its_own(batch, batch_idx), list(self.layer_modules())
-        teacher, student = self.block.take(*embedded)
-        for index, (pair, call) in self.block.own(list(self.pairs.with_calls(calls))):
+        for index, (pair, call) in enumerate(self.pairs.with_calls(calls)):
             states = pair(teacher if known is None else None, student, call=call)
             teacher, student = states.teacher, states.student
             if pair.attention is not None and batch_idx < self.hparams["nmse_batches"]:
                 output = pair.attention(states.normed, call)
                 self.layer_nmse.update(edited.index(index), output[:rows], states.target[:rows])
-        self.block.pass_on(teacher, student)
-        rows = rows if self.block.ends else 0  # of all others the hidden states are not the last ones
-        assert student is not None
         if known is not None:
             teacher = known.to(self.device)
         assert teacher is not None

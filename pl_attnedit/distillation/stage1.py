@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 
-from pl_attnedit.distillation.block import Block
 from pl_attnedit.distillation.engine.pairs import Batch, Pairs
 from pl_attnedit.distillation.stage import DistillationModule
 from pl_attnedit.errors import invalid
@@ -30,8 +29,6 @@ class LayerwiseDistillation(DistillationModule):
 
     One pass of the teacher feeds all layers. The gradients of a layer are taken as soon as its loss is known, so activations
     of one layer exist at a time, however deep the model is.
-
-    With `strategy: layers` each process has layers of its own, see `LayersStrategy`.
 
     `teacher_share`, set by the callback `TeacherForcing`, is the share of the teacher's hidden state in a layer's input:
     1 is full teacher forcing, 0 the student's own path. Targets are the teacher's activations throughout.
@@ -71,28 +68,15 @@ class LayerwiseDistillation(DistillationModule):
         check_trained_layers(self.hparams["train_layers"], edited)
         self.trained_layers = edited if self.hparams["train_layers"] is None else self.hparams["train_layers"]
         self.register_trained({index: self.layer_modules()[index] for index in self.trained_layers})
-        if self.deals_out_layers:
-            layers = self.teacher.config.num_hidden_layers
-            self.block = Block.of(self.global_rank, self.trainer.world_size, layers, self.trained_layers)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         loss, parts = self.take_step(batch, self.teacher_share)
-        own = sorted(set(self.trained_layers) & set(self.block.layers))
-        losses = dict(zip(own, parts.unbind(), strict=True))
-        self._log_losses({index: value.detach() for index, value in losses.items()}, batch_idx)
-        return {"loss": loss, "layer_losses": {f"layer_{index:02d}": v.detach() for index, v in losses.items()}}
-
-    def _log_losses(self, losses: dict[int, torch.Tensor], batch_idx: int) -> None:
-        together = self.block.processes == 1
-        if not together:
-            if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
-                return  # the other processes may be a batch behind, and need not be waited for
-            losses = self.block.gather(losses, self.trained_layers)
+        losses = {f"layer_{index:02d}": part for index, part in zip(sorted(self.trained_layers), parts.detach())}
         self.log_place()
-        self.log("train/loss", torch.stack(list(losses.values())).sum(), prog_bar=True, sync_dist=together)
+        self.log("train/loss", parts.detach().sum(), prog_bar=True, sync_dist=True)
         if self.logs_this_step:
-            named = {f"train/nmse/layer_{index:02d}": value for index, value in losses.items()}
-            self.log_dict(named, sync_dist=together)
+            self.log_dict({f"train/nmse/{name}": part for name, part in losses.items()}, sync_dist=True)
+        return {"loss": loss, "layer_losses": losses}
 
     def step_of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum over layers, and each layer's loss."""
@@ -104,13 +88,13 @@ class LayerwiseDistillation(DistillationModule):
         return self.pairs(self._layer_losses, batch)
 
     def _layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
-        embedded, embedded_too, calls = self.pairs.begin(batch)
+        hidden, embedded, calls = self.pairs.begin(batch)
         share = None if self.teacher_share == 1 else self.teacher_share
+        own = None if share is None else embedded
         last = max(self.trained_layers)
         losses: dict[int, torch.Tensor] = {}
         taken: list[torch.Tensor] = []
-        hidden, own = self.block.take(embedded, None if share is None else embedded_too)
-        for index, (pair, call) in self.block.own(list(self.pairs.with_calls(calls[: last + 1]))):
+        for index, (pair, call) in enumerate(self.pairs.with_calls(calls[: last + 1])):
             trains, at_end = index in self.trained_layers, index == last and not self._supervises_blocks
             inside = share is not None or (trains and self._supervises_blocks)
             take_loss = taken.append if inside else None
@@ -118,5 +102,4 @@ class LayerwiseDistillation(DistillationModule):
             hidden, own = states.teacher, states.student
             if trains:
                 losses[index] = taken[-1] if inside else pair.distil(states.normed, states.target, call)[0]
-        self.block.pass_on(hidden, own)
         return losses

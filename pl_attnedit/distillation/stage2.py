@@ -48,8 +48,6 @@ class ModelDistillation(DistillationModule):
         self.train_parts = train
 
     def prepare_training(self) -> None:
-        if self.deals_out_layers:
-            raise invalid("strategy", "layers", "is for stage 1, where layers are independent: use ddp or fsdp2")
         if self.train_parts == "attention":
             self.register_trained(self.layer_modules())
             return

@@ -81,7 +81,6 @@ def fails(
         (["--stage2.options", "{train: bogus}"], ["stage2.options.train = 'bogus'", "'layers'"]),
         (["--stage2.options", "{final_lr_share: 5}"], ["final_lr_share = 5", "from 0 to 1"]),
         (["--stage2.options", "{cuda_graph: true}"], ["cuda_graph = True", "one NVIDIA GPU"]),
-        (["--stage2.options", "{liger: true}"], ["liger = True", "needs a CUDA GPU"]),
         (["--dtype", "bfloat16"], ["dtype = 'bfloat16'", "precision: bf16-mixed"]),
         (["--trainer.precision", "bf16-true"], ["precision = 'bf16-true'", "bf16-mixed", "dtype: bfloat16", "32-true"]),
         (["--trainer.precision", "transformer-engine"], ["precision = 'transformer-engine'", "bf16-mixed"]),

@@ -51,9 +51,8 @@ class BlockTarget(NamedTuple):
 
     @property
     def functional(self) -> bool:
-        """Whether torch.func.grad can go through norm and MLP: not through kernels of Hugging Face's experts, nor through
-        those of Liger, which sets `forward` on the instance."""
-        return not (hasattr(self.mlp, "experts") or "forward" in vars(self.mlp) or "forward" in vars(self.norm))
+        """Whether torch.func.grad can go through the MLP: not through kernels of Hugging Face's experts."""
+        return not hasattr(self.mlp, "experts")
 
 
 class Operations:

@@ -75,11 +75,11 @@ def _release_without_gradients(module: nn.Module, args: Any, output: Any) -> Non
 
 
 @torch.no_grad()
-def take_from(rank: int, module: nn.Module, device: torch.device) -> None:
-    """Gives all processes the parameters of one, wherever they are; the processes talk through `device`."""
+def broadcast(module: nn.Module, device: torch.device) -> None:
+    """Gives all processes the parameters of rank 0, wherever they are; the processes talk through `device`."""
     for parameter in module.parameters():
         value = parameter.to(device)
-        dist.broadcast(value, rank)
+        dist.broadcast(value, 0)
         parameter.copy_(value)
 
 
