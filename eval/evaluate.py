@@ -23,6 +23,7 @@ from pl_attnedit.eval.harness.answers import (
     kept,
     write_samples,
 )
+from pl_attnedit.eval.harness.instructions import INSTRUCTIONS_TASK, build_instructions
 from pl_attnedit.eval.harness.paired import AnsweredPair, EvaluationResult, answer_both, compare_samples, model_context
 from pl_attnedit.eval.harness.retrieval import build_retrieval_tasks
 from pl_attnedit.eval.harness.suites import Efficiency, Suite
@@ -216,6 +217,9 @@ def build_tasks(
             raise invalid("retrieval.contexts", contexts, f"must be numbers up to {max_length} tokens")
         build_retrieval_tasks(texts, tokenizer, folder, **retrieval)
         names += suite.retrieval.tasks
+    if suite.instructions:
+        build_instructions(tokenizer, folder, **asdict(suite.instructions))
+        names.append(INSTRUCTIONS_TASK)
     library = [TaskRequest(each.task, None, each.num_fewshot, each.limit) for each in suite.library]
     return [*(TaskRequest(name, folder) for name in names), *library]
 

@@ -86,6 +86,19 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Instructions:
+    """Instructions whose answers a program checks (`pl_attnedit.eval.harness.instructions`).
+
+    Args:
+        samples: prompts.
+        new_tokens: longest answer.
+    """
+
+    samples: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
 class BigBenchTasks:
     """BIG-bench's multiple-choice tasks from local JSONL; `bigbench` in the results is all their questions together.
 
@@ -141,6 +154,7 @@ class Suite:
         by_position: KL and agreement, by position in context and over all positions.
         retrieval: synthetic long-context tasks.
         generation: what both write after the same prompts.
+        instructions: formats, counts, keywords, JSON.
         bigbench: questions from local files.
         library: tasks of lm-eval's library.
         efficiency: speed and memory.
@@ -154,6 +168,7 @@ class Suite:
     by_position: PositionTask | None = None
     retrieval: RetrievalTasks | None = None
     generation: Generation | None = None
+    instructions: Instructions | None = None
     bigbench: BigBenchTasks | None = None
     library: list[LibraryTask] = field(default_factory=list)
     efficiency: Efficiency | None = None
@@ -179,7 +194,8 @@ class Suite:
 
     def version_on(self, text: str = BUILTIN, bigbench: str | Path | Sequence[str | Path] | None = None) -> str:
         """The version of an evaluation on this text and these questions, which are known by their names."""
-        parts = {name: part for name, part in asdict(self).items() if part or name != "generation"}  # a later part
+        later = ("generation", "instructions")  # suites without them keep the version that they had before these came
+        parts = {name: part for name, part in asdict(self).items() if part or name not in later}
         content = [parts, TASKS_VERSION, version("lm_eval") if self.library else None]
         files = [bigbench] if isinstance(bigbench, str | Path) else bigbench or []
         if text != BUILTIN or files:

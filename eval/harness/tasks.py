@@ -274,6 +274,13 @@ def _choose(task: str, per_document: list[list[T]], count: int, rng: random.Rand
     return chosen
 
 
+class Function(str):
+    """The full name of a function that a task's YAML shall call."""
+
+
+yaml.SafeDumper.add_representer(Function, lambda dumper, name: dumper.represent_scalar("!function", str(name)))
+
+
 def write_task(folder: Path, task: str, samples: Sequence[Any], **settings: Any) -> None:
     """Write `folder`/`task`.yaml in lm-eval's format and its samples beside it."""
     folder = folder.resolve()
