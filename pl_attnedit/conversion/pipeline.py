@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 from pl_attnedit.callbacks import (
     NaNGuard,
@@ -52,9 +52,11 @@ from pl_attnedit.tracking import (
     TrackedRun,
     TrackingLogger,
     connect,
+    evaluation_text,
     log_environment,
     open_conversion,
     resolve_tracking_uri,
+    training_text,
 )
 from pl_attnedit.tracking.client import STUDENT_FINGERPRINT_TAG, STUDENT_TAG
 from pl_attnedit.tracking.conversion import RUNS_FILE
@@ -124,7 +126,7 @@ class Conversion:
     def __init__(
         self,
         recipe: Recipe,
-        data: LightningDataModule,
+        data: TextDataModule,
         folder: RunFolder,
         runs: ConversionRuns | None,
         plain: dict[str, Any],
@@ -139,9 +141,13 @@ class Conversion:
             log_environment(
                 parent,
                 config=self.plain,
-                data_fingerprint=self.data.fingerprint,  # type: ignore[attr-defined]
+                data_fingerprint=self.data.fingerprint,
                 teacher_fingerprint=teacher_fingerprint(resolve_teacher(self.recipe.teacher)),
             )
+            used = training_text(self.data)
+            for run in (parent, self.runs.run("stage1"), self.runs.run("stage2")):
+                run.log_datasets(used)
+            self.runs.run("evaluation").log_datasets(evaluation_text(self.data))
             self.phase("tasks", self.build_tasks)  # before the training: text too short for them is an error at once
             self.phase("init", self.initialise)
             self.phase("stage1", lambda: self.stage("stage1", self.recipe.stage1, "init"))
@@ -188,13 +194,13 @@ class Conversion:
         """lm-eval tasks out of held-out text; returns their folder."""
         options = self.recipe.evaluation
         folder = build_offline_tasks(
-            self.data.held_out_texts(),  # type: ignore[attr-defined]
+            self.data.held_out_texts(),
             self.folder.path / "eval" / "tasks",
             n_documents=options.documents,
             n_cloze=options.cloze,
             seed=self.recipe.seed,
-            tokenizer=self.data.tokenizer,  # type: ignore[attr-defined]
-            max_length=self.data.seq_len,  # type: ignore[attr-defined]
+            tokenizer=self.data.tokenizer,
+            max_length=self.data.seq_len,
         )
         return str(folder)
 
@@ -221,8 +227,8 @@ class Conversion:
             check_checkpoint(checkpoint, stage=name, teacher=fingerprint)
             self.say(f"{name}: goes on from {checkpoint.name}")
         trainer = self.trainer(name, stage)
-        self.data.phases = stage.phases  # type: ignore[attr-defined]
-        self.data.seed = self.recipe.seed + list(STAGES).index(name)  # type: ignore[attr-defined]  # stage 2 sees new text
+        self.data.phases = stage.phases
+        self.data.seed = self.recipe.seed + list(STAGES).index(name)  # stage 2 sees new text
         trainer.fit(module, self.data, ckpt_path=str(checkpoint) if checkpoint else None)
         dtype = module.frozen_dtype if name == "stage2" else None
         self.folder.save_folder(RESULTS[name], lambda path: save_student(module, path, dtype))
@@ -230,7 +236,7 @@ class Conversion:
         if not self.follows:
             self.runs.run(name).finish()
         batch = trainer.num_devices * trainer.num_nodes * stage.accumulate
-        phases = stage.all_phases(self.data.seq_len, self.data.batch_size)  # type: ignore[attr-defined]
+        phases = stage.all_phases(self.data.seq_len, self.data.batch_size)
         return found | {"tokens": batch * sum(phase.steps * phase.batch_size * phase.seq_len for phase in phases)}
 
     def leave_out(self, name: str, start: str) -> dict[str, float]:
@@ -267,7 +273,7 @@ class Conversion:
             tokenizer,
             OFFLINE_TASKS,
             task_folder=out / "tasks",
-            max_length=self.data.seq_len,  # type: ignore[attr-defined]
+            max_length=self.data.seq_len,
             out_dir=out,
             teacher_fingerprint=teacher_fingerprint(resolve_teacher(self.recipe.teacher)),
             student_fingerprint=teacher_fingerprint(self.folder.path / "student"),

@@ -15,6 +15,7 @@ from pl_attnedit.tracking.conversion import (
     start_child,
     start_conversion,
 )
+from pl_attnedit.tracking.datasets import evaluation_text, training_text
 from pl_attnedit.tracking.environment import environment, git_commit, log_config, log_environment
 from pl_attnedit.tracking.logger import TrackingLogger
 from pl_attnedit.tracking.run import TrackedRun
@@ -27,6 +28,7 @@ __all__ = [
     "connect",
     "deliver_pending",
     "environment",
+    "evaluation_text",
     "git_commit",
     "log_config",
     "log_environment",
@@ -34,4 +36,5 @@ __all__ = [
     "resolve_tracking_uri",
     "start_child",
     "start_conversion",
+    "training_text",
 ]

@@ -22,6 +22,7 @@ from pl_attnedit.tracking.client import (
     resolve_tracking_uri,
 )
 from pl_attnedit.tracking.delivery import Delivery
+from pl_attnedit.tracking.environment import source_tags
 from pl_attnedit.tracking.run import TrackedRun
 from pl_attnedit.tracking.spool import Spool
 
@@ -121,7 +122,8 @@ def _continue_conversion(file: Path, tracking_uri: str | None) -> ConversionRuns
 def start_conversion(name: str, tags: Mapping[str, Any], *, client: MlflowClient, experiment: str = EXPERIMENT) -> str:
     """Create the parent run of a conversion, RUNNING. Returns its run id."""
     tags = {key: str(value) for key, value in tags.items()}
-    run = client.create_run(experiment_id(client, experiment), tags={**tags, KIND_TAG: "conversion"}, run_name=name)
+    tags |= {**source_tags(), KIND_TAG: "conversion"}
+    run = client.create_run(experiment_id(client, experiment), tags=tags, run_name=name)
     return str(run.info.run_id)
 
 
@@ -133,7 +135,7 @@ def start_child(
     inherited = {key: value for key, value in run.data.tags.items() if not key.startswith(("mlflow.", "pl_attnedit."))}
     child = client.create_run(
         run.info.experiment_id,
-        tags={**inherited, **(tags or {}), KIND_TAG: kind, PARENT_TAG: parent},
+        tags={**inherited, **(tags or {}), **source_tags(), KIND_TAG: kind, PARENT_TAG: parent},
         run_name=f"{run.info.run_name}/{kind}",
     )
     client.update_run(child.info.run_id, status=status)

@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from pl_attnedit.locks import is_used, use
+from pl_attnedit.tracking.datasets import dataset_input
 from pl_attnedit.tracking.places import artifacts
 from pl_attnedit.tracking.spool import Operation, Spool
 
@@ -168,6 +169,8 @@ def _send(client: MlflowClient, run_id: str, batch: list[Operation]) -> None:
         client.log_batch(run_id, params=[Param(k, v) for k, v in first["values"].items()], synchronous=True)
     elif first["op"] == "tags":
         client.log_batch(run_id, tags=[RunTag(k, v) for k, v in first["values"].items()], synchronous=True)
+    elif first["op"] == "datasets":
+        _send_datasets(client, run_id, [dataset_input(each) for each in first["used"]])
     elif first["op"] == "text":
         folder, _, name = first["name"].rpartition("/")
         with tempfile.TemporaryDirectory() as temporary:
@@ -180,6 +183,17 @@ def _send(client: MlflowClient, run_id: str, batch: list[Operation]) -> None:
         client.update_run(run_id, status="RUNNING")
     else:
         client.set_terminated(run_id, status=first["status"], end_time=first["time"])
+
+
+def _send_datasets(client: MlflowClient, run_id: str, datasets: list[DatasetInput]) -> None:
+    """Each alone, and a second time where MLflow refuses it: another run may have entered the same one at this moment."""
+    for dataset in datasets:
+        try:
+            client.log_inputs(run_id, datasets=[dataset])
+        except MlflowException as error:
+            if not _refused(error):
+                raise
+            client.log_inputs(run_id, datasets=[dataset])
 
 
 def _refused(error: Exception) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_GIT_DIRTY, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE
 
 from pl_attnedit.files import json_text
 from pl_attnedit.tracking.client import WORKING_FOLDER_TAG
@@ -40,9 +42,8 @@ def log_environment(
 ) -> None:
     """Log what is needed to repeat a run.
 
-    Tags ``git_commit`` (with ``-dirty`` where files differ; absent outside a repository), ``data_fingerprint``,
-    ``teacher_fingerprint``, ``pl_attnedit.working_folder``; artifact ``environment.json`` (Python, packages,
-    machine); the config, see `log_config`.
+    Tags: `source_tags`, ``data_fingerprint``, ``teacher_fingerprint``, ``pl_attnedit.working_folder``; artifact
+    ``environment.json`` (Python, packages, machine); the config, see `log_config`.
 
     Args:
         run: the run to write to.
@@ -51,7 +52,7 @@ def log_environment(
         folder: the folder whose git commit counts, by default the working folder.
     """
     tags = {
-        "git_commit": git_commit(folder),
+        **source_tags(folder),
         "data_fingerprint": data_fingerprint,
         "teacher_fingerprint": teacher_fingerprint,
         WORKING_FOLDER_TAG: str(Path.cwd()),
@@ -88,6 +89,19 @@ def environment() -> dict[str, Any]:
 def _device_kinds() -> list[Any]:
     """torch.cuda, and torch.npu where a run has loaded torch_npu."""
     return [torch.cuda, *([torch.get_device_module("npu")] if hasattr(torch, "npu") else [])]
+
+
+def source_tags(folder: str | Path = ".") -> dict[str, str]:
+    """What MLflow shows as the source of a run: the command, and the git commit of `folder`, else that of this package; no
+    commit where neither is in a repository."""
+    script, package = Path(sys.argv[0]), Path(__file__).parents[1]
+    ours = script.name == "pl-attnedit" or script.absolute().is_relative_to(package)
+    name = " ".join(["pl-attnedit", *sys.argv[1:2]]) if ours else script.name
+    tags = {MLFLOW_SOURCE_NAME: name or "python", MLFLOW_SOURCE_TYPE: "LOCAL"}
+    if commit := git_commit(folder) or git_commit(package):
+        clean = commit.removesuffix("-dirty")
+        tags |= {MLFLOW_GIT_COMMIT: clean, MLFLOW_GIT_DIRTY: str(commit != clean).lower()}
+    return tags
 
 
 def git_commit(folder: str | Path = ".") -> str | None:

@@ -19,6 +19,7 @@ from torch.nn import Module
 from pl_attnedit.errors import UserError
 from pl_attnedit.tracking.client import CHECKPOINTS_TAG, EXPERIMENT, PARENT_TAG, connect, resolve_tracking_uri
 from pl_attnedit.tracking.conversion import deliver_pending, experiment_id
+from pl_attnedit.tracking.environment import source_tags
 from pl_attnedit.tracking.run import TrackedRun, status_of
 
 
@@ -73,7 +74,8 @@ class TrackingLogger(Logger):
                 client = connect(self._tracking_uri)
                 self._deliver_leftovers()
                 experiment = experiment_id(client, self._experiment_name)
-                self._run_id = client.create_run(experiment, tags=self._tags, run_name=self._run_name).info.run_id
+                tags = {**source_tags(), **self._tags}
+                self._run_id = client.create_run(experiment, tags=tags, run_name=self._run_name).info.run_id
             self._run = TrackedRun(self._run_id, self._spool_dir, tracking_uri=self._tracking_uri)
             self._already_logged = dict(self._run.logged_steps)
         return self._run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from mlflow.utils.validation import (
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.tracking.client import connect, resolve_tracking_uri
+from pl_attnedit.tracking.datasets import UsedText
 from pl_attnedit.tracking.delivery import Delivery
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -88,6 +89,10 @@ class TrackedRun:
         values = {_valid_key(key): str(value)[:MAX_TAG_VAL_LENGTH] for key, value in tags.items()}
         for part in _parts(values, MAX_PARAMS_TAGS_PER_BATCH):
             self._add("tags", values=part)
+
+    def log_datasets(self, used: Sequence[UsedText]) -> None:
+        """Name the data that the run uses (MLflow's dataset inputs). What the run has already stays as it is."""
+        self._add("datasets", used=list(used))
 
     def log_text(self, text: str, name: str) -> None:
         """Store a text as the artifact ``name`` (a relative path)."""

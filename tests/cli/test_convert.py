@@ -83,6 +83,7 @@ def test_from_a_recipe_to_a_report_and_again(
         assert run.info.status == "FINISHED"
     for run in runs.values():
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    check_datasets_and_source({"conversion": parent, **runs}, parsed(path).data["source"])
     assert runs["stage1"].data.metrics["val/kl"] == pytest.approx(summary["kl_after_stage1"], rel=1e-5)
 
     before = content(tmp_path)
@@ -122,6 +123,22 @@ def test_from_a_recipe_to_a_report_and_again(
     assert (tmp_path / "again" / "results.json").is_file()
     kinds = [run.data.tags["pl_attnedit.kind"] for run in client.search_runs([experiment.experiment_id])]
     assert kinds.count("evaluation") == 2
+
+
+def check_datasets_and_source(runs: dict[str, Any], source: str) -> None:
+    """What the columns Dataset and Source of MLflow's table show."""
+    used = {
+        kind: {(each.tags[0].value, each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs}
+        for kind, run in runs.items()
+    }
+    assert {context for context, _, _ in used["conversion"]} == {"training", "validation"}
+    assert used["conversion"] == used["stage1"] == used["stage2"]
+    [(context, name, digest)] = used["evaluation"]
+    assert (context, name) == ("evaluation", source)
+    assert ("validation", source, digest) in used["conversion"]
+    for run in runs.values():
+        assert run.data.tags["mlflow.source.name"] == "pl-attnedit convert"
+        assert run.data.tags["mlflow.source.type"] == "LOCAL"
 
 
 def parsed(path: Path) -> Any:

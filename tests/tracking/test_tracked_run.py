@@ -7,11 +7,14 @@ import resource
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow_reads import find_runs, metric_history
 
+import pl_attnedit
 from pl_attnedit.errors import UserError
 from pl_attnedit.tracking import (
     TrackedRun,
@@ -26,6 +29,9 @@ from pl_attnedit.tracking import (
     start_conversion,
 )
 from pl_attnedit.tracking.client import _make_sqlite
+from pl_attnedit.tracking.datasets import dataset_input, used_text
+from pl_attnedit.tracking.delivery import _send_datasets
+from pl_attnedit.tracking.environment import source_tags
 from pl_attnedit.tracking.run import status_of
 from pl_attnedit.tracking.spool import Spool
 
@@ -303,7 +309,49 @@ def test_the_environment_is_logged(database: str, tmp_path: Path) -> None:
     client = connect(database)
     stored = client.get_run(run.run_id)
     assert stored.data.params == {"lr.peak": "0.001"}
-    expected = {"git_commit": f"{commit}-dirty", "data_fingerprint": "d1", "teacher_fingerprint": "t1"}
+    expected = {"data_fingerprint": "d1", "teacher_fingerprint": "t1", "mlflow.source.type": "LOCAL"}
+    expected |= {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": "true"}
     assert expected.items() <= stored.data.tags.items()
     assert {item.path for item in client.list_artifacts(run.run_id)} == {"config.yaml", "environment.json"}
     assert environment()["packages"]["torch"] != "not installed"
+
+
+def test_a_source_is_the_command_with_the_commit_of_the_working_folder_or_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = Path(pl_attnedit.__file__).parent / "cli" / "__main__.py"
+    for script in ("/usr/bin/pl-attnedit", str(main)):
+        monkeypatch.setattr(sys, "argv", [script, "convert", "-c", "x.yaml"])
+        assert source_tags(tmp_path)["mlflow.source.name"] == "pl-attnedit convert"
+    monkeypatch.setattr(sys, "argv", ["/home/me/train.py", "secret"])
+    tags = source_tags(tmp_path)  # in no repository
+    assert tags["mlflow.source.name"] == "train.py"
+    assert tags.get("mlflow.source.git.commit") == (git_commit(main.parent) or "").removesuffix("-dirty") or None
+
+
+def test_the_text_of_a_run_arrives_once_with_its_use(database: str, tmp_path: Path) -> None:
+    hashes = np.array([3, 1, 2], np.uint64)
+    used = [used_text("some/dataset", "training", hashes, tokens=7), used_text(str(tmp_path), "validation", hashes[:1])]
+    run = TrackedRun(new_run(database, "datasets"), tmp_path, tracking_uri=database)
+    for _ in range(2):  # of a conversion that goes on
+        run.log_datasets(used)
+    assert run.flush()
+    [training, validation] = sorted(
+        connect(database).get_run(run.run_id).inputs.dataset_inputs, key=lambda each: each.tags[0].value
+    )
+    assert [(tag.key, tag.value) for tag in training.tags] == [("mlflow.data.context", "training")]
+    assert (training.dataset.name, training.dataset.source_type) == ("some/dataset", "hugging_face")
+    assert json.loads(training.dataset.profile) == {"documents": 3, "tokens": 7}
+    assert training.dataset.digest == used_text("elsewhere", "evaluation", hashes[::-1])["digest"]
+    assert validation.tags[0].value == "validation"
+    assert validation.dataset.source_type == "local"
+    assert validation.dataset.digest != training.dataset.digest
+
+
+def test_runs_that_enter_the_same_dataset_at_once_all_have_it(database: str, tmp_path: Path) -> None:
+    client = connect(database)
+    run_ids = [new_run(database, "at_once") for _ in range(4)]
+    used = [dataset_input(used_text("the/same", "training", np.array([n], np.uint64))) for n in range(3)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda run_id: _send_datasets(client, run_id, used), run_ids))
+    assert [len(client.get_run(run_id).inputs.dataset_inputs) for run_id in run_ids] == [3] * 4
