@@ -47,24 +47,27 @@ class UntrainedPlans:
     def measure(
         self,
         plans: Sequence[str],
-        batches: Iterable[Tensor],
+        batches: Iterable[Tensor | tuple[Tensor, Tensor]],
         report: Callable[[int], None] = lambda done: None,
     ) -> list[dict[str, float | None]]:
         """One row for each plan, a letter for each layer.
 
-        Keys: `kl`, forward KL(teacher||student) in nats per token; `kl_error`, its standard error over batches (None where
-        there is one batch); `nll_difference`, student less teacher in nats per token; `top1`, agreement.
+        Keys: `kl`, forward KL(teacher||student) in nats per token; `nll_difference`, student less teacher in nats per token;
+        `kl_error` and `nll_error`, their standard errors over batches (None where there is one batch); `top1`, agreement.
 
-        batches: input ids (batch, time) int64; report: called after each batch with the number done.
+        Args:
+            batches: input ids (batch, time) int64; with a mask (batch, time), only the predictions made at its places count.
+            report: called after each batch with the number done.
         """
         weights: list[int] = []
         found: list[list[dict[str, float]]] = [[] for _ in plans]
-        for done, ids in enumerate(batches, start=1):
-            ids = ids.to(self.teacher.device)
-            weights.append(ids.numel())
+        for done, batch in enumerate(batches, start=1):
+            ids, mask = batch if isinstance(batch, tuple) else (batch, torch.ones_like(batch, dtype=torch.bool))
+            ids, mask = ids.to(self.teacher.device), mask.to(self.teacher.device)
+            weights.append(int(mask.sum()))
             states, calls = self._teacher_states(ids)
             for plan, rows in zip(plans, found):
-                rows.append(self._compare(plan, ids, states, calls))
+                rows.append(self._compare(plan, ids, mask, states, calls))
             report(done)
         return [_mean(rows, weights) for rows in found]
 
@@ -76,7 +79,9 @@ class UntrainedPlans:
             states.append(pair(states[-1], call=call).teacher)
         return states, calls
 
-    def _compare(self, plan: str, ids: Tensor, states: list[Tensor], calls: list[Call]) -> dict[str, float]:
+    def _compare(
+        self, plan: str, ids: Tensor, mask: Tensor, states: list[Tensor], calls: list[Call]
+    ) -> dict[str, float]:
         first = len(plan) - len(plan.lstrip(FULL))
         hidden = states[first]
         for letter, index in zip(plan[first:], range(first, len(plan))):
@@ -86,7 +91,6 @@ class UntrainedPlans:
                 hidden = self.pairs[letter].layers[index](None, hidden, call=calls[index]).student
         fidelity = Fidelity().to(ids.device)
         chunk = tokens_of_a_chunk(self.teacher.config.vocab_size, ids.device)
-        mask = torch.ones_like(ids, dtype=torch.bool)
         self._any.heads(states[-1], hidden, partial(fidelity.update, input_ids=ids, mask=mask, chunk=chunk))
         values = fidelity.compute()
         difference = values["ppl_student"].log() - values["ppl_teacher"].log()
@@ -113,6 +117,6 @@ def _mean(rows: list[dict[str, float]], weights: list[int]) -> dict[str, float |
     mean: dict[str, float | None] = {
         name: sum(row[name] * weight for row, weight in zip(rows, weights)) / sum(weights) for name in rows[0]
     }
-    several = len(rows) > 1
-    mean["kl_error"] = statistics.stdev(row["kl"] for row in rows) / len(rows) ** 0.5 if several else None
+    for name, of in (("kl_error", "kl"), ("nll_error", "nll_difference")):
+        mean[name] = statistics.stdev(row[of] for row in rows) / len(rows) ** 0.5 if len(rows) > 1 else None
     return mean

@@ -109,6 +109,22 @@ GENERATION = {
 }
 
 
+def answered_prompts(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, task: str, context: int, samples: int
+) -> list[tuple[list[int], int]]:
+    """(token ids, how many of them at the end are the answer) of prompts with their right answers, depths evenly spread."""
+    filler, rng, found = _Filler(documents, tokenizer), random.Random(f"answered {task}"), []
+    for sample in range(samples):
+        probe = PROBES[task]((sample + 0.5) / samples, rng)
+        fields = probe.answer
+        answer = fields["choices"][fields["answer"]] if "choices" in fields else fields["target"]
+        prompt = filler.around(probe, context, rng)
+        asked, whole = encode(tokenizer, [prompt, f"{prompt} {answer}"])
+        same = next((i for i, pair in enumerate(zip(asked, whole)) if pair[0] != pair[1]), len(asked))
+        found.append((whole, len(whole) - same))
+    return found
+
+
 def build_retrieval_tasks(
     documents: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,

@@ -35,13 +35,26 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--tokens", type=int, default=16384, help="to measure on, and as many others to calibrate on (default 16384)"
     )
+    parser.add_argument(
+        "--by",
+        choices=("kl", "answers"),
+        default="kl",
+        help="what a layer's cost is: KL on the text (default), or what answers lose that stand far back in the context, "
+        "of the tasks needle_4 and copy; KL is measured, too",
+    )
+    parser.add_argument(
+        "--answer-context", type=int, help="with --by answers: tokens of a prompt; default 8192, or the teacher's limit"
+    )
+    parser.add_argument(
+        "--answers", type=int, default=32, help="with --by answers: prompts, half of each task (default 32)"
+    )
     parser.add_argument("--budget", type=float, help="KV budget of the plan: cached bytes, student / teacher")
     parser.add_argument("--context", type=int, help="of the budget, in tokens; default 32k, or the teacher's limit")
     parser.add_argument("--device", help="torch device; default a GPU where there is one")
     parser.add_argument("--dtype", default="auto", help="of all weights; default the teacher's own")
     parser.add_argument("-o", "--output", type=expanduser, default="sensitivity.json", help="default sensitivity.json")
     options = parser.parse_args(list(arguments))
-    for name, least in {"seq_len": 2, "batch_size": 1, "tokens": 1, "context": 1}.items():
+    for name, least in {"seq_len": 2, "batch_size": 1, "tokens": 1, "context": 1, "answers": 4}.items():
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise invalid("--" + name.replace("_", "-"), getattr(options, name), f"must be at least {least}")
     if options.budget is not None and options.budget >= 1:
@@ -58,7 +71,7 @@ def _measure(options: Any) -> dict[str, Any]:
     from pl_attnedit.eval.fidelity.untrained import UntrainedPlans, cached_by_letter, single_edits
     from pl_attnedit.modeling import EditPlan
     from pl_attnedit.modeling.kv import kv_context
-    from pl_attnedit.modeling.ranking import Sensitivity
+    from pl_attnedit.modeling.ranking import COST, Sensitivity
     from pl_attnedit.teachers.sources.resolve import load_teacher
 
     parsed = parse_targets(options.target)
@@ -75,17 +88,50 @@ def _measure(options: Any) -> dict[str, Any]:
     if cached is not None:  # a budget that cannot be kept is an error before the work
         Sensitivity({letter: [1.0] * layers for letter in targets}).plan(cached, options.budget)
     calibration, batches = _text(options, tokenizer, targets)
+    questions = _questions(options, tokenizer, batches, limit) if options.by == "answers" else []
     plans = UntrainedPlans(teacher, targets, calibration)
 
     def report(done: int) -> None:
         print(f"sensitivity  batch {done}/{len(batches)}", file=sys.stderr)
 
-    rows = plans.measure([plan for letter in targets for plan in single_edits(layers, letter)], batches, report)
+    singles = [plan for letter in targets for plan in single_edits(layers, letter)]
+    rows = _rows(plans, singles, batches, questions, report)
     columns = {letter: rows[i * layers : (i + 1) * layers] for i, letter in enumerate(targets)}
     text = {"source": options.source, "seq_len": options.seq_len, "tokens": sum(batch.numel() for batch in batches)}
-    found = {"teacher": options.teacher, "targets": plain_targets(targets), "text": text, "layers": columns}
+    found = {"teacher": options.teacher, "targets": plain_targets(targets), "text": text}
+    found |= {"by": options.by, "layers": columns}
     if cached is not None:
-        found |= {"context": context, **_plans(plans, columns, cached, options.budget, batches)}
+        scores = Sensitivity({letter: [row[COST[options.by]] for row in column] for letter, column in columns.items()})
+        chosen = {"plan": scores.plan(cached, options.budget)}
+        found |= {"context": context, **_plans(plans, chosen, cached, batches, questions)}
+    return found
+
+
+def _rows(plans: Any, letters: list[str], batches: Any, questions: Any, report: Any = lambda done: None) -> list[Any]:
+    """What `UntrainedPlans` measures on the text, and on answers where there are questions."""
+    rows = plans.measure(letters, batches, report)
+    if questions:
+        for row, of_answers in zip(rows, plans.measure(letters, questions)):
+            row |= {"answer_loss": of_answers["nll_difference"], "answer_error": of_answers["nll_error"]}
+    return rows
+
+
+def _questions(options: Any, tokenizer: Any, batches: Any, limit: int) -> list[Any]:
+    """(ids, mask of what predicts the answer), a prompt each, the filler out of the text that is measured."""
+    import torch
+
+    from pl_attnedit.eval.harness.retrieval import answered_prompts
+
+    context = options.answer_context or min(8192, limit)
+    if context > limit:
+        raise invalid("--answer-context", context, f"must be at most {limit}, the teacher's limit")
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for batch in batches for row in batch]
+    found = []
+    for task in ("needle_4", "copy"):
+        for ids, answer in answered_prompts(texts, tokenizer, task, context, options.answers // 2):
+            mask = torch.zeros(1, len(ids), dtype=torch.bool)
+            mask[0, -answer - 1 : -1] = True
+            found.append((torch.tensor([ids]), mask))
     return found
 
 
@@ -109,15 +155,13 @@ def _text(options: Any, tokenizer: Any, targets: dict[str, Any]) -> tuple[Any, A
     return both[0::2].split(options.batch_size), both[1::2].split(options.batch_size)
 
 
-def _plans(plans: Any, columns: dict[str, Any], cached: dict[str, Any], budget: float, batches: Any) -> dict[str, Any]:
+def _plans(plans: Any, chosen: dict[str, str], cached: dict[str, Any], batches: Any, questions: Any) -> dict[str, Any]:
     """The plan for a budget, measured as a whole, beside as many full layers evenly spread."""
-    from pl_attnedit.modeling.ranking import Sensitivity, spread_evenly
+    from pl_attnedit.modeling.ranking import spread_evenly
 
-    scores = Sensitivity({letter: [row["kl"] for row in column] for letter, column in columns.items()})
-    chosen = {"plan": scores.plan(cached, budget)}
-    if len(columns) == 1 and "F" in chosen["plan"]:
-        chosen["evenly_spread"] = spread_evenly(chosen["plan"], next(iter(columns)))
-    measured = plans.measure(list(chosen.values()), batches)
+    if len(plans.targets) == 1 and "F" in chosen["plan"]:
+        chosen["evenly_spread"] = spread_evenly(chosen["plan"], next(iter(plans.targets)))
+    measured = _rows(plans, list(chosen.values()), batches, questions)
     full = sum(cached["F"])
     shares = [sum(cached[letter][i] for i, letter in enumerate(letters)) / full for letters in chosen.values()]
     return {
@@ -130,10 +174,12 @@ def _table(result: dict[str, Any]) -> str:
     from pl_attnedit.eval.report.formatting import with_error
 
     columns = result["layers"]
-    heads = [f"{letter}: {'KL':>7} {'+-':>8} {'NLL diff':>9}" for letter in columns]
+    answers = result["by"] == "answers"
+    more = f" {'answers':>9} {'+-':>8}" if answers else ""
+    heads = [f"{letter}: {'KL':>7} {'+-':>8} {'NLL diff':>9}{more}" for letter in columns]
     lines = ["layer  " + "   ".join(heads)]
     for index, rows in enumerate(zip(*columns.values())):
-        cells = [f"{row['kl']:10.5f} {_error(row):>8} {row['nll_difference']:9.5f}" for row in rows]
+        cells = [_cells(row, answers) for row in rows]
         lines.append(f"{index:5}  " + "   ".join(cells))
     for name in ("plan", "evenly_spread"):
         if name in result:
@@ -145,5 +191,7 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _error(row: dict[str, Any]) -> str:
-    return "" if row["kl_error"] is None else f"{row['kl_error']:.5f}"
+def _cells(row: dict[str, Any], answers: bool) -> str:
+    error = "" if row["kl_error"] is None else f"{row['kl_error']:.5f}"
+    text = f"{row['kl']:10.5f} {error:>8} {row['nll_difference']:9.5f}"
+    return f"{text} {row['answer_loss']:9.5f} {row['answer_error']:8.5f}" if answers else text

@@ -10,19 +10,24 @@ from pathlib import Path
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling.plan import FULL
 
+COST = {"kl": "kl", "answers": "answer_loss"}  # by what layers are chosen: the column of the file that says it
+
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Forward KL(teacher||student) in nats per token with one layer edited and untrained, by pattern letter and layer."""
+    """What editing one layer costs without training, by pattern letter and layer, in nats per token: the forward
+    KL(teacher||student), or what answers that stand far back lose.
+    """
 
-    kl: Mapping[str, Sequence[float]]
+    cost: Mapping[str, Sequence[float]]
 
     @classmethod
     def read(cls, path: str | Path) -> Sensitivity:
         """From a file of `pl-attnedit sensitivity`. Raises `UserError` for anything else."""
         try:
-            layers = json.loads(Path(path).expanduser().read_text("utf-8"), parse_constant=_no_number)["layers"]
-            return cls({letter: [float(one["kl"]) for one in column] for letter, column in layers.items()})
+            content = json.loads(Path(path).expanduser().read_text("utf-8"), parse_constant=_no_number)
+            by = COST[content.get("by", "kl")]
+            return cls({letter: [float(one[by]) for one in column] for letter, column in content["layers"].items()})
         except OSError as error:
             raise invalid("sensitivity", str(path), f"cannot be read ({error.strerror})") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -31,11 +36,11 @@ class Sensitivity:
     def order(self, letters: str) -> list[int]:
         """The edited layers of a plan (a letter for each layer), the most sensitive first."""
         for letter in set(letters) - {FULL}:
-            if len(self.kl.get(letter, ())) != len(letters):
-                known = ", ".join(f"{name} for {len(kl)} layers" for name, kl in self.kl.items())
+            if len(self.cost.get(letter, ())) != len(letters):
+                known = ", ".join(f"{name} for {len(costs)} layers" for name, costs in self.cost.items())
                 raise invalid("sensitivity", letter, f"was not measured for {len(letters)} layers; there are {known}")
         edited = [index for index, letter in enumerate(letters) if letter != FULL]
-        return sorted(edited, key=lambda index: -self.kl[letters[index]][index])
+        return sorted(edited, key=lambda index: -self.cost[letters[index]][index])
 
     def plan(self, cached: Mapping[str, Sequence[int]], budget: float) -> str:
         """Letters of an edit plan that keeps to a KV budget.
@@ -71,7 +76,7 @@ class Sensitivity:
             left -= extra
 
     def _score(self, letter: str, index: int) -> float:
-        return 0.0 if letter == FULL else self.kl[letter][index]
+        return 0.0 if letter == FULL else self.cost[letter][index]
 
 
 def _no_number(constant: str) -> float:

@@ -13,6 +13,7 @@ import yaml
 
 from pl_attnedit.callbacks import ProgressiveUnfreezing
 from pl_attnedit.cli import main
+from pl_attnedit.modeling.ranking import Sensitivity
 
 Run = Callable[..., dict[str, Any]]
 
@@ -70,6 +71,18 @@ def test_several_targets_without_a_budget(measure: Run) -> None:
     assert "evenly_spread" not in mixed
 
 
+def test_layers_chosen_by_answers_that_stand_far_back(measure: Run, tmp_path: Path) -> None:
+    options = ["--by", "answers", "--answer-context", "480", "--answers", "4", "--budget", "0.5", "--context", "128"]
+    found = measure("{type: gate_swa, window: 8, sinks: 1}", *options)
+    losses = [row["answer_loss"] for row in found["layers"]["S"]]
+    assert len({*losses, *(row["nll_difference"] for row in found["layers"]["S"])}) == 8
+    full = [index for index, letter in enumerate(found["plan"]["pattern"]) if letter == "F"]
+    assert full == sorted(range(4), key=lambda index: -losses[index])[: len(full)]
+    assert found["plan"]["answer_error"] > 0
+    assert f"{losses[0]:9.5f}" in found["printed"]
+    assert Sensitivity.read(tmp_path / "s.json").cost == {"S": losses}
+
+
 def test_fewer_tokens_than_a_sequence_are_one_sequence(measure: Run) -> None:
     found = measure("{type: mla, kv_lora_rank: 8, qk_rope_head_dim: 4}", "--tokens", "1")
     assert found["text"]["tokens"] == found["text"]["seq_len"]
@@ -84,6 +97,9 @@ def test_fewer_tokens_than_a_sequence_are_one_sequence(measure: Run) -> None:
         (["--tokens", "0"], "--tokens = 0: must be at least 1"),
         (["--target", "{type: none}"], "none"),
         (["--tokens", "100000000"], "--tokens = 100000000: must be at most"),
+        (["--by", "answers", "--answer-context", "513"], "--answer-context = 513: must be at most 512"),
+        (["--by", "luck"], "argument --by"),
+        (["--answers", "3"], "--answers = 3: must be at least 4"),
         (["--seq-len", "1"], "--seq-len = 1: must be at least 2"),
         (["--target", "{type: gate_swa"], "argument --target: '{type: gate_swa' is no YAML"),
         (["--device", "abacus"], "--device = 'abacus': cannot be used"),

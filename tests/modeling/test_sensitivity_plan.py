@@ -29,7 +29,7 @@ CACHED = {"F": [100] * 4, "S": [10] * 4, "M": [40] * 4}
     ],
 )
 def test_plan_spends_the_budget_where_it_pays_most(letters: str, budget: float, plan: str) -> None:
-    scores = Sensitivity({letter: SCORES.kl[letter] for letter in letters})
+    scores = Sensitivity({letter: SCORES.cost[letter] for letter in letters})
     assert scores.plan({letter: CACHED[letter] for letter in letters + "F"}, budget) == plan
 
 

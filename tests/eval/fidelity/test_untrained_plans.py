@@ -47,6 +47,19 @@ def test_one_pass_measures_what_each_student_alone_does(make_teacher: Make, make
 
 
 @torch.no_grad()
+def test_only_what_the_mask_asks_for_counts(make_teacher: Make, make_ids: Make) -> None:
+    teacher, ids, mask = make_teacher("llama"), make_ids(2, 16), torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, 9:12] = mask[1, 14] = True
+    [row] = UntrainedPlans(teacher, {"S": TARGETS["S"]}).measure(["SFSF"], [(ids, mask)])
+    student = edit_model(teacher, {"S": TARGETS["S"]}, pattern="SFSF")
+    ours, theirs = student(input_ids=ids).logits, teacher(input_ids=ids).logits
+    assert row["kl"] == pytest.approx(kl_divergence(ours, theirs)[mask].mean().item(), rel=1e-4)
+    nll = [-x.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0][mask[:, :-1]] for x in (ours, theirs)]
+    assert row["nll_difference"] == pytest.approx((nll[0] - nll[1]).mean().item(), rel=1e-3)
+    assert row["nll_error"] is None
+
+
+@torch.no_grad()
 def test_one_batch_has_no_error_and_full_layers_change_nothing(make_teacher: Make, make_ids: Make) -> None:
     plans = UntrainedPlans(make_teacher("llama"), {"S": GateSWAConfig(window=64)})
     done: list[int] = []

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.harness.retrieval import RETRIEVAL_TASKS, build_retrieval_tasks
+from pl_attnedit.eval.harness.retrieval import RETRIEVAL_TASKS, WORDS, answered_prompts, build_retrieval_tasks
 
 SIZES: dict[str, Any] = {"contexts": [512, 1024], "depths": [0.0, 0.5, 1.0], "samples": 2}
 
@@ -71,6 +71,18 @@ def test_the_list_goes_on_with_the_target(folder: Path) -> None:
     for row in read(folder, "copy"):
         text, begun = row["prompt"].rsplit("\n", 1)
         assert f"{begun} {row['target']}," in text
+
+
+@pytest.mark.parametrize("task", ["needle_4", "copy"])
+def test_answered_prompts_end_with_their_answer(
+    task: str, documents: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for ids, answer in answered_prompts(documents, tokenizer, task, 512, 4):
+        assert 460 < len(ids) < 512
+        text, right = (tokenizer.decode(part) for part in (ids[:-answer], ids[-answer:]))
+        key = text.rsplit("\n", 1)[1]
+        assert f"{key}{right}" in text, "what is asked stands before"
+        assert right.strip() in " ".join(WORDS.split()) if task == "copy" else right.strip().isdigit()
 
 
 def test_same_arguments_same_prompts(documents: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
