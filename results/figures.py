@@ -1,7 +1,7 @@
-"""The README's tables and plots, made from the data in this folder: `make figures`.
+"""The tables and plots of README.md and docs/, made from the data in this folder: `make figures`.
 
-A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, a plot is `results/NAME.svg`.
-tests/test_readme.py makes all of them again and compares.
+A table stands between `<!-- table FUNCTION ARGUMENT; ... -->` and `<!-- end -->`: the page says which rows it shows.
+tests/test_figures.py makes all of them again and compares.
 """
 
 from __future__ import annotations
@@ -9,38 +9,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pl_attnedit.conversion.study import ratio_text
-from pl_attnedit.eval.report.charts import Chart, Mark, Series, line_chart, scatter_chart
-from pl_attnedit.eval.report.compare import fidelity_cell
-from pl_attnedit.eval.report.figures import TARGET_CSS
 from pl_attnedit.eval.report.formatting import markdown_table
 from pl_attnedit.eval.report.tables import task_row
 from pl_attnedit.files import write_atomically
 
 FOLDER = Path(__file__).parent
-README = FOLDER.parent / "README.md"
-SVG_HEAD = '<svg xmlns="http://www.w3.org/2000/svg" width="660" '
-# what the report's page says of colours, for a picture alone
-STYLE = """
-svg { --card: #fff; --ink: #1d2025; --soft: #59616c; --grid: #eceef0; --blue: #2466c9; --orange: #b4500a; --gray: #69727d;
-  background: var(--card); font: 11px system-ui, sans-serif; }
-@media (prefers-color-scheme: dark) {
-  svg { --card: #1c2025; --ink: #e6e8ea; --soft: #a0a8b2; --grid: #2a3037; --gray: #98a1ac;
-    --blue: #74a9f7; --orange: #f0a050; }
-}
-text { fill: var(--soft); } .name { fill: var(--ink); } path { fill: none; }
-.grid { stroke: var(--grid); } .axis { stroke: var(--gray); }
-.front { stroke: var(--ink); stroke-opacity: .5; stroke-width: 1.4; stroke-dasharray: 5 3; }
-.mark.gate circle { fill: var(--blue); } .mark.mla path { fill: var(--orange); } .mark.other path { fill: var(--gray); }
-.line { stroke-width: 1.6; stroke-linejoin: round; } .line.train { stroke: var(--gray); } .line.held { stroke: var(--blue); }
-.dot.train { fill: var(--gray); } .dot.held { fill: var(--blue); } .dot.before { fill: var(--orange); }
-.mark.teacher circle { fill: none; stroke: var(--ink); stroke-width: 1.6; }
-"""
+ROOT = FOLDER.parent
+Rows = Iterable[Sequence[str]]
 
 
 def data(name: str) -> Any:
@@ -48,247 +28,166 @@ def data(name: str) -> Any:
     return json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
 
 
-def rounded(value: float, to: int) -> str:
-    return f"{round(value / to) * to:,.0f}"
+def table(head: Sequence[str], rows: Rows) -> str:
+    """A table whose columns but the first are aligned to the right."""
+    return markdown_table(head, list(rows), right=range(1, len(head)))
+
+
+def digits(value: float, number: int = 3) -> str:
+    """A number with so many significant digits, no exponent; thousands are set apart."""
+    if value == 0:
+        return "0"
+    places = number - 1 - math.floor(math.log10(abs(value)))
+    return f"{round(value, places):,.{max(places, 0)}f}"
+
+
+def kl(found: dict[str, float] | None) -> str:
+    """KL with its standard error, as many places of it as of the KL."""
+    if not found or "kl" not in found:
+        return "-"
+    text = digits(found["kl"])
+    return f"{text} ± {found['kl_stderr']:.{len(text.partition('.')[2])}f}"
+
+
+def bold_least(rows: list[list[str]], column: int) -> None:
+    """Sets the least number of a column, the first in each cell, in bold."""
+    least = min((row for row in rows if row[column] not in ("", "-")), key=lambda row: float(row[column].split()[0]))
+    least[column] = f"**{least[column]}**"
+
+
+# Conversions of configs/studies/smollm2.yaml ------------------------------------------------------------------------
+
+CONVERSIONS = {row["name"].rsplit("-", 1)[0].replace("_", " "): row for row in data("smollm2")}
+
+
+def conversions(*names: str) -> str:
+    """What conversions cache, took and reach, each given as NAME or NAME=what the page calls it; KL and top-1 by the
+    suites fidelity and fidelity_2k."""
+    rows = []
+    for name, _, text in (each.partition("=") for each in names):
+        found = CONVERSIONS[name]
+        short, long = found["fidelity"]["fidelity"], found["fidelity"].get("fidelity_2k")
+        tokens = f"{found['tokens'] / 1e6:.0f}M" if found["tokens"] else "none"
+        row = [text or name, f"{found['kv_budget']:.0%}", tokens, kl(short), f"{short['top1']:.1%}", kl(long)]
+        rows.append(row)
+    bold_least(rows, 3)
+    bold_least(rows, 5)
+    return table(["", "KV budget at 8k", "tokens", "KL at 512", "top-1 at 512", "KL at 2,048"], rows)
+
+
+def times() -> str:
+    """How long the conversions took that had a GPU to themselves."""
+    rows = []
+    for name, found in data("smollm2_alone")["rows"].items():
+        name = name.rsplit("-", 1)[0].replace("_", " ")
+        if name in CONVERSIONS and "wall_seconds" in found:  # others were replaced
+            seconds = [f"{found[key]:.0f} s" for key in ("seconds_to_the_end_of_stage2", "wall_seconds")]
+            rows.append([name, f"{CONVERSIONS[name]['tokens'] / 1e6:.0f}M", *seconds])
+    return table(["", "tokens", "init and both stages", "with the evaluation"], sorted(rows))
 
 
 def quickstart() -> str:
     runs = [data("quickstart"), data("quickstart_mla")]
 
-    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
-        return [name, *map(cell, runs)]
-
     def cached(run: dict[str, Any]) -> str:
         student, teacher = run["kv_bytes_per_token_student"], run["kv_bytes_per_token_teacher"]
-        return f"{student:,.0f} / {teacher:,.0f} ({student / teacher:.0%})"
+        return f"{student:,.0f} / {teacher:,.0f} (**{student / teacher:.0%}**)"
 
+    cells: dict[str, Callable[[dict[str, Any]], str]] = {
+        "cached bytes per token at 8k, student / teacher": cached,
+        "training tokens, stage 1 + stage 2": lambda r: f"{r['tokens_stage1']:,} + {r['tokens_stage2']:,}",
+        "KL before training": lambda r: digits(r["kl_before"]),
+        "KL after stage 1": lambda r: digits(r["kl_after_stage1"]),
+        "KL after stage 2": lambda r: f"**{digits(r['kl_after_stage2'])}**",
+        "top-1 agreement": lambda r: f"{r['top1_after']:.1%}",
+        "perplexity, teacher / student": lambda r: f"{r['ppl_teacher']:.1f} / {r['ppl_student']:.1f}",
+        "wall time": lambda r: f"{r['wall_seconds'] / 60:.1f} min",
+        "peak memory": lambda r: f"{r['peak_rss_bytes'] / 1e9:.1f} GB",
+    }
+    head = ["", "`quickstart.yaml`: GateSWA", "`quickstart_mla.yaml`: MLA"]
+    return table(head, ([name, *map(cell, runs)] for name, cell in cells.items()))
+
+
+# Single choices -----------------------------------------------------------------------------------------------------
+
+
+def study(name: str, *variants: str) -> str:
+    """Variants of a study; all are compared with its first one."""
+    found = {row["variant"]: row for row in data(f"study_{name}")["rows"]}
+    rows = []
+    for variant in variants:
+        row = found[variant]
+        values = [digits(row[key]) for key in ("kl_before", "kl_after_stage1", "kl_after_stage2")]
+        rows.append([variant, str(len(row["seeds"])), *values, ratio_text(row)])
+    bold_least(rows, 4)
+    return table(["", "seeds", "KL before", "after stage 1", "after stage 2", "KL / first row [95%]"], rows)
+
+
+def pilots() -> str:
+    keys = ("kl_after_stage1", "kl_after_stage2")
     rows = [
-        row("cached bytes per token at 8k context, student / teacher", cached),
-        row("training tokens, stage 1 + stage 2", lambda r: f"{r['tokens_stage1']:,} + {r['tokens_stage2']:,}"),
-        row(
-            "KL before, after stage 1, after stage 2",
-            lambda r: f"{r['kl_before']:.3f}, {r['kl_after_stage1']:.3f}, **{r['kl_after_stage2']:.3f}**",
-        ),
-        row("top-1 agreement", lambda r: f"{r['top1_after']:.1%}"),
-        row("perplexity, teacher and student", lambda r: f"{r['ppl_teacher']:.1f}, {r['ppl_student']:.1f}"),
-        row(
-            "wall time, peak memory", lambda r: f"{r['wall_seconds'] / 60:.1f} min, {r['peak_rss_bytes'] / 1e9:.1f} GB"
-        ),
+        [row["variant"], *(digits(row[key]) for key in keys), f"{row['top1_after']:.1%}"] for row in data("pilots_mla")
     ]
-    return markdown_table(["", "GateSWA, window 64, 4 sinks, SSSF", "MLA, 160+32 of 384 values"], rows)
+    bold_least(rows, 2)
+    return table(["rates", "KL after stage 1", "after stage 2", "top-1"], rows)
 
 
 def bench_init() -> str:
     found = {row["name"]: row["kl"] for row in data("bench_init")["rows"]}
+    inits = ("calibrated", "latent norm, calibrated", "plain svd", "random")
     rows = []
-    for split in ("92+36", "96+32", "144+48", "160+32"):
-        inits = ("calibrated", "latent norm, calibrated", "plain svd", "random")
-        values = [found.get(f"mla {split}, {init}") for init in inits]
-        digits = (3, 3, 2, 2)
-        cells = ["" if v is None else f"{v:.{d}f}" for v, d in zip(values, digits)]
-        rows.append([f"MLA {split} = {sum(map(int, split.split('+')))}", *cells])
-    windows = [found[f"gate_swa 64{sinks}, SSSF"] for sinks in (", 4 sinks", "")]
-    rows.append(["GateSWA 64, SSSF: 4 sinks / none", f"{windows[0]:.3f} / {windows[1]:.3f}", "", "", ""])
-    head = "cached values per token and layer (teacher 384)"
-    return markdown_table([head, "calibrated", "with latent norm", "plain SVD", "random"], rows)
-
-
-MODELS = {"smollm2-135m": "SmolLM2-135M", "qwen3-8b": "Qwen3-8B"}
-
-
-def bench_one_gpu() -> str:
-    rows = []
-    for found in data("bench_one_gpu"):
-        what = found["what"]
-        trained = {"attention": ", attention trained", "all": ", all trained"}.get(what.get("train"), "")
-        name = f"{MODELS[what['model']]}, stage {what['stage'][-1]}{trained}"
-        naive = f"{found['naive_over_step']:.1f}" if found.get("naive_over_step") else ""
-        speed = rounded(found["tokens_per_s"], 1000 if found["tokens_per_s"] > 1e5 else 100)
-        over = f"{found['step_over_bound']:.2f}"
-        use = f"{found['flop_utilisation']:.0%}"
-        rows.append([name, what["precision"], what["batch"].replace("x", " x "), speed, over, use, naive])
-    head = ["", "precision", "batch", "tokens/s", "step / bound", "FLOP utilisation", "naive / step"]
-    return markdown_table(head, rows)
-
-
-def precision() -> str:
-    rows = []
-    for found in data("precision")["rows"]:
-        moved = [f"{found['moved'][kind]:.0%}" for kind in ("q_proj", "o_proj", "kv_b_proj", "kv_a_layernorm")]
-        rows.append([found["precision"], found["dtype"], *moved, f"{found['kl']:.3f}"])
-    head = ["precision", "what does not train", "q_proj", "o_proj", "kv_b_proj", "kv_a_layernorm", "KL"]
-    return markdown_table(head, rows)
-
-
-def bench_two_gpus() -> str:
-    strategies = {"fsdp2": "FSDP2", "ddp": "DDP", "layers": "layers"}
-    rows = []
-    for found in data("bench_two_gpus"):
-        what = found["what"]
-        parts = [f"{MODELS[what['model']]}", f"stage {what['stage'][-1]}"]
-        parts += [f"{what['train']} trained"] if "train" in what else []
-        parts += ["activation checkpointing"] if what.get("activation_checkpointing") else []
-        parts += [f"{what['layers']} layers"] if "layers" in what else []
-        parts += ["16 batches of 1 x 4096 a step"] if what["strategy"] == "layers" else []
-        held, alone = (each["weights_gradients_optimizer_bytes"] / 1e9 for each in (found, found["alone"]))
-        held_text = "" if what["strategy"] == "ddp" else f"{held:.1f} GB (one GPU: {alone:.1f})"
-        share = f"{found['communication_share']:.0%}"
-        rows.append(
-            [", ".join(parts), strategies[what["strategy"]], f"{found['scaling_efficiency']:.2f}", held_text, share]
-        )
-    head = ["", "strategy", "efficiency", "weights, gradients, optimizer per GPU", "NCCL kernels run in"]
-    return markdown_table(head, rows)
-
-
-def bench_trl() -> str:
-    rows = []
-    for trained in ("attention", "all"):
-        found = data("bench_trl")[trained]
-        ours, theirs = (next(row for row in found["rows"] if row["name"] == name) for name in ("ours", "distillation"))
-        speeds = [a / b for a, b in zip(ours["of_rounds"], theirs["of_rounds"])]
-        ratio = f"{ours['tokens_per_s'] / theirs['tokens_per_s']:.1f} times ({min(speeds):.1f} to {max(speeds):.1f})"
-        cells = [f"{row['tokens_per_s']:.0f} tokens/s" for row in (ours, theirs)]
-        rows.append([trained, *cells, ratio, f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}"])
-    return markdown_table(["trained", "ours", "TRL", "speed", "peak memory of the process"], rows)
-
-
-def smollm2() -> str:
-    """The conversions of configs/studies/smollm2.yaml; MLA's also as they are exported, judged in stock transformers."""
-    exports = {found["conversion"]: fidelity_cell(found["fidelity"]["fidelity"]) for found in data("smollm2_exported")}
-    rows = []
-    for found in sorted(data("smollm2"), key=lambda row: (row["target"], -row["kv_budget"], row["kl_after_stage2"])):
-        name = conversion_name(found["name"])
-        curve = ", ".join(f"{found[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2"))
-        tokens = f"{found['tokens'] / 1e6:.0f}M" if found["tokens"] else "none"
-        short, *others = judged(found["fidelity"])
-        export = exports.get(found["name"], "")
-        rows.append([name, f"{found['kv_budget']:.0%}", tokens, curve, short, export, *others])
-    head = ["", "KV budget at 8k", "tokens", "KL before, after stage 1, after stage 2", "KL, top-1 at 512"]
-    return markdown_table([*head, "exported", "KL, top-1 at 2,048", "perplexity at 512: teacher, student"], rows)
-
-
-def alone() -> str:
-    """How long the conversions of `smollm2` took that had a GPU to themselves."""
-    tokens, rows = {row["name"]: row["tokens"] for row in data("smollm2")}, []
-    for name, found in data("smollm2_alone")["rows"].items():
-        if name in tokens:  # the others were replaced
-            times = [f"{found[key]:.0f} s" for key in ("seconds_to_the_end_of_stage2", "wall_seconds")]
-            rows.append([conversion_name(name), f"{tokens[name] / 1e6:.0f}M", *times])
-    return markdown_table(["", "tokens", "init and both stages", "with the evaluation"], sorted(rows))
-
-
-def judged(suites: dict[str, dict[str, float]]) -> list[str]:
-    """What the fidelity suites found, at 512 and 2,048 tokens, and the perplexities at 512."""
-    short, long = suites["fidelity"], suites.get("fidelity_2k")
-    return [fidelity_cell(short), fidelity_cell(long), f"{short['ppl_teacher']:.1f}, {short['ppl_student']:.1f}"]
-
-
-def conversion_name(run: str) -> str:
-    """What a variant of a study is called: the run's name less the seed."""
-    return run.rsplit("-", 1)[0].replace("_", " ")
-
-
-def pilots() -> str:
-    rows = []
-    for row in data("pilots_mla"):
-        kls = [f"{row[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2")]
-        rows.append([row["variant"], *kls, f"{row['top1_after']:.1%}"])
-    return markdown_table(["2.1M + 6.6M tokens", "KL before", "after stage 1", "after stage 2", "top-1"], rows)
-
-
-def study(name: str) -> str:
-    """The variants of a study that were run; the first is what the others are compared with."""
-    rows = []
-    for row in data(f"study_{name}")["rows"]:
-        tokens = f"{row['tokens_stage1'] / 1e6:.1f}M + {row['tokens_stage2'] / 1e6:.1f}M"
-        kls = [f"{row[key]:.3f}" for key in ("kl_before", "kl_after_stage1", "kl_after_stage2")]
-        rows.append([row["variant"], str(len(row["seeds"])), tokens, *kls, f"{row['top1_after']:.1%}", ratio_text(row)])
-    head = ["", "seeds", "tokens", "KL before", "after stage 1", "after stage 2", "top-1", "KL / first [95%]"]
-    return markdown_table(head, rows)
-
-
-def sequences() -> str:
-    """How long the sequences of the training were, a conversion called TARGET_LENGTH; judged alike, by both suites."""
-    found = {tuple(conversion_name(row["name"]).split()): judged(row["fidelity"]) for row in data("smollm2_sequences")}
-    rows = []
-    for length in sorted({int(length) for _, length in found}):
-        cells = [found.get((target, str(length)), ["", ""])[:2] for target in ("MLA", "SSSF")]
-        rows.append([f"{length:,}", *cells[0], *cells[1]])
-    head = ["sequences of", "MLA 128: KL, top-1 at 512", "at 2,048", "SSSF, 4 sinks: KL, top-1 at 512", "at 2,048"]
-    return markdown_table(head, rows)
-
-
-def windows() -> str:
-    """Two groups: those judged on 64, 64 and 48 sequences of 512, 2,048 and 8,192 tokens, and on 64, 32 and 16."""
-    rows = []
-    for found in data("smollm2_windows"):
-        latent = found["targets"].get("M")
-        letters = {letter: found["pattern"].count(letter) for letter in "MF"}
-        name = f"windows of {found['targets']['S']['window']}"
-        name += f", {letters['M']} x MLA {latent['kv_lora_rank']}+{latent['qk_rope_head_dim']}" if letters["M"] else ""
-        name += f", {letters['F']} full layers" if letters["F"] else ""
-        name += ", stage 2 at 8e-4" if found["learning_rate_stage2"] > 4e-4 else ""
-        kl = [found["fidelity"][context]["kl"] for context in ("512", "2048")]
-        late = found["tokens_4k_8k"]
-        row = [name, f"{found['kv_budget_8k']:.1%}", f"{found['seq_len']:,}", *(f"{each:.4f}" for each in kl)]
-        nll = [math.exp(late[f"nll_{model}"]) for model in ("teacher", "student")]
-        rows.append([*row, f"{late['kl']:.3f}", "{:.2f}, {:.2f}".format(*nll)])
-    head = [
-        "",
-        "KV budget at 8k",
-        "trained at",
-        "KL at 512",
-        "at 2,048",
-        "tokens 4k-8k",
-        "perplexity there: teacher, student",
-    ]
-    return markdown_table(head, rows)
+    for split in ("96+32", "160+32"):
+        values = [found[f"mla {split}, {init}"] for init in inits]
+        rows.append([f"MLA {split} = {sum(map(int, split.split('+')))} values", *map(digits, values)])
+    return table(["teacher: 384 values", "calibrated", "calibrated, latent norm", "plain SVD", "random"], rows)
 
 
 def sensitivity() -> str:
     found = data("sensitivity_gate_swa")
     rows = []
-    for name, text in (("plan", "by sensitivity"), ("evenly_spread", "evenly spread")):
+    for name, text in (("plan", "by `pl-attnedit sensitivity`"), ("evenly_spread", "evenly spread")):
         row = found[name]
         full = ", ".join(str(i) for i, letter in enumerate(row["pattern"]) if letter == "F")
         rows.append([text, full, f"{row['kl']:.3f} ± {row['kl_error']:.3f}", f"{row['top1']:.1%}"])
-    return markdown_table(["full layers, chosen", "which", "KL, untrained", "top-1"], rows)
+    bold_least(rows, 2)
+    return table(["seven full layers, chosen", "which", "KL, not trained", "top-1"], rows)
 
 
-def bench_decode() -> str:
-    found = data("bench_decode")
-    models = [row["model"] for row in found["largest_batch"]]
-
-    def cells(values: dict[str, float]) -> list[str]:
-        teacher = values[models[0]]
-        return [f"{teacher:,.0f}", *(f"{values[name]:,.0f} ({values[name] / teacher:.2f})" for name in models[1:])]
-
-    speeds: dict[str, dict[str, float]] = {}
-    for row in found["efficiency"]:
-        place = f"{row['batch']:,} x {row['context']:,}"
-        speeds.setdefault(place, {})[row["model"]] = row["decode_tokens_per_s"]["median"]
-    rows = [[place, *cells(values)] for place, values in speeds.items()]
-    budget = found["largest_batch"][0]["budget_bytes"] / 1e9
-    rows.append(
-        [
-            f"largest batch in {budget:g} GB, sequences",
-            *cells({row["model"]: row["batch"] for row in found["largest_batch"]}),
-        ]
-    )
-    return markdown_table(["tokens/s, batch x context", *models], rows)
-
-
-def bench_cuda_graph() -> str:
+def sequences() -> str:
+    """How long the sequences of the training were, a conversion called TARGET_LENGTH; judged alike, by both suites."""
+    found = {tuple(row["name"].rsplit("-", 1)[0].split("_")): row["fidelity"] for row in data("smollm2_sequences")}
     rows = []
-    found = data("bench_cuda_graph")
-    for plain, graph in zip(found[::2], found[1::2]):
-        what = plain["what"]
-        name = f"{MODELS[what['model']]}, stage {what['stage'][-1]}" + (", all trained" if "train" in what else "")
-        speeds = [row["tokens_per_s"] for row in (plain, graph)]
-        rows.append([name, what["batch"].replace("x", " x "), *(rounded(each, 1000) for each in speeds)])
-        rows[-1].append(f"{speeds[1] / speeds[0]:.2f}")
-    return markdown_table(["", "batch", "tokens/s", "with `cuda_graph`", "ratio"], rows)
+    for length in sorted({int(length) for _, length in found}):
+        judged = [found.get((target, str(length)), {}).get(suite) for target in ("MLA", "SSSF") for suite in SUITES]
+        rows.append([f"{length:,}", *(kl(each) if each else "" for each in judged)])
+    for column in range(1, 5):
+        bold_least(rows, column)
+    return table(["sequences of", "MLA 128: KL at 512", "at 2,048", "SSSF: KL at 512", "at 2,048"], rows)
 
+
+SUITES = ("fidelity", "fidelity_2k")
+
+
+def windows(*places: str) -> str:
+    """Conversions at about a tenth of the cache, those that were judged on the same text."""
+    rows = []
+    for found in (data("smollm2_windows")[int(place)] for place in places):
+        latent = found["targets"].get("M")
+        letters = {letter: found["pattern"].count(letter) for letter in "MF"}
+        rest = f"{letters['M']} x MLA {latent['kv_lora_rank']}+{latent['qk_rope_head_dim']}" if letters["M"] else ""
+        rest = rest or f"{letters['F']} full layers"
+        rest += ", stage 2 at 8e-4" if found["learning_rate_stage2"] > 4e-4 else ""
+        cells = [str(found["targets"]["S"]["window"]), rest, f"{found['kv_budget_8k']:.1%}", f"{found['seq_len']:,}"]
+        values = [found["fidelity"]["512"]["kl"], found["fidelity"]["2048"]["kl"], found["tokens_4k_8k"]["kl"]]
+        late = [math.exp(found["tokens_4k_8k"][f"nll_{model}"]) for model in ("teacher", "student")]
+        rows.append([*cells, *map(digits, values), "{:.1f} / {:.1f}".format(*late)])
+    for column in (4, 5, 6):
+        bold_least(rows, column)
+    head = ["window", "other layers", "KV budget at 8k", "trained at", "KL at 512", "KL at 2,048", "KL at 4k to 8k"]
+    return table([*head, "perplexity at 4k to 8k, teacher / student"], rows)
+
+
+# The suite `offline` ------------------------------------------------------------------------------------------------
 
 ASKED = {
     "heldout_perplexity": "bits_per_byte",
@@ -299,40 +198,43 @@ ASKED = {
     "variables": "acc",
     "copy": "exact_match",
 }
+STUDENTS = ["chosen layers, 512", "mix, 512", "MLA 128, 512", "mix, 2,048", "MLA 128, 2,048"]
 
 
 def offline() -> str:
-    """What the suite asked each student, beside the teacher."""
-    students = data("smollm2_offline")
+    """Differences to the teacher with their intervals; bold = inferior, a tick = non-inferior."""
+    marks = {"inferior": "**{}**", "non-inferior": "{} ✓", "inconclusive": "{}"}
     rows = []
     for task, metric in ASKED.items():
-        asked = [
-            task_row(next(row for row in found["tasks"] if (row["task"], row["metric"]) == (task, metric)))
-            for found in students
-        ]
-        rows.append([task, metric, str(asked[0].n), asked[0].teacher])
-        rows[-1] += [f"{row.student}, {row.difference} [{row.low}, {row.high}], {row.verdict}" for row in asked]
-    head = ["task", "metric", "n", "teacher"]
-    return markdown_table([*head, *(conversion_name(found["conversion"]) for found in students)], rows)
+        found = [row for each in data("smollm2_offline") for row in each["tasks"]]
+        asked = [row for row in found if (row["task"], row["metric"]) == (task, metric)]
+        rows.append([f"{task}, {asked[0]['n']:,}", task_row(asked[0]).teacher])
+        rows[-1] += [marks[row["verdict"]].format(difference(row)) for row in asked]
+    return table(["task, questions", "teacher", *STUDENTS], rows)
 
 
-def offline_by_context(long: bool) -> str:
-    """The same by context, the teacher and each student: the perplexity of the tokens in its second half, and whether
-    something far back is found. long: of the students trained at 2,048 tokens, not of those at 512."""
-    students = [found for found in data("smollm2_offline") if ("sequences_of_2048" in found["conversion"]) == long]
+def difference(row: dict[str, Any]) -> str:
+    """Student less teacher with its interval: bits per byte, or points."""
+    keys = ("difference", "ci_low", "ci_high")
+    scale, places = (1, 3) if row["metric"] == "bits_per_byte" else (100, 1)
+    return "{} [{}, {}]".format(*(f"{scale * row[key]:+.{places}f}".replace("-", "−") for key in keys))
+
+
+def by_context(measure: str) -> str:
+    """By context: KL or perplexity of the tokens in its second half, or the share found of what lies far back."""
+    students = data("smollm2_offline")
     rows = []
     for context in sorted({row["context"] for row in students[0]["retrieval"]}):
-        spans = [next(span for span in found["by_position"] if span["end"] == context) for found in students]
-        likelihoods = [spans[0]["nll_teacher"], *(span["nll_student"] for span in spans)]
-        cells = [", ".join(f"{span['kl']:.3f}" for span in spans)]
-        cells.append(", ".join(f"{math.exp(each):.1f}" for each in likelihoods))
-        for task in ("needle_1", "needle_4", "variables", "copy"):
-            shares = [found_share(students[0], task, context, "teacher")]
-            shares += [found_share(found, task, context, "student") for found in students]
-            cells.append(", ".join(f"{share:.0%}" for share in shares))
-        rows.append([f"{context:,}", *cells])
-    head = ["context", "KL", "perplexity", "one needle", "one of four", "variables", "copy"]
-    return markdown_table(head, rows)
+        if measure in ASKED:
+            teacher = f"{found_share(students[0], measure, context, 'teacher'):.0%}"
+            cells = [f"{found_share(found, measure, context, 'student'):.0%}" for found in students]
+        else:
+            spans = [next(span for span in found["by_position"] if span["end"] == context) for found in students]
+            teacher = digits(math.exp(spans[0]["nll_teacher"])) if measure == "perplexity" else "0"
+            key, shown = ("nll_student", math.exp) if measure == "perplexity" else ("kl", float)
+            cells = [digits(shown(span[key])) for span in spans]
+        rows.append([f"{context:,}", teacher, *cells])
+    return table(["context", "teacher", *STUDENTS], rows)
 
 
 def found_share(found: dict[str, Any], task: str, context: int, model: str) -> float:
@@ -341,86 +243,133 @@ def found_share(found: dict[str, Any], task: str, context: int, model: str) -> f
     return float(sum(shares) / len(shares))
 
 
-def pareto() -> Chart:
-    """KL against KV budget of the conversions."""
-    marks = [Mark("teacher", 100.0, 0.0, "teacher")]
-    for found in data("smollm2"):
-        kl, css = found["fidelity"]["fidelity"]["kl"], TARGET_CSS.get(found["target"], "other")
-        marks.append(Mark(conversion_name(found["name"]), 100 * found["kv_budget"], kl, css))
-    return scatter_chart(marks, "KV budget at 8k context", "KL(teacher||student), nats per token")
+# Speed --------------------------------------------------------------------------------------------------------------
+
+MODELS = {"smollm2-135m": "SmolLM2-135M", "qwen3-8b": "Qwen3-8B"}
 
 
-def random_init() -> Chart:
-    """KL over training tokens: calibrated and random init, and a calibrated one with a small budget."""
-    runs = {row["name"]: row for row in data("smollm2")}
-
-    def line(name: str, row: dict[str, Any], css: str) -> Series:
-        a_step = row["tokens"] / sum(steps[-1] for steps, _ in stages(row))  # tokens
-        points, before = [], 0
-        for steps, values in stages(row):
-            points += [((before + step) * a_step / 1e6, value) for step, value in zip(steps, values)]
-            before += steps[-1]
-        return Series(name, points, css, dots=True)
-
-    low = next(row for row in data("study_mla")["rows"] if row["variant"] == "stage 2 rate 2e-4")
-    small = ((low["tokens_stage1"] + low["tokens_stage2"]) / 1e6, low["kl_after_stage2"])
-    series = [line("random", runs["MLA_128_random_init-0"], "train"), line("calibrated", runs["MLA_128-0"], "held")]
-    series.append(Series("calibrated, small budget", [small], "before", dots=True))
-    return line_chart(series, "million training tokens, both stages", "KL(teacher||student), held out")
+def what_is_timed(what: dict[str, Any]) -> str:
+    trained = {"attention": ", attention trained", "all": ", all trained"}.get(what.get("train"), "")
+    checkpointing = ", activation checkpointing" if what.get("activation_checkpointing") else ""
+    return f"{MODELS[what['model']]}, stage {what['stage'][-1]}{trained}{checkpointing}"
 
 
-def stages(row: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
-    """Steps and held-out KL of a conversion's stages."""
-    return [(curve["steps"], curve["values"]) for curve in row["curves"] if curve["metric"] == "val/kl"]
+def bench_one_gpu() -> str:
+    rows = []
+    for found in data("bench_one_gpu"):
+        what = found["what"]
+        naive = f"{found['naive_over_step']:.1f}" if found.get("naive_over_step") else ""
+        over, use = f"{found['step_over_bound']:.2f}", f"{found['flop_utilisation']:.0%}"
+        batch = what["batch"].replace("x", " x ")
+        rows.append([what_is_timed(what), what["precision"], batch, digits(found["tokens_per_s"]), over, use, naive])
+    head = ["", "precision", "batch", "tokens/s", "step / bound", "FLOP utilisation", "naive / step"]
+    return table(head, rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "quickstart": quickstart,
-    "bench_init": bench_init,
-    "bench_one_gpu": bench_one_gpu,
-    "precision": precision,
-    "bench_two_gpus": bench_two_gpus,
-    "bench_trl": bench_trl,
-    "bench_decode": bench_decode,
-    "bench_cuda_graph": bench_cuda_graph,
-    "offline": offline,
-    "offline_by_context": partial(offline_by_context, False),
-    "offline_by_context_2048": partial(offline_by_context, True),
-    "smollm2": smollm2,
-    "alone": alone,
-    "sensitivity": sensitivity,
-    "pilots": pilots,
-    "study_mla": partial(study, "mla"),
-    "study_gate_swa": partial(study, "gate_swa"),
-    "sequences": sequences,
-    "windows": windows,
+def bench_two_gpus() -> str:
+    rows = []
+    for found in data("bench_two_gpus"):
+        what = found["what"]
+        if what["strategy"] == "layers":  # is no longer there
+            continue
+        held, alone = (each["weights_gradients_optimizer_bytes"] / 1e9 for each in (found, found["alone"]))
+        text = "whole" if what["strategy"] == "ddp" else f"{held:.1f} GB of {alone:.1f}"
+        share = f"{found['communication_share']:.0%}"
+        rows.append([what_is_timed(what), what["strategy"], f"**{found['scaling_efficiency']:.2f}**", text, share])
+    head = ["", "strategy", "efficiency", "weights, gradients, optimizer on each GPU", "share of time in NCCL kernels"]
+    return table(head, rows)
+
+
+def bench_trl() -> str:
+    rows = []
+    for trained in ("attention", "all"):
+        found = data("bench_trl")[trained]
+        ours, theirs = (next(row for row in found["rows"] if row["name"] == name) for name in ("ours", "distillation"))
+        speeds = [a / b for a, b in zip(ours["of_rounds"], theirs["of_rounds"])]
+        ratio = f"**{ours['tokens_per_s'] / theirs['tokens_per_s']:.1f}** ({min(speeds):.1f} to {max(speeds):.1f})"
+        cells = [f"{row['tokens_per_s']:.0f}" for row in (ours, theirs)]
+        rows.append([trained, *cells, ratio, f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}"])
+    head = ["trained", "ours, tokens/s", "TRL, tokens/s", "ours / TRL (by round)", "peak memory, ours / TRL"]
+    return table(head, rows)
+
+
+def bench_decode() -> str:
+    found = data("bench_decode")
+    models = [row["model"] for row in found["largest_batch"]]
+
+    def cells(values: dict[str, float]) -> list[str]:
+        teacher = values[models[0]]
+        return [digits(teacher), *(f"{digits(values[name])} (**{values[name] / teacher:.2f}**)" for name in models[1:])]
+
+    speeds: dict[str, dict[str, float]] = {}
+    for row in found["efficiency"]:
+        place = f"{row['batch']:,} x {row['context']:,}"
+        speeds.setdefault(place, {})[row["model"]] = row["decode_tokens_per_s"]["median"]
+    rows = [[place, *cells(values)] for place, values in speeds.items()]
+    budget = found["largest_batch"][0]["budget_bytes"] / 1e9
+    largest = {row["model"]: row["batch"] for row in found["largest_batch"]}
+    rows.append([f"largest batch in {budget:g} GB", *cells(largest)])
+    return table(["tokens/s, batch x context", *models], rows)
+
+
+def bench_cuda_graph() -> str:
+    rows, found = [], data("bench_cuda_graph")
+    for plain, graph in zip(found[::2], found[1::2]):
+        speeds = [row["tokens_per_s"] for row in (plain, graph)]
+        batch = plain["what"]["batch"].replace("x", " x ")
+        rows.append([what_is_timed(plain["what"]), batch, *map(digits, speeds), f"**{speeds[1] / speeds[0]:.2f}**"])
+    return table(["", "batch", "tokens/s", "with `cuda_graph`", "ratio"], rows)
+
+
+def precision() -> str:
+    kinds = ("q_proj", "o_proj", "kv_b_proj", "kv_a_layernorm")
+    rows = []
+    for found in data("precision")["rows"]:
+        moved = [f"{found['moved'][kind]:.0%}" for kind in kinds]
+        rows.append([f"`{found['precision']}`", found["dtype"], *moved, digits(found["kl"])])
+    return table(["precision", "frozen weights", *(f"`{kind}`" for kind in kinds), "KL"], rows)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    made.__name__: made
+    for made in (
+        *(
+            conversions,
+            times,
+            quickstart,
+            study,
+            pilots,
+            bench_init,
+            sensitivity,
+            sequences,
+            windows,
+            offline,
+            by_context,
+        ),
+        *(bench_one_gpu, bench_two_gpus, bench_trl, bench_decode, bench_cuda_graph, precision),
+    )
 }
-PLOTS: dict[str, Callable[[], Chart]] = {"smollm2_kv_budget": pareto, "smollm2_random_init": random_init}
+MARKED = re.compile(r"(<!-- table (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def with_tables(text: str) -> str:
-    """The README's text with its tables made again."""
-    for name, made in TABLES.items():
-        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        text, found = re.subn(pattern, lambda match: f"{match[1]}{made()}\n{match[2]}", text, flags=re.DOTALL)  # noqa: B023
-        if found != 1:
-            raise ValueError(f"{README.name} must have one table {name}, has {found}")
-    return text
+def remade(page: str) -> str:
+    """A page with its tables made again."""
+
+    def one(match: re.Match[str]) -> str:
+        name, _, arguments = match[2].partition(" ")
+        return f"{match[1]}{TABLES[name](*filter(None, arguments.split('; ')))}\n{match[3]}"
+
+    return MARKED.sub(one, page)
 
 
-def plots() -> dict[Path, str]:
-    """The plots' files and their content."""
-    found = {}
-    for name, made in PLOTS.items():
-        svg = str(made().svg).replace("<svg ", SVG_HEAD, 1)
-        end = svg.index(">") + 1
-        found[FOLDER / f"{name}.svg"] = f"{svg[:end]}<style>{STYLE}</style>{svg[end:]}\n"
-    return found
+def pages() -> list[Path]:
+    """README and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def main() -> None:
-    for path, text in {README: with_tables(README.read_text("utf-8")), **plots()}.items():
-        write_atomically(path, text)
+    for path in pages():
+        write_atomically(path, remade(path.read_text("utf-8")))
 
 
 if __name__ == "__main__":
