@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-
-from pl_attnedit.modeling.weights import default_dtype
+if TYPE_CHECKING:  # `--help` lists the shapes, and does not wait for torch
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -54,12 +53,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def config_of(shape: str) -> PreTrainedConfig:
     """The config of one of `SHAPES`."""
+    from transformers import AutoConfig
+
     fields = dict(SHAPES[shape])
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def random_model(shape: str, *, layers: int | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A model of one of `SHAPES` with weights as after its own initialisation, made on the device itself."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pl_attnedit.modeling.weights import default_dtype
+
     config = config_of(shape)
     if layers is not None:
         config.num_hidden_layers = layers

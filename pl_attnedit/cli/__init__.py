@@ -6,7 +6,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
 from pl_attnedit.cli.messages import farewell, message_of
@@ -59,28 +59,43 @@ def _run(arguments: list[str]) -> int:
     if name not in COMMANDS:
         print(f"pl-attnedit: error: unknown command {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
-    from pl_attnedit.cli.quiet import quiet
-    from pl_attnedit.interruption import Interrupted, termination_as_exception
-
-    quiet()
-    module = importlib.import_module(f"pl_attnedit.cli.{'fit' if name == 'validate' else name.replace('-', '_')}")
     try:
-        with termination_as_exception():
-            return module.main([name, *rest] if module.__name__.endswith(".fit") else rest)
-    except Interrupted as stopped:
-        interrupted = stopped
-    except KeyboardInterrupt:
-        interrupted = Interrupted(signal.SIGINT)
-    except SystemExit as left:  # of --help and of argparse's own errors; the Trainer turns Ctrl-C into one
-        if not isinstance(left.__context__, KeyboardInterrupt):
-            return left.code if isinstance(left.code, int) else int(left.code is not None)
-        interrupted = Interrupted(signal.SIGINT)
+        if {"-h", "--help"} & set(rest):  # does not wait for torch
+            return _main_of(name)(rest)
+        return _until_a_signal(name, rest)
+    except SystemExit as left:  # of --help and of argparse's own errors
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
     except Exception as error:
         message = message_of(error)
         if message is None:
             raise
         print(f"pl-attnedit {name}: error: {message}", file=sys.stderr)
         return 2
+
+
+def _main_of(name: str) -> Callable[[list[str]], int]:
+    if name in ("fit", "validate"):  # two of LightningCLI's own subcommands
+        main = importlib.import_module("pl_attnedit.cli.fit").main
+        return lambda arguments: main([name, *arguments])
+    return importlib.import_module(f"pl_attnedit.cli.{name.replace('-', '_')}").main
+
+
+def _until_a_signal(name: str, arguments: list[str]) -> int:
+    from pl_attnedit.cli.quiet import quiet
+    from pl_attnedit.interruption import Interrupted, termination_as_exception
+
+    quiet()
+    try:
+        with termination_as_exception():
+            return _main_of(name)(arguments)
+    except Interrupted as stopped:
+        interrupted = stopped
+    except KeyboardInterrupt:
+        interrupted = Interrupted(signal.SIGINT)
+    except SystemExit as left:
+        if not isinstance(left.__context__, KeyboardInterrupt):  # the Trainer turns Ctrl-C into one
+            raise
+        interrupted = Interrupted(signal.SIGINT)
     print(f"pl-attnedit {name}: {farewell(name, interrupted)}", file=sys.stderr)
     return 128 + interrupted.signum
 

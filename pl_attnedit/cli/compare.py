@@ -8,16 +8,14 @@ from pathlib import Path
 
 from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.report.compare import compare_runs, format_rows
 from pl_attnedit.files import check_output, write_atomically
-from pl_attnedit.tracking.client import EXPERIMENT
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = OptionParser(prog="pl-attnedit compare", description="Conversions in MLflow side by side.")
     parser.add_argument("runs", nargs="*", help="run ids of conversions (default: all)")
     parser.add_argument("--filter", help="an MLflow search filter instead, e.g. \"tags.target = 'mla'\"")
-    parser.add_argument("--experiment", default=EXPERIMENT, help=f"MLflow experiment (default {EXPERIMENT})")
+    parser.add_argument("--experiment", default="pl_attnedit", help="MLflow experiment (default pl_attnedit)")
     parser.add_argument("--format", choices=["text", "markdown", "csv", "json"], help="default: by the ending of FILE")
     parser.add_argument(
         "-o",
@@ -37,6 +35,8 @@ def main(arguments: Sequence[str]) -> int:
         style = options.format or endings.get(Path(options.out).suffix.lower())
         if style is None:
             raise invalid("--out", options.out, f"must end in {' or '.join(endings)}, or needs --format")
+    from pl_attnedit.eval.report.compare import compare_runs, format_rows
+
     rows = compare_runs(options.runs or options.filter, options.tracking_uri, options.experiment)
     if options.out:
         print(write_atomically(options.out, format_rows(rows, style)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from pl_attnedit.errors import invalid
+from pl_attnedit.registration import EDITED_PREFIX
 from pl_attnedit.teachers import llama, mistral, qwen2, qwen3, qwen3_moe
 from pl_attnedit.teachers.base import AttentionSpec, Family, apply_rotary, project_qkv
 
@@ -22,8 +23,6 @@ __all__ = [
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, qwen2, qwen3, qwen3_moe)
 }
-
-EDITED_PREFIX = "attnedit_"  # model type of a converted model = this + the teacher's
 
 
 def family_of(config: PreTrainedConfig) -> Family:
