@@ -161,7 +161,7 @@ def _check_run(run_id: str, teacher: str, tracking_uri: str | None) -> None:
 
 
 def _log(result: EvaluationResult, run_id: str, tracking_uri: str | None, out: Path) -> None:
-    from pl_attnedit.eval.records import log_evaluation
+    from pl_attnedit.eval.evaluation_log import log_evaluation
     from pl_attnedit.tracking import TrackedRun, connect
     from pl_attnedit.tracking.client import KIND_TAG
     from pl_attnedit.tracking.conversion import start_child

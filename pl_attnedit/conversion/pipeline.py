@@ -34,10 +34,10 @@ from pl_attnedit.distillation.engine.sharding import whole_state_dict
 from pl_attnedit.distillation.settings import frozen_dtype
 from pl_attnedit.distillation.stage import TeacherHidden
 from pl_attnedit.errors import UserError
+from pl_attnedit.eval.evaluation_log import log_evaluation
 from pl_attnedit.eval.fidelity.continuations import greedy_continuations
 from pl_attnedit.eval.harness.paired import evaluate_pair
 from pl_attnedit.eval.harness.tasks import OFFLINE_TASKS, build_offline_tasks
-from pl_attnedit.eval.records import log_evaluation
 from pl_attnedit.eval.report.card import write_card
 from pl_attnedit.eval.report.page import write_report
 from pl_attnedit.eval.students import load_pair

@@ -13,7 +13,8 @@ from mlflow.exceptions import MlflowException
 from mlflow_reads import metric_history
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.records import find_conversions, load_json, log_evaluation
+from pl_attnedit.eval.evaluation_log import log_evaluation
+from pl_attnedit.eval.records import find_conversions, load_json
 from pl_attnedit.tracking import TrackedRun, connect, start_child
 
 

@@ -14,7 +14,7 @@ from fake_conversions import fake_result
 from mlflow.entities import Run
 from mlflow_reads import find_runs
 
-from pl_attnedit.eval.records import log_evaluation
+from pl_attnedit.eval.evaluation_log import log_evaluation
 from pl_attnedit.eval.schedule.jobs import EvaluationFailed, Job
 from pl_attnedit.eval.schedule.watch import SPOOL_FOLDER, Schedule
 from pl_attnedit.interruption import termination_as_exception

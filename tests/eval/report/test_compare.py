@@ -17,7 +17,8 @@ from mlflow.tracking import MlflowClient
 
 from pl_attnedit.cli import main
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.records import CHECKPOINT_TAG, find_conversions, load_json, log_evaluation
+from pl_attnedit.eval.evaluation_log import log_evaluation
+from pl_attnedit.eval.records import CHECKPOINT_TAG, find_conversions, load_json
 from pl_attnedit.eval.report.compare import compare_runs, format_rows
 from pl_attnedit.eval.report.page import write_report
 from pl_attnedit.tracking import TrackedRun, connect, start_child

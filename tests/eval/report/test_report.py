@@ -17,7 +17,8 @@ from fake_conversions import fake_result, log_fake_conversion
 from fake_suites import fake_suite, log_fake_suite
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.records import find_conversions, log_evaluation
+from pl_attnedit.eval.evaluation_log import log_evaluation
+from pl_attnedit.eval.records import find_conversions
 from pl_attnedit.eval.report.data import load_all, read_histories, run_address
 from pl_attnedit.eval.report.figures import overview_figures
 from pl_attnedit.eval.report.page import write_report
