@@ -24,3 +24,7 @@ def test_pages_build_without_a_warning_and_need_no_network(tmp_path: Path) -> No
 def test_readmes_links_lead_to_files() -> None:
     links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", (ROOT / "README.md").read_text("utf-8"))
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
