@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pl_attnedit.errors import UserError
+from pl_attnedit.moved import find_moved
 from pl_attnedit.registration import register_when_used
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if find_spec("torch_npu") is not None:  # torch and transformers import it where
             "Source the set_env.sh of CANN, install the torch_npu that fits torch, or uninstall it"
         ) from None
 
+find_moved()
 register_when_used()
 
 __all__ = ["EditPlan", "GateSWAConfig", "MLAConfig", "UserError", "edit_model", "load"]

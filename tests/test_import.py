@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 import pl_attnedit
 from pl_attnedit import GateSWAConfig, edit_model
 from pl_attnedit.cli import COMMANDS
+from pl_attnedit.moved import MOVED
 
 NO_TORCH = "import sys; assert not {'torch', 'transformers', 'lightning', 'mlflow'} & sys.modules.keys()"
 OF_CLASSES = {"convert", "prepare", "fit", "validate", "doctor"}  # their options are those of Lightning's classes
@@ -60,3 +63,10 @@ def test_public_names() -> None:
     assert all(getattr(pl_attnedit, name).__name__ == name for name in pl_attnedit.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = pl_attnedit.no_such_name
+
+
+def test_modules_are_found_under_the_names_they_had() -> None:
+    assert not [new for new in MOVED.values() if find_spec(new) is None]
+    for old in ("teachers.source", "trained_on", "eval.report_data"):
+        name = f"pl_attnedit.{old}"
+        assert import_module(name) is import_module(MOVED[name])
