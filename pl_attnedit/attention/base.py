@@ -158,7 +158,7 @@ def attention(
         return fused_attention(query, key, value, mask, scale)[..., :width]
     groups = query.shape[1] // key.shape[1]
     causal = mask is None and query.shape[2] > 1
-    single = query.shape[2] == 1
+    single = bool(query.shape[2] == 1)  # a plain one in torch.export too
     # flash attention itself lets a group share its keys, and divides these among a GPU's processors
     grouped = single and groups > 1 and mask is None and query.is_cuda and query.dtype.itemsize == 2
     if single and not grouped:

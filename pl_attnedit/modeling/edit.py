@@ -91,13 +91,13 @@ def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
             student.model.register_module(name, module)
     student.lm_head = teacher.lm_head
     for index, layer in enumerate(teacher.model.layers):
-        if plan.target_of(index) is None:
-            student.model.layers[index] = layer
-            continue
-        edited = student.model.layers[index]
+        # the layer itself is the student's own: Hugging Face's hooks on it would collect twice what both return
+        edited, full = student.model.layers[index], plan.target_of(index) is None
         for name, module in layer.named_children():
-            if name != "self_attn":
+            if full or name != "self_attn":
                 edited.register_module(name, module)
+        if full:
+            continue
         weight = layer.self_attn.o_proj.weight
         edited.self_attn.to_empty(device=weight.device).to(weight.dtype)
     student.generation_config = copy.deepcopy(teacher.generation_config)

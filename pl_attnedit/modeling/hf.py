@@ -7,8 +7,9 @@ model and swaps the attention of the edited layers. Importing this module regist
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pl_attnedit.attention import TARGETS
@@ -25,6 +26,7 @@ class EditedConfigMixin(OwnEntryFile):
     """
 
     rope_parameters: dict[str, Any]
+    base_model_tp_plan = None  # rules for the teacher's projections, which do not hold for targets
 
     def __post_init__(self, **kwargs: Any) -> None:
         outer = kwargs.get("rope_theta")
@@ -40,7 +42,15 @@ class EditedConfigMixin(OwnEntryFile):
 
 
 class EditedModelMixin(OwnEntryFile, WithEntryFile):
-    """Swaps the attention modules that the config's edit plan names, before any weight is loaded."""
+    """Swaps the attention modules that the config's edit plan names, before any weight is loaded.
+
+    What Hugging Face offers for causal LMs and targets cannot do is refused here, by name.
+    """
+
+    # these kernels get no mask where texts are packed or go on behind a cache, and targets need one
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _tp_plan = None
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -54,11 +64,25 @@ class EditedModelMixin(OwnEntryFile, WithEntryFile):
             assert target is not None
             layer = self.model.layers[index]  # type: ignore[attr-defined]
             layer.self_attn = TARGETS[target.type](target, config, index)
+        self.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)  # type: ignore[attr-defined]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Of `generate_batch`, `ContinuousBatchingManager` and `transformers serve --continuous-batching`."""
+        raise UserError(
+            f"{type(self).__name__}: continuous batching (generate_batch) pages the cache in a way that its layers do not "
+            "know; use generate with a padded batch, or serve the model with vLLM"
+        )
 
     @property
     def edit_plan(self) -> EditPlan:
         """Which layer has which target."""
         return EditPlan.from_dict(self.config.attention_edit)
+
+
+def _refuse_attentions(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Edited layers compute no matrix of weights; Hugging Face would leave them out of its list without a word."""
+    if kwargs.get("output_attentions", model.config.output_attentions):
+        raise UserError("output_attentions: edited layers return no attention weights; ask the teacher for them")
 
 
 def _edited_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
@@ -88,6 +112,7 @@ for _family in FAMILIES.values():
     globals()[_config.__name__], globals()[_model.__name__] = _config, _model  # so that they can be pickled by name
     AutoConfig.register(_config.model_type, _config)
     AutoModelForCausalLM.register(_config, _model)
+    setattr(transformers, _model.__name__, _model)  # where `transformers serve` looks for the class
 
 
 def edited_config(teacher_config: PreTrainedConfig, plan: EditPlan) -> PreTrainedConfig:

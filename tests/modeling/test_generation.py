@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+import transformers
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
 from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
 from pl_attnedit.modeling import edited_attention
@@ -57,10 +58,126 @@ def test_compiled_decoding_of_mla(make_teacher: Teachers, make_ids: Ids) -> None
     torch.testing.assert_close(torch.cat(got, 1), expected, atol=1e-5, rtol=2e-5)
 
 
-def test_window_layers_refuse_a_static_cache(make_teacher: Teachers, make_ids: Ids) -> None:
-    student = make_student(make_teacher("llama"), GateSWAConfig(window=4))
-    with pytest.raises(UserError, match="cache of type StaticCache: window layers need a DynamicCache"):
-        student.generate(make_ids(1, 6), **GREEDY, cache_implementation="static")
+ALL: dict[str, Any] = {**GROWING, "window": GateSWAConfig(window=6, sinks=2)}
+SAMPLE: dict[str, Any] = {"max_new_tokens": 10, "do_sample": True}
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": GREEDY,
+    "sampling, several texts of a prompt": {**SAMPLE, "num_return_sequences": 3},
+    "beams": {**GREEDY, "num_beams": 3, "num_return_sequences": 2},
+    "beams, sampled": {**SAMPLE, "num_beams": 3},
+    "guidance": {**GREEDY, "guidance_scale": 1.5},
+    "prefill in parts": {**GREEDY, "prefill_chunk_size": 3},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("target", ALL)
+def test_modes_of_generate_equal_those_without_a_cache(
+    target: str, mode: str, make_teacher: Teachers, make_ids: Ids
+) -> None:
+    student, ids = make_student(make_teacher("llama", num_hidden_layers=2), ALL[target]), make_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    found = []
+    for settings in (MODES[mode], {**MODES[mode], "use_cache": False, "prefill_chunk_size": None}):
+        torch.manual_seed(3)
+        found.append(student.generate(ids, attention_mask=mask, **settings))
+    assert torch.equal(*found)
+
+
+def test_compiled(make_teacher: Teachers, make_ids: Ids) -> None:
+    """Prompt, a window's first tokens, and steps beyond it."""
+    student = make_student(make_teacher("llama", num_hidden_layers=2), {"S": ALL["window"], "M": ALL["mla"]}, "SM")
+    ids = make_ids(2, 5)
+    expected = student.generate(ids, **GREEDY)
+    student.forward = torch.compile(student.forward, backend="eager")
+    assert torch.equal(student.generate(ids, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("target", ALL)
+def test_exported(target: str, make_teacher: Teachers, make_ids: Ids) -> None:
+    student, ids = make_student(make_teacher("llama", num_hidden_layers=2), ALL[target]), make_ids(2, 9)
+    exported = torch.export.export(student, (ids,), {"use_cache": False}, strict=False).module()
+    logits = student(ids, use_cache=False).logits
+    torch.testing.assert_close(exported(ids, use_cache=False).logits, logits, atol=1e-5, rtol=2e-5)
+
+
+def test_exported_for_texts_of_any_length(make_teacher: Teachers, make_ids: Ids) -> None:
+    lengths = {"input_ids": {1: torch.export.Dim("time", min=2, max=256)}, "use_cache": None}
+    for target in (ALL["mla"], ALL["window"]):
+        student, ids = make_student(make_teacher("llama", num_hidden_layers=2), target), make_ids(2, 40)
+        program = torch.export.export(
+            student, (make_ids(2, 9),), {"use_cache": False}, dynamic_shapes=lengths, strict=False
+        )
+        found, expected = (model(ids, use_cache=False).logits for model in (program.module(), student))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=2e-5)
+
+
+REFUSED: dict[str, tuple[str, str, Callable[[Any, torch.Tensor], Any]]] = {
+    "static cache": (
+        "window",
+        "cache of type StaticCache: window layers need a DynamicCache",
+        lambda student, ids: student.generate(ids, **GREEDY, cache_implementation="static"),
+    ),
+    "quantised cache": (
+        "window",
+        "cache of type QuantizedCache: window layers need a DynamicCache",
+        lambda student, ids: student(ids, past_key_values=QuantizedCache("fp8", student.config)),
+    ),
+    "quantised cache of latents": (
+        "mla",
+        "cache of type QuantizedCache: mla needs a DynamicCache",
+        lambda student, ids: student(ids, past_key_values=QuantizedCache("fp8", student.config)),
+    ),
+    "continuous batching": (
+        "learned_sink",
+        r"continuous batching \(generate_batch\) .* serve the model with vLLM",
+        lambda student, ids: student.generate_batch(ids.tolist()),
+    ),
+    "attention weights": (
+        "gate",
+        "output_attentions: edited layers return no attention weights",
+        lambda student, ids: student.generate(ids, **GREEDY, output_attentions=True, return_dict_in_generate=True),
+    ),
+    "flash attention": (
+        "gate",
+        "does not support Flash Attention",
+        lambda student, ids: student.set_attn_implementation("flash_attention_2"),
+    ),
+    "flex attention": (
+        "mla",
+        "does not support .*flex_attention",
+        lambda student, ids: student.set_attn_implementation("flex_attention"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_answer_wrongly_is_refused(case: str, make_teacher: Teachers, make_ids: Ids) -> None:
+    target, message, call = REFUSED[case]
+    with pytest.raises((UserError, ValueError), match=message):
+        call(make_student(make_teacher("llama", num_hidden_layers=2), ALL[target]), make_ids(2, 9))
+
+
+def test_a_plan_for_tensor_parallelism_is_not_taken_over(make_teacher: Teachers) -> None:
+    """It would cut projections, but neither gates nor sinks nor latents, and be wrong without a word."""
+    student = make_student(make_teacher("llama"), ALL["window"])
+    assert not student.tp_plan
+    assert student.config.base_model_tp_plan is None
+
+
+def test_hidden_states_of_teacher_and_student_in_turn(make_teacher: Teachers, make_ids: Ids) -> None:
+    """Both share the full layers' modules."""
+    teacher, ids = make_teacher("llama"), make_ids(1, 9)
+    for model in (teacher, make_student(teacher, ALL["window"]), teacher):
+        states = model(ids, output_hidden_states=True).hidden_states
+        assert len(states) == 5
+        assert torch.equal(states[-1], model.model(ids).last_hidden_state)
+
+
+def test_transformers_serve_finds_the_class(make_teacher: Teachers) -> None:
+    student = make_student(make_teacher("llama"), ALL["window"])
+    assert getattr(transformers, type(student).__name__) is type(student)
 
 
 def test_a_cache_filled_by_the_teacher_is_refused(make_teacher: Teachers, make_ids: Ids) -> None:

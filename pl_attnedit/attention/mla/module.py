@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig, QuantizedCache
 
 from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, copy_linear, init_linear, positive
-from pl_attnedit.errors import invalid
+from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import AttentionSpec
 
 if TYPE_CHECKING:
@@ -146,6 +146,8 @@ class MLA(Target):
         latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.rank, self.rope_dim], dim=-1)
         latent = self.kv_a_layernorm(latent)[:, None]  # (batch, 1, time, rank), as a cache wants it
         key_rope = rotate_pairs(key_rope[:, None], *rotation)
+        if isinstance(past_key_values, QuantizedCache):
+            raise UserError("cache of type QuantizedCache: mla needs a DynamicCache (the default of `generate`)")
         if past_key_values is not None:
             # in one tensor, which decoding can use as it is; values of width 0 take no room
             cached = torch.cat([latent, key_rope], dim=-1)
