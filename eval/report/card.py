@@ -22,7 +22,8 @@ from pl_attnedit.eval.report.formatting import (
     value_of,
 )
 from pl_attnedit.files import write_atomically
-from pl_attnedit.teachers.sources.resolve import PACKAGE_PREFIX, TEACHER_SOURCES, gguf_in_package, hub_snapshot
+from pl_attnedit.teachers.sources.gguf_parts import PACKAGE_PREFIX, files_in_package
+from pl_attnedit.teachers.sources.resolve import TEACHER_SOURCES, hub_snapshot
 
 TARGET_NAMES = {"gate_swa": "GateSWA", "mla": "MLA"}
 
@@ -69,9 +70,8 @@ def teacher_licence(teacher: str) -> str | None:
     """The teacher's licence as its own card or GGUF header states it; None where neither does."""
     try:
         if teacher.startswith(PACKAGE_PREFIX) or teacher.endswith(".gguf"):
-            return _gguf_licence(
-                gguf_in_package(teacher) if teacher.startswith(PACKAGE_PREFIX) else Path(teacher).expanduser()
-            )
+            files = files_in_package(teacher) if teacher.startswith(PACKAGE_PREFIX) else [Path(teacher).expanduser()]
+            return _gguf_licence(files[0]) if files[0].suffix == ".gguf" else None  # a piece alone cannot be read
         folder = (
             hub_snapshot("teacher", teacher, ["README.md"], TEACHER_SOURCES)
             if is_hub_name(teacher)

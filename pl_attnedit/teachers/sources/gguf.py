@@ -113,8 +113,8 @@ def _check_file(reader: gguf.GGUFReader) -> None:
     if kind is not None and kind.contents() != "model":
         raise UserError(f"holds no model (general.type = {kind.contents()!r})")
     parts = reader.fields.get("split.count")
-    if parts is not None and parts.contents() > 1:
-        raise UserError(f"is one of {parts.contents()} files; join them first, with llama-gguf-split --merge")
+    if parts is not None and (total := parts.contents()) > 1:
+        raise UserError(f"is one of {total} files; their names must be NAME-00001-of-{total:05}.gguf and so on")
 
 
 def _exact_config(file: Path, reader: gguf.GGUFReader) -> PreTrainedConfig:

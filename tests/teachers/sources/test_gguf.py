@@ -117,7 +117,7 @@ def test_other_families(tmp_path: Path, backend: Tokenizer, make_teacher: Callab
         (says(expert_count=4), "expert_count = 4"),
         (says(feed_forward_length=40), r"another shape to the weights model\.layers\.0\.mlp\.down_proj"),
         (says(something_new=4), "something_new = 4"),
-        (says(split__count=2), r"one of 2 files; join them first"),
+        (says(split__count=2), r"one of 2 files; their names must be"),
         (says(general__type="adapter"), "holds no model"),
         (says(tokenizer__ggml__pre="martian"), "tokenizer.ggml.pre = 'martian'"),
         (says(tokenizer__ggml__something=1), "tokenizer.ggml.something = 1"),
