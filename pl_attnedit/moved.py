@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -45,6 +46,17 @@ MOVED = {f"pl_attnedit.{old}": f"pl_attnedit.{new}" for old, new in _LOOSE.items
     for folder, names in _MOVED.items()
     for old, new in names.items()
 }
+
+
+def names_of(module: str, *names: str) -> Callable[[str], Any]:
+    """`__getattr__` of a package that was a module with these names, which `module` has now and is slow to import."""
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module.rpartition('.')[0]!r} has no attribute {name!r}")
+        return getattr(import_module(module), name)
+
+    return find
 
 
 class _Moved(MetaPathFinder, Loader):

@@ -70,3 +70,12 @@ def test_modules_are_found_under_the_names_they_had() -> None:
     for old in ("teachers.source", "trained_on", "eval.report_data"):
         name = f"pl_attnedit.{old}"
         assert import_module(name) is import_module(MOVED[name])
+
+    from pl_attnedit.conversion import convert
+    from pl_attnedit.eval.harness import evaluate_pair
+    from pl_attnedit.eval.report import write_report
+
+    modules = [function.__module__ for function in (convert, evaluate_pair, write_report)]
+    assert modules == [
+        f"pl_attnedit.{name}" for name in ("conversion.pipeline", "eval.harness.paired", "eval.report.page")
+    ]
