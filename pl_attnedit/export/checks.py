@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel
 
-from pl_attnedit.attention import TargetConfig
+from pl_attnedit.attention import GateSWAConfig, TargetConfig
 from pl_attnedit.errors import UserError
 from pl_attnedit.modeling.plan import FULL, EditPlan
 from pl_attnedit.teachers import EDITED_PREFIX
@@ -40,6 +40,23 @@ def refuse_unless(condition: bool, format: str, field: str, value: object, allow
     """Raises `UserError`: format, field, value, and what would allow the export."""
     if not condition:
         raise UserError(f"{format}: {field} = {value!r} cannot be expressed; {allowed}")
+
+
+def windows_of(student: PreTrainedModel, format: str) -> dict[str, GateSWAConfig]:
+    """The targets by letter of a student whose windows are all alike and keep no sinks; `UserError` for another."""
+    targets = targets_of(student, GateSWAConfig, format, "every layer must be gate_swa or full")
+    for target in targets.values():
+        refuse_unless(target.sinks == 0, format, "sinks", target.sinks, "convert with sinks: 0")
+    windows = sorted({target.window for target in targets.values() if target.window is not None})
+    refuse_unless(len(windows) < 2, format, "windows", windows, "all window layers must have the same window")
+    return targets
+
+
+def layer_types_of(student: PreTrainedModel, targets: dict[str, GateSWAConfig]) -> tuple[list[str], int | None]:
+    """Hugging Face's word for each layer, and the window of those that have one."""
+    windows = [targets[letter].window if letter in targets else None for letter in plan_of(student).letters]
+    window = next((window for window in windows if window is not None), None)
+    return ["full_attention" if window is None else "sliding_attention" for window in windows], window
 
 
 def plain_rope_theta(student: PreTrainedModel, format: str) -> float:

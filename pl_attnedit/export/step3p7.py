@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from pl_attnedit.attention import GateSWAConfig
 from pl_attnedit.errors import UserError
-from pl_attnedit.export.checks import plain_rope_theta, plan_of, refuse_unless, targets_of, teacher_type
+from pl_attnedit.export.checks import layer_types_of, plain_rope_theta, refuse_unless, teacher_type, windows_of
 
 FORMAT = "step3p7"
 COPIED_FIELDS = (
@@ -55,7 +55,7 @@ def write(student: PreTrainedModel, folder: Path) -> None:
         from transformers import Step3p7Config, Step3p7ForConditionalGeneration
     except ImportError as error:
         raise UserError(f"{FORMAT}: this transformers has no Step-3.7; upgrade transformers") from error
-    targets = check(student)
+    targets = check(student, FORMAT)
     config = Step3p7Config(
         text_config=text_fields(student, targets),
         vision_config=dict(VISION),
@@ -71,43 +71,36 @@ def write(student: PreTrainedModel, folder: Path) -> None:
     weights["model.multi_modal_projector.weight"] = torch.zeros(
         model.model.multi_modal_projector.weight.shape, dtype=student.dtype
     )
-    model.load_state_dict(weights | text_weights(student), strict=True, assign=True)
+    model.load_state_dict(weights | text_weights(student, "model.language_model."), strict=True, assign=True)
     if config.tie_word_embeddings:
         model.tie_weights()
     model.generation_config = student.generation_config
     model.save_pretrained(folder)
 
 
-def check(student: PreTrainedModel) -> dict[str, GateSWAConfig]:
-    """The targets by letter; `UserError` for what Step-3.7 cannot express, with the setting that would allow it."""
+def check(student: PreTrainedModel, format: str) -> dict[str, GateSWAConfig]:
+    """The targets by letter; `UserError` for what Step-3.5 and 3.7 cannot express, with the setting that would allow it."""
     kind = teacher_type(student)
     if kind != "qwen3":
         raise UserError(
-            f"{FORMAT}: a {kind} teacher cannot be expressed: QK-norm is always on there, without biases, and its experts"
+            f"{format}: a {kind} teacher cannot be expressed: QK-norm is always on there, without biases, and its experts"
             " are routed in another way; dense Qwen3 teachers can"
         )
-    targets = targets_of(student, GateSWAConfig, FORMAT, "every layer must be gate_swa or full")
+    targets = windows_of(student, format)
     refuse_unless(
-        not student.config.attention_bias, FORMAT, "attention_bias", True, "it needs a teacher without attention biases"
+        not student.config.attention_bias, format, "attention_bias", True, "it needs a teacher without attention biases"
     )
-    plain_rope_theta(student, FORMAT)
+    plain_rope_theta(student, format)
     for target in targets.values():
-        refuse_unless(target.sinks == 0, FORMAT, "sinks", target.sinks, "convert with sinks: 0")
-        refuse_unless(not target.learned_sink, FORMAT, "learned_sink", True, "convert with learned_sink: false")
-        refuse_unless(target.gate != "element", FORMAT, "gate", target.gate, "convert with gate: head or none")
-    windows = sorted({target.window for target in targets.values() if target.window is not None})
-    refuse_unless(len(windows) < 2, FORMAT, "windows", windows, "all window layers must have the same window")
+        refuse_unless(not target.learned_sink, format, "learned_sink", True, "convert with learned_sink: false")
+        refuse_unless(target.gate != "element", format, "gate", target.gate, "convert with gate: head or none")
     return targets
 
 
 def text_fields(student: PreTrainedModel, targets: dict[str, GateSWAConfig]) -> dict[str, object]:
     """The text part of the config."""
-    layer_types = [
-        "sliding_attention" if letter in targets and targets[letter].window is not None else "full_attention"
-        for letter in plan_of(student).letters
-    ]
+    layer_types, window = layer_types_of(student, targets)
     rope = {"rope_type": "default", "rope_theta": plain_rope_theta(student, FORMAT)}
-    window = next((target.window for target in targets.values() if target.window is not None), None)
     return {
         **{name: getattr(student.config, name) for name in COPIED_FIELDS},
         "pad_token_id": student.config.pad_token_id,
@@ -120,16 +113,16 @@ def text_fields(student: PreTrainedModel, targets: dict[str, GateSWAConfig]) -> 
     }
 
 
-def text_weights(student: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The student's weights under Step-3.7's names."""
+def text_weights(student: PreTrainedModel, start: str) -> dict[str, torch.Tensor]:
+    """The student's weights under Step's names; those of the trunk begin with `start`."""
     weights = {}
     for name, tensor in student.state_dict().items():
         if name.endswith("norm.weight"):
             tensor = tensor - 1
         name = name.replace(".gate_proj.", ".g_proj.") if ".self_attn." in name else name
-        weights[name.replace("model.", "model.language_model.", 1)] = tensor.detach()
+        weights[name.replace("model.", start, 1)] = tensor.detach()
     for index in range(student.config.num_hidden_layers):
-        prefix = f"model.language_model.layers.{index}.self_attn."
+        prefix = f"{start}layers.{index}.self_attn."
         if prefix + "g_proj.weight" not in weights:
             zeros = (student.config.num_attention_heads, student.config.hidden_size)
             weights[prefix + "g_proj.weight"] = torch.zeros(zeros, dtype=student.dtype)

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from vllm_deepseek import FIELDS, shapes
 
@@ -43,6 +45,14 @@ MLA_CASES = {
     "llama, spread frequencies": ("llama", {}, MLAConfig(12, 4, rope_frequencies="spread")),
     "qwen3, graded frequencies": ("qwen3", {}, MLAConfig(12, 6, rope_frequencies="graded")),
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 16,
+}
 SWA_CASES = {
     "head gate": ({"S": GateSWAConfig(window=5)}, "SSF"),
     "no gate, gated full layers": ({"S": GateSWAConfig(window=5, gate="none"), "G": GateSWAConfig(window=None)}, "SG"),
@@ -56,7 +66,7 @@ def randomised(student: PreTrainedModel) -> PreTrainedModel:
         for name, parameter in student.named_parameters():
             if "self_attn" in name and name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
-            elif "self_attn.gate_proj" in name:
+            elif "self_attn.gate_proj" in name or name.endswith("self_attn.sink"):
                 parameter.normal_(std=0.3)
     return student.eval()
 
@@ -107,6 +117,57 @@ def test_step3p7_equals_the_student(case: str, make_teacher: Callable[..., PreTr
     check_stock(student, "AutoModelForImageTextToText", "step3p7", tmp_path)
 
 
+GRANITE_CASES: dict[str, tuple[str, dict[str, Any], dict[str, GateSWAConfig], str]] = {
+    "learned sinks, llama3's RoPE": (
+        "llama",
+        {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True},
+        {"S": GateSWAConfig(window=5, gate="none", learned_sink=True)},
+        "SSF",
+    ),
+    "qwen2, biases": ("qwen2", {}, {"S": GateSWAConfig(window=5, gate="none")}, "SF"),
+    "mistral, heads of their own width, full layers with sinks": (
+        "mistral",
+        {"head_dim": 16},
+        {
+            "S": GateSWAConfig(window=5, gate="none", learned_sink=True),
+            "G": GateSWAConfig(window=None, gate="none", learned_sink=True),
+        },
+        "SG",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GRANITE_CASES)
+def test_granite_swa_equals_the_student(
+    case: str, make_teacher: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers.models.granite_swa")
+    family, fields, targets, pattern = GRANITE_CASES[case]
+    student = randomised(edit_model(make_teacher(family, **fields), targets, pattern=pattern, init="copy"))
+    check_stock(student, "AutoModelForCausalLM", "granite_swa", tmp_path)
+
+
+def test_step3p5_is_the_text_of_step3p7(make_teacher: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    """transformers does not have it; tests/serving runs it in vLLM."""
+    pytest.importorskip("transformers.models.step3p7")
+    student = randomised(edit_model(make_teacher("qwen3"), GateSWAConfig(window=5), pattern="SF", init="copy"))
+    student.save_pretrained(tmp_path / "s")
+    text, whole = (
+        load_file(export(tmp_path / "s", tmp_path / f, f) / "model.safetensors") for f in ("step3p5", "step3p7")
+    )
+    added = {name: text.pop(name) for name in list(text) if ".3.moe." in name}
+    assert len(added) == 5
+    assert not any(weight.any() for weight in added.values())
+    expected = {name.replace("3.mlp", "3.share_expert"): w for name, w in whole.items() if "vision" not in name}
+    expected = {name: weight for name, weight in expected.items() if "projector" not in name}
+    assert text.keys() == {name.replace("language_model.", "") for name in expected}
+    for name, weight in expected.items():
+        assert torch.equal(text[name.replace("language_model.", "")], weight), name
+    config = json.loads((tmp_path / "step3p5" / "config.json").read_text())
+    assert (config["num_attention_groups"], config["sliding_window"]) == (2, 5)
+    assert config["moe_layers_enum"] == "3"
+
+
 @pytest.mark.parametrize("eps", [1e-8, 1e-6, 1e-5, 1e-3])
 def test_latent_scale_makes_either_eps_weigh_at_most_what_the_students_does(eps: float) -> None:
     scale = latent_scale(eps)
@@ -131,6 +192,11 @@ REFUSED = {
         "rope_type 'default'",
     ),
     "uneven spread": ("qwen3", {}, MLAConfig(8, 6, rope_frequencies="spread"), "S", "deepseek_v3", "use 'high'"),
+    "QK-norm": ("qwen3", {}, GateSWAConfig(window=4, gate="none"), "S", "granite_swa", "no QK-norm"),
+    "a gate": ("llama", {}, GateSWAConfig(window=4), "S", "granite_swa", "gate: none"),
+    "kept sinks": ("llama", {}, GateSWAConfig(window=4, gate="none", sinks=2), "S", "granite_swa", "sinks: 0"),
+    "latents": ("llama", {}, MLAConfig(8, 4), "S", "granite_swa", "must be gate_swa or full"),
+    "one key head": ("qwen3", {"num_key_value_heads": 1}, GateSWAConfig(window=4), "S", "step3p5", "use step3p7"),
     "family": ("llama", {}, GateSWAConfig(window=4), "S", "step3p7", "dense Qwen3"),
     "sinks": ("qwen3", {}, GateSWAConfig(window=4, sinks=1), "S", "step3p7", "sinks: 0"),
     "learned sink": ("qwen3", {}, GateSWAConfig(4, learned_sink=True), "S", "step3p7", "learned_sink: false"),
@@ -157,7 +223,7 @@ def test_two_windows_and_unknown_formats_are_refused(
     edit_model(make_teacher("qwen3"), windows, pattern="ST", init="copy").save_pretrained(tmp_path / "s")
     with pytest.raises(UserError, match="same window"):
         export(tmp_path / "s", tmp_path / "out", "step3p7")
-    with pytest.raises(UserError, match="deepseek_v3, step3p7"):
+    with pytest.raises(UserError, match="deepseek_v3, granite_swa, step3p5, step3p7"):
         export(tmp_path / "s", tmp_path / "out", "gguf")
     with pytest.raises(UserError, match="exists already"):
         export(tmp_path / "s", tmp_path, "step3p7")
