@@ -10,9 +10,9 @@ from typing import Any
 
 from mlflow.entities import Run
 
-from pl_attnedit.eval.report.charts import pareto_front
 from pl_attnedit.eval.report.data import ConversionData, Evaluation
 from pl_attnedit.eval.report.formatting import count, kl, markdown_table, p_value, percent, ratio
+from pl_attnedit.eval.report.scales import pareto_front
 from pl_attnedit.eval.report.tables import (
     EFFICIENCY_HEAD,
     SIGNS_READ,

@@ -1,348 +1,262 @@
-"""Charts as inline SVG: no network, colours from the page's style sheet (so they follow dark mode).
+"""Charts as inline SVG, drawn by Vega-Lite without a browser: nothing is fetched, and no script is needed to see them.
 
-All charts share `WIDTH` and scale with their container. A chart is readable by itself and described for screen
-readers; the numbers behind its marks come along as `Points`, for the page's script to show on hovering and by arrow
-keys. Everything that is not ours is escaped by `markupsafe`.
+vl-convert brings Vega along. Colours are the variables of `chart.css`, so they follow
+dark mode. A mark tells its numbers as its tooltip, and a chart brings them all as the rows of a table.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import vl_convert
 from markupsafe import Markup
 
-from pl_attnedit.eval.report.scales import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    NAMES,
-    NAMES_OF_RUNS,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Scale,
-    across,
-    linear_scale,
-    percent_label,
-    tick_label,
-    up_log,
-)
+from pl_attnedit.eval.report.scales import Axis, Point, apart, pareto_front, place
 
-LEVELS = 12  # shades of a heat map
+WIDTH, HEIGHT = 440, 290
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 32, 46
+NAMES, NAMES_OF_RUNS = 66, 126  # room at the right for the names of lines, and for those of conversions
+MAX_NAMES = 12  # one above the other beside the plot
+LETTER = 8.6  # width of a name's letter on a phone, where they are largest
+STYLE = (Path(__file__).parent / "chart.css").read_text(encoding="utf-8")
 
-Point = tuple[float, float]
+# Colour and shape of a series: colour alone does not tell targets apart.
+LOOKS = {
+    "gate": ("var(--blue)", "circle"),
+    "mla": ("var(--orange)", "square"),
+    "other": ("var(--green)", "diamond"),
+    "teacher": ("var(--ink)", "circle"),
+    "train": ("var(--gray)", "circle"),
+    "held": ("var(--blue)", "circle"),
+    "before": ("var(--orange)", "circle"),
+    "after": ("var(--blue)", "circle"),
+}
+RUNS = ("gate", "mla", "other", "teacher")  # looks of models that are compared: larger marks, names in black
+
+# `chart.css` sets the letters' sizes; these are for whatever reads no styles, and to see which labels have room.
+CONFIG = {
+    "background": None,
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "axis": {"aria": False, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelPadding": 5}
+    | {"domainColor": "var(--gray)", "tickColor": "var(--gray)", "gridColor": "var(--grid)"}
+    | {"labelColor": "var(--soft)", "titleColor": "var(--soft)", "labelOverlap": "greedy", "labelSeparation": 10},
+    "axisX": {"grid": False, "tickSize": 4, "labelFlush": False, "titleY": 39, "titleBaseline": "alphabetic"},
+    "axisY": {"domain": False, "ticks": False, "titleAngle": 0, "titleAlign": "left", "titleBaseline": "alphabetic"}
+    | {"titleX": 2 - LEFT, "titleY": -17},
+}
 
 
-@dataclass(frozen=True)
-class Points:
-    """Marks that tell their numbers: (x, y, *values), where the values fill the braces of `text`.
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+COLOUR = {"color": {"field": "colour", "type": "nominal", "scale": None}}
 
-    `run` is set where a chart shows several conversions: the run id that the marks belong to.
-    """
-
-    text: str
-    marks: Sequence[tuple[Any, ...]]
-    run: str = ""
+Row = Mapping[str, Any]  # of data, or a part of a specification
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture and the numbers behind it."""
+    """A picture, and the numbers behind it as a table."""
 
     svg: Markup
-    points: Sequence[Points]
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
-
-def _svg(description: str, parts: Iterable[Markup], height: int = HEIGHT) -> Markup:
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        WIDTH, height, description, Markup("").join(parts)
-    )
-
-
-def _text(x: float, y: float, text: object, anchor: str = "middle", css: str = "tick", run: str = "") -> Markup:
-    of_run = Markup(' data-run="{}"').format(run) if run else ""
-    return Markup('<text x="{}" y="{}" text-anchor="{}" class="{}"{}>{}</text>').format(x, y, anchor, css, of_run, text)
-
-
-def _axes(x: Scale, y: Scale, x_label: str, y_label: str, end: float = WIDTH - RIGHT) -> list[Markup]:
-    """Grid lines, tick labels and axis titles around the plot area of the two scales."""
-    parts = [_text(2, 15, y_label, "start", "label")]
-    for tick in y.ticks:
-        parts.append(Markup('<path class="grid" d="M{} {}H{}"/>').format(LEFT, y(tick), end))
-        parts.append(_text(LEFT - 6, y(tick) + 4, y.label(tick), "end"))
-    for tick in x.ticks:
-        parts.append(Markup('<path class="axis" d="M{} {}v4"/>').format(x(tick), y.start))
-        parts.append(_text(x(tick), y.start + 18, x.label(tick)))
-    parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, y.start, end))
-    parts.append(_text((LEFT + end) / 2, y.start + 39, x_label, css="label"))
-    return parts
+    def file(self) -> str:
+        """The picture alone, as the content of an SVG file; it follows light and dark mode, too."""
+        tag, drawing = self.svg.split(">", 1)
+        return f'{tag} xmlns="http://www.w3.org/2000/svg" width="{1.5 * WIDTH:g}"><style>{STYLE}</style>{drawing}\n'
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line that carries its name, where it has one, at its end.
+    """Points in a common look, one of `LOOKS`, with their name at the last one.
 
-    `css` gives it colour and stroke; `dots` marks each point; `run` is the run id where the line is a conversion's (`css`
-    is then one of `SHAPES`, which mark the points); `spread` draws (low, high) through each point; `text`
-    and `values` say what a point tells: by default its x and y.
+    `dots` marks each point; `spread` draws (low, high) through each point; `cells` are what the table and a point's
+    tooltip say beside the name: by default x and y.
     """
 
     name: str
     points: Sequence[Point]
-    css: str
-    dots: bool = False
+    look: str
+    dots: bool = True
     spread: Sequence[Point] = ()
-    text: str = ""
-    values: Sequence[tuple[str, ...]] = ()
-    run: str = ""
+    cells: Sequence[Sequence[str]] = ()
 
-    def told(self, x: Scale, y: Scale, x_label: str) -> Points:
-        values = self.values or [(f"{px:g}", f"{py:.4g}") for px, py in self.points]
-        text = self.text or f"{self.name}, {x_label} {{}}: {{}}"
-        return Points(text, [(x(px), y(py), *told) for (px, py), told in zip(self.points, values)], self.run)
+    def rows(self) -> list[list[str]]:
+        """The table's row of each point."""
+        return [[self.name, *cells] for cells in self.cells or [(f"{x:g}", f"{y:.4g}") for x, y in self.points]]
 
 
-def line_chart(
-    series: Sequence[Series],
-    x_label: str,
-    y_label: str,
-    x_scale: Callable[[Sequence[float], float], Scale] = across,
-    y_scale: Callable[[Sequence[float]], Scale] = up_log,
-) -> Chart:
-    """One line or several over a common axis; every series has points, on a logarithmic axis positive ones."""
-    end = WIDTH - RIGHT - (NAMES_OF_RUNS if any(s.run for s in series) else NAMES if any(s.name for s in series) else 0)
-    x = x_scale([px for s in series for px, _ in s.points], end)
-    y = y_scale(
-        [value for s in series for value in [*(py for _, py in s.points), *(v for pair in s.spread for v in pair)]]
-    )
-    parts = _axes(x, y, x_label, y_label, end)
-    for s in series:
-        for (px, _), (low, high) in zip(s.points, s.spread):
-            parts.append(Markup('<path class="spread {}" d="M{} {}V{}"/>').format(s.css, x(px), y(low), y(high)))
-        path = "L".join(f"{x(px)} {y(py)}" for px, py in s.points)
-        if s.run:
-            parts.append(_line_of_run(s.css, s.run, path))
-            parts += [_mark(s.css, x(px), y(py), s.run) for px, py in s.points]
-            continue
-        parts.append(Markup('<path class="line {}" d="M{}"/>').format(s.css, path))
-        if s.dots:
-            parts += [_dot(s.css, x(px), y(py)) for px, py in s.points]
-    by_height = sorted(series, key=lambda s: y(s.points[-1][1]))
-    for s, height in zip(by_height, _apart([y(s.points[-1][1]) + 4 for s in by_height])):
-        name, css = (_short(s.name), "name") if s.run else (s.name, f"name {s.css}")
-        parts.append(_text(x(s.points[-1][0]) + 8, round(height, 1), name, "start", css, s.run))
-    told = ", ".join(f"{s.name} from {s.points[0][1]:.3g} to {s.points[-1][1]:.3g}" for s in series)
-    return Chart(_svg(f"{y_label} over {x_label}: {told}", parts), [s.told(x, y, x_label) for s in series])
+class _Plot:
+    """The area between two axes, with the points of series as Vega's data."""
 
+    def __init__(self, series: Sequence[Series], x: Axis, y: Axis, head: Sequence[str], room: int = 0) -> None:
+        self.series, self.x, self.y = series, x, y
+        self.width, self.height = WIDTH - LEFT - RIGHT - room, HEIGHT - TOP - BOTTOM
+        self.axes = {"x": _axis(x, "x"), "y": _axis(y, "y")}
+        self.head = ["", *(head or (x.title, y.title))]
+        self.rows = [row for s in series for row in s.rows()]
+        self.points: list[Row] = []
+        for i, s in enumerate(series):
+            colour, shape = LOOKS[s.look]
+            fill, stroke = ("var(--card)", colour) if s.look == "teacher" else (colour, "var(--card)")
+            look = {"series": i, "dots": s.dots, "colour": colour, "shape": shape, "fill": fill, "stroke": stroke}
+            for (px, py), row in zip(s.points, s.rows()):
+                tip = ", ".join(f"{head} {cell}".strip() for head, cell in zip(self.head, row))
+                self.points.append({"x": px, "y": py, "tip": tip, **look})
 
-def _apart(heights: Sequence[float]) -> list[float]:
-    """Heights from top to bottom, moved so that names there do not cover one another nor the axis."""
-    moved = [0.0]
-    for height in heights:
-        moved.append(max(height, moved[-1] + 16))
-    lowest = HEIGHT - BOTTOM + 4.0
-    for i in range(len(moved) - 1, 0, -1):
-        moved[i] = min(moved[i], lowest)
-        lowest = moved[i] - 16
-    return moved[1:]
+    def at(self, point: Point) -> Point:
+        """Pixels from the left and from the top."""
+        return self.x.share(point[0]) * self.width, (1 - self.y.share(point[1])) * self.height
 
+    def layer(self, mark: str, rows: Sequence[Row], encoding: Row | None = None, **style: Any) -> Row:
+        """Marks of one kind at the rows' x and y, unless `encoding` says otherwise."""
+        return _layer(mark, rows, {**self.axes, **(encoding or {})}, aria=False, **style)
 
-def _dot(css: str, x: float, y: float, radius: float = 3.2) -> Markup:
-    return Markup('<circle class="dot {}" cx="{}" cy="{}" r="{}"/>').format(css, x, y, radius)
+    def dots(self) -> Row:
+        """The marks of the points, which tell their numbers."""
+        size = 80 if any(s.look in RUNS for s in self.series) else 40
+        found = [point for point in self.points if point["dots"]]
+        looks = {name: {"field": name, "type": "nominal", "scale": None} for name in ("fill", "stroke", "shape")}
+        encoding = {**self.axes, **looks, "description": {"field": "tip"}}
+        return _layer("point", found, encoding, opacity=1, size=size, strokeWidth=1.2)
 
-
-def change_chart(before: dict[int, float], after: dict[int, float], x_label: str, y_label: str) -> Chart:
-    """Two positive values for each layer, joined by a stem; layers without values are shaded as untouched."""
-    layers = sorted(before.keys() | after.keys())
-    step = (WIDTH - RIGHT - LEFT) / (layers[-1] + 1)
-    ticks = tuple(layer for layer in range(layers[-1] + 1) if layer % (5 if layers[-1] >= 12 else 1) == 0)
-    x = Scale(-0.5, layers[-1] + 0.5, LEFT, WIDTH - RIGHT, ticks)
-    y = up_log([v for v in (*before.values(), *after.values()) if v > 0])
-    untouched = sorted(set(range(layers[-1] + 1)) - set(layers))
-    parts = [
-        Markup('<rect class="band" x="{}" y="{}" width="{}" height="{}"/>').format(
-            round(x(layer) - step / 2, 1), y.end, round(step, 1), y.start - y.end
-        )
-        for layer in untouched
-    ]
-    parts += _axes(x, y, x_label, y_label)
-    radius = round(min(3.6, step * 0.36), 1)
-    middle = (y.start + y.end) / 2
-    told = {layer: (x(layer), middle, layer, "not edited") for layer in untouched}
-    for layer in layers:
-        both = [values[layer] for values in (before, after) if values.get(layer, 0) > 0]
-        parts.append(Markup('<path class="stem" d="M{} {}V{}"/>').format(x(layer), y(max(both)), y(min(both))))
-        named = [(name, v[layer]) for name, v in (("before", before), ("after", after)) if v.get(layer, 0) > 0]
-        parts += [_dot(name, x(layer), y(value), radius) for name, value in named]
-        text = ", ".join(f"{name} {value:.4g}" for name, value in named)
-        told[layer] = (x(layer), y(named[-1][1]), layer, text)
-    medians = [sorted(v.values())[len(v) // 2] for v in (before, after) if v]
-    described = f"{y_label} by layer, median {' then '.join(f'{m:.3g}' for m in medians)}"
-    return Chart(_svg(described, parts), [Points(f"{x_label} {{}}: {{}}", [told[layer] for layer in sorted(told)])])
-
-
-def heat_map(rows: Mapping[int, Sequence[Point]], x_label: str, y_label: str, what: str) -> Chart:
-    """Positive values by step (columns) and layer (rows); the stronger the colour, the larger, logarithmically."""
-    steps = sorted({step for points in rows.values() for step, _ in points})
-    values = [value for points in rows.values() for _, value in points if value > 0]
-    low, high = math.log(min(values)), math.log(max(values))
-    n_rows = max(rows) + 1
-    height = max(HEIGHT, TOP + BOTTOM + 8 * n_rows)
-    cell_w, cell_h = (WIDTH - RIGHT - LEFT) / len(steps), (height - BOTTOM - TOP) / n_rows
-    column = {step: i for i, step in enumerate(steps)}
-    y_ticks = tuple(layer for layer in range(n_rows) if layer % (5 if n_rows > 12 else 1) == 0)
-    y = Scale(-0.5, n_rows - 0.5, TOP, height - BOTTOM, y_ticks)
-    cells: dict[int, list[str]] = {}
-    told = []
-    for layer, points in sorted(rows.items()):
-        for step, value in points:
-            if value <= 0:
-                continue
-            level = round((LEVELS - 1) * (math.log(value) - low) / (high - low)) if high > low else LEVELS - 1
-            left = LEFT + column[step] * cell_w
-            cells.setdefault(level, []).append(f"M{left:.1f} {y(layer)}h{cell_w - 0.8:.1f}")
-            told.append((round(left + cell_w / 2, 1), y(layer), layer, f"{step:g}", f"{value:.3g}"))
-    # A cell is a thick dash, and a shade is one path: a rectangle for each cell would be most of the page.
-    parts = [
-        Markup('<path class="cell" stroke-width="{:.1f}" stroke-opacity="{:.2f}" d="{}"/>').format(
-            cell_h - 0.8, 0.07 + 0.93 * level / (LEVELS - 1), "".join(dashes)
-        )
-        for level, dashes in sorted(cells.items())
-    ]
-    parts += [_text(LEFT - 6, y(layer) + 4, layer, "end") for layer in y.ticks]
-    marks = range(len(steps)) if len(steps) <= 6 else {round(i * (len(steps) - 1) / 4) for i in range(5)}
-    for i in sorted(marks):
-        parts.append(_text(round(LEFT + (i + 0.5) * cell_w, 1), height - BOTTOM + 17, tick_label(steps[i])))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - BOTTOM + 39, x_label, css="label"))
-    parts.append(_text(2, 15, y_label, "start", "label"))
-    described = f"{what} by layer and step, from {min(values):.3g} to {max(values):.3g}"
-    return Chart(_svg(described, parts, height), [Points(f"layer {{}}, step {{}}: {what} {{}}", told)])
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A labelled point; `css` is one of `SHAPES` and chooses the colour, too; `run` is the conversion's run id."""
-
-    name: str
-    x: float
-    y: float
-    css: str
-    run: str = ""
-
-
-# Colour alone does not tell targets apart.
-SHAPES = {
-    "gate": '<circle cx="{x}" cy="{y}" r="5"/>',
-    "mla": '<path d="M{x} {y}m-4.6 -4.6h9.2v9.2h-9.2z"/>',
-    "other": '<path d="M{x} {y}m0 -6l6 6l-6 6l-6 -6z"/>',
-    "teacher": '<circle cx="{x}" cy="{y}" r="5"/><circle cx="{x}" cy="{y}" r="1.6"/>',
-}
-
-
-def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one beats: none has both a smaller (or equal) x and a smaller (or equal) y."""
-    front: list[Point] = []
-    for point in sorted(points):
-        if not front or point[1] < front[-1][1]:
-            front.append(point)
-    return front
-
-
-def scatter_chart(marks: Sequence[Mark], x_label: str, y_label: str) -> Chart:
-    """Percentages (x, from 0) against a quantity (y, from 0), with their Pareto front; named where there is room."""
-    xs, ys = [0.0, 100.0, *(mark.x for mark in marks)], [0.0, *(mark.y for mark in marks)]
-    x = linear_scale(xs, LEFT, WIDTH - RIGHT - 8, label=percent_label)
-    y = linear_scale(ys, HEIGHT - BOTTOM, TOP + 6)
-    parts = _axes(x, y, x_label, y_label)
-    front = [(x(px), y(py)) for px, py in pareto_front([(mark.x, mark.y) for mark in marks])]
-    steps = "".join(f"H{px:g}V{py:g}" for px, py in front[1:])
-    parts.append(Markup('<path class="front" d="M{:g} {:g}{}"/>').format(*front[0], steps))
-    taken = [(x(mark.x) - 7, y(mark.y) - 7, x(mark.x) + 7, y(mark.y) + 7) for mark in marks]
-    for mark in marks:
-        px, py = x(mark.x), y(mark.y)
-        parts.append(_mark(mark.css, px, py, mark.run))
-        name = _short(mark.name, 24)
-        width = 8.6 * len(name)  # of the font size on a phone
-        places = [("start", px + 8, py - 6, px + 8), ("end", px - 9, py + 4, px - 9 - width)]
-        places += [("start", px + 9, py + 14, px + 9)]
-        places += [("middle", px, py - 10, px - width / 2), ("middle", px, py + 19, px - width / 2)]
-        places += [("end", px - 9, py - 6, px - 9 - width)]
-        for anchor, tx, ty, left in places:
-            box = (left, ty - 12, left + width, ty + 4)
-            inside = box[0] >= x.start and box[2] <= WIDTH and box[1] >= TOP - 8 and box[3] <= y.start
-            if inside and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                parts.append(_text(round(tx, 1), round(ty, 1), name, anchor, "name", mark.run))
-                break
-    told = "; ".join(f"{mark.name}: {mark.x:.3g}%, {mark.y:.3g}" for mark in marks)
-    points = [
-        Points("{}: KV budget {}%, KL {}", [(x(m.x), y(m.y), m.name, f"{m.x:.1f}", f"{m.y:.3g}")], m.run) for m in marks
-    ]
-    return Chart(_svg(f"{y_label} against {x_label}. {told}", parts), points)
-
-
-@dataclass(frozen=True)
-class Slope:
-    """A conversion's positive values at the places of a `slope_chart`, at least one; None where it has none."""
-
-    name: str
-    css: str
-    values: Sequence[float | None]
-    run: str = ""
-
-
-def slope_chart(slopes: Sequence[Slope], places: Sequence[str], y_label: str) -> Chart:
-    """Values at each of the named places, logarithmic in y; names stand at the last value, where they fit."""
-    drawn = [(s, [(i, v) for i, v in enumerate(s.values) if v is not None]) for s in slopes]
-    y = up_log([v for _, values in drawn for _, v in values])
-    x = Scale(0, len(places) - 1, LEFT + 24, WIDTH - RIGHT - 140, ())
-    parts = _axes(x, y, "", y_label)
-    parts += [_text(x(i), HEIGHT - BOTTOM + 18, place) for i, place in enumerate(places)]
-    points = []
-    lowest = math.inf
-    for slope, values in sorted(drawn, key=lambda line: line[1][-1][1]):
-        path = "L".join(f"{x(i)} {y(v)}" for i, v in values)
-        parts += [
-            _line_of_run(slope.css, slope.run, path),
-            *(_mark(slope.css, x(i), y(v), slope.run) for i, v in values),
+    def names(self, names: Iterable[tuple[float, float, str, Series]], most: int = 14) -> Row:
+        """Texts at pixels: (x, y, align, series); in black for conversions, else in the line's colour."""
+        rows = [
+            {"x": x, "y": y, "align": align, "name": _short(s.name, most) if s.look in RUNS else s.name}
+            | {"colour": "var(--ink)" if s.look in RUNS else LOOKS[s.look][0]}
+            for x, y, align, s in names
         ]
-        marks = [(x(i), y(v), slope.name, places[i], f"{v:.3g}") for i, v in values]
-        points.append(Points("{}, {}: KL {}", marks, slope.run))
-        end_x, end_y = x(values[-1][0]), y(values[-1][1])
-        name_y = min(end_y + 4, lowest - 16)  # names must not cover one another, nor stand far from their line
-        if name_y > max(TOP, end_y - 28):
-            lowest = name_y
-            parts.append(_text(end_x + 10, round(name_y, 1), _short(slope.name), "start", "name", slope.run))
-    told = "; ".join(f"{s.name}: {', '.join('none' if v is None else f'{v:.3g}' for v in s.values)}" for s in slopes)
-    return Chart(_svg(f"{y_label}, {', '.join(places)}. {told}", parts), points)
+        pixels = {place: {"field": place, "type": "quantitative", "scale": None, "axis": None} for place in ("x", "y")}
+        style = {"align": {"expr": "datum.align"}, "baseline": "alphabetic", "fontSize": 12}
+        return {"name": "names"} | self.layer("text", rows, {**pixels, **COLOUR, "text": {"field": "name"}}, **style)
+
+    def chart(self, layers: Sequence[Row], description: str) -> Chart:
+        return Chart(_draw(layers, self.width, self.height, description), self.head, self.rows)
 
 
-def _line_of_run(css: str, run: str, path: str) -> Markup:
-    return Markup('<path class="slope {}" data-run="{}" d="M{}"/>').format(css, run, path)
+def line_chart(series: Sequence[Series], x: Axis, y: Axis, head: Sequence[str] = ()) -> Chart:
+    """One line or several; every series has points, on a logarithmic axis positive ones. `head` names the `cells`."""
+    room = NAMES_OF_RUNS if any(s.look in RUNS for s in series) else NAMES if any(s.name for s in series) else 0
+    plot = _Plot(series, x, y, head, room)
+    spread = [
+        {"x": px, "y": low, "end": high, "colour": LOOKS[s.look][0]}
+        for s in series
+        for (px, _), (low, high) in zip(s.points, s.spread)
+    ]
+    named = sorted(series, key=lambda s: plot.at(s.points[-1])[1])
+    named = named[:: -(-len(named) // MAX_NAMES)]
+    heights = apart([plot.at(s.points[-1])[1] + 4 for s in named], plot.height + 4)
+    names = [(plot.at(s.points[-1])[0] + 8, height, "left", s) for s, height in zip(named, heights)]
+    told = ", ".join(f"{s.name} from {s.points[0][1]:.3g} to {s.points[-1][1]:.3g}" for s in series)
+    layers = [
+        plot.layer("rule", spread, {**COLOUR, "y2": {"field": "end"}}, strokeWidth=1.6),
+        plot.layer("line", plot.points, {**COLOUR, "detail": {"field": "series"}}, strokeWidth=1.8, opacity=0.8),
+        plot.dots(),
+        plot.names(names),
+    ]
+    return plot.chart(layers, f"{y.title} over {x.title}: {told}")
 
 
-def _mark(css: str, x: float, y: float, run: str) -> Markup:
-    shape = Markup(SHAPES[css].format(x=x, y=y))
-    return Markup('<g class="mark {}" data-run="{}">{}</g>').format(css, run, shape)
+def scatter_chart(series: Sequence[Series], x: Axis, y: Axis, head: Sequence[str] = ()) -> Chart:
+    """Series of one point each, with their Pareto front (less is better in x and in y); named where there is room."""
+    plot = _Plot(series, x, y, head, 8)
+    points = [s.points[0] for s in series]
+    taken = [(px - 7, py - 7, px + 7, py + 7) for px, py in map(plot.at, points)]
+    inside = (0, -8, WIDTH - LEFT, plot.height)
+    names = []
+    for s, (px, py) in zip(series, map(plot.at, points)):
+        if found := place(px, py, LETTER * len(_short(s.name, 24)), inside, taken):
+            names.append((*found, s))
+    front = [{"x": px, "y": py} for px, py in pareto_front(points)]
+    dashes = {"interpolate": "step-after", "strokeDash": [5, 3], "stroke": "var(--ink)", "opacity": 0.5}
+    told = "; ".join(f"{s.name}: {px:.3g}, {py:.3g}" for s, (px, py) in zip(series, points))
+    layers = [plot.layer("line", front, strokeWidth=1.4, **dashes), plot.dots(), plot.names(names, 24)]
+    return plot.chart(layers, f"{y.title} against {x.title}. {told}")
 
 
-def _short(name: str, most: int = 14) -> str:
+def change_chart(series: tuple[Series, Series], untouched: Sequence[int], x: Axis, y: Axis) -> Chart:
+    """Two values for each layer, joined by a stem; the `untouched` layers are shaded."""
+    plot = _Plot(series, x, y, ())
+    bands = [{"x": layer - 0.5, "end": layer + 0.5} for layer in untouched]
+    before, after = (dict(s.points) for s in series)
+    stems = [{"x": layer, "y": before[layer], "end": after[layer]} for layer in before]
+    told = ", ".join(f"median {s.name} {sorted(y for _, y in s.points)[len(s.points) // 2]:.3g}" for s in series)
+    layers = [
+        _layer("rect", bands, {"x": plot.axes["x"], "x2": {"field": "end"}}, fill="var(--band)", aria=False),
+        plot.layer("rule", stems, {"y2": {"field": "end"}}, strokeWidth=1.4, stroke="var(--gray)", opacity=0.55),
+        plot.dots(),
+    ]
+    return plot.chart(layers, f"{y.title} by {x.title}, {told}")
+
+
+def heat_map(values: Mapping[int, Sequence[Point]], x_title: str, y_title: str, what: str) -> Chart:
+    """Positive values by step (columns) and layer (rows); the stronger the colour, the larger, logarithmically."""
+    found = {layer: dict(points) for layer, points in sorted(values.items())}
+    steps = sorted({step for points in found.values() for step in points})
+    layers = [*range(max(found) + 1)]
+    cells = [
+        {"x": step, "y": layer, "value": value, "tip": f"layer {layer}, step {step:g}: {what} {value:.3g}"}
+        for layer, points in found.items()
+        for step, value in points.items()
+    ]
+    labels = [steps[i] for i in sorted({round(i * (len(steps) - 1) / 4) for i in range(5)})]
+
+    def axis(field: str, title: str, domain: Sequence[float], shown: Sequence[float]) -> Row:
+        scale = {"domain": domain, "paddingInner": 0.08, "paddingOuter": 0}
+        ticks = {"values": shown, "labelAngle": 0, "ticks": False, "domain": False}
+        return {"field": field, "type": "ordinal", "title": title, "scale": scale, "axis": ticks}
+
+    shade = {"type": "log", "range": [0.07, 1], "nice": False}
+    encoding = {"x": axis("x", x_title, steps, labels), "y": axis("y", y_title, layers, layers[::5])} | {
+        "opacity": {"field": "value", "type": "quantitative", "scale": shade, "legend": None},
+        "description": {"field": "tip"},
+    }
+    rows = [[str(layer), *(f"{of[step]:.3g}" if step in of else "" for step in steps)] for layer, of in found.items()]
+    least, most = (choose(cell["value"] for cell in cells) for choose in (min, max))
+    height = max(HEIGHT - TOP - BOTTOM, 8 * len(layers))
+    described = f"{what} by layer and step, from {least:.3g} to {most:.3g}"
+    svg = _draw([_layer("rect", cells, encoding, fill="var(--blue)")], WIDTH - LEFT - RIGHT, height, described)
+    return Chart(svg, ["layer", *(f"step {step:g}" for step in steps)], rows)
+
+
+def _axis(axis: Axis, field: str) -> Row:
+    scale = {"type": "log" if axis.log else "linear", "domain": [axis.low, axis.high], "nice": False, "zero": False}
+    labels = f"{json.dumps(axis.labels)}[round(datum.index * {len(axis.labels) - 1})]"
+    ticks = {"values": [*axis.ticks], "labelExpr": labels}
+    return {"field": field, "type": "quantitative", "title": axis.title, "scale": scale, "axis": ticks}
+
+
+def _layer(mark: str, rows: Sequence[Row], encoding: Row, **style: Any) -> Row:
+    return {"data": {"values": [*rows]}, "mark": {"type": mark, **style}, "encoding": encoding}
+
+
+def _short(name: str, most: int) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _draw(layers: Sequence[Row], width: int, height: int, description: str) -> Markup:
+    room = {"left": LEFT, "right": WIDTH - LEFT - width, "top": TOP, "bottom": BOTTOM}
+    size = {"width": width, "height": height, "padding": room, "autosize": "none"}
+    spec = json.dumps({"$schema": SCHEMA, **size, "config": CONFIG, "layer": layers}, ensure_ascii=False)
+    # A lone surrogate in a foreign name has no place in UTF-8.
+    drawing = vl_convert.vegalite_to_svg(spec.encode("utf-8", "replace").decode())
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}').format(
+        WIDTH, TOP + height + BOTTOM, description, Markup(re.sub(r"<[^<>]*>", _tidy, drawing).split(">", 1)[1])
+    )
 
 
-def interval_bar(difference: float, low: float, high: float, css: str, margin: float | None = None) -> Markup:
-    """A small picture of an interval around zero (the middle), on a scale of its own; a second line at -margin."""
-    reach = 1.15 * max(abs(low), abs(high), margin or 0.0, 1e-12)
-    x = Scale(-reach, reach, 0, 120, ())
-    line = Markup('<path class="margin" d="M{} 1v16"/>').format(x(-margin)) if margin else ""
-    return Markup(
-        '<svg class="interval {}" viewBox="0 0 120 18" aria-hidden="true"><path class="zero" d="M60 1v16"/>{}'
-        '<path class="range" d="M{} 9H{}"/><circle cx="{}" cy="9" r="4"/></svg>'
-    ).format(css, line, x(low), x(high), x(difference))
+def _tidy(tag: re.Match[str]) -> str:
+    """A tag of Vega without what the page has no use for; what a mark's description says becomes its tooltip."""
+    if re.match(r'<path class="(background|foreground)"', tag[0]):
+        return ""
+    text = re.sub(r' (role|aria-hidden|aria-roledescription|pointer-events|font-family)="[^"]*"', "", tag[0])
+    before, label, after = re.fullmatch(r'(.*?)(?: aria-label="([^"]*)"(.*))?', text, re.DOTALL).groups("")
+    text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", before + after)
+    return text if not label else f"{text.removesuffix('/>')}><title>{label}</title></path>"

@@ -22,9 +22,7 @@ from pl_attnedit.errors import invalid
 from pl_attnedit.eval.records import find_conversions, find_fits
 from pl_attnedit.eval.report.as_json import json_report
 from pl_attnedit.eval.report.as_markdown import markdown_report
-from pl_attnedit.eval.report.charts import Chart
 from pl_attnedit.eval.report.data import ConversionData, Evaluation, load_all, run_address
-from pl_attnedit.eval.report.figures import efficiency_figures, overview_figures, position_figures, training_figures
 from pl_attnedit.eval.report.formatting import FILTERS
 from pl_attnedit.eval.report.tables import (
     ALPHA,
@@ -46,7 +44,8 @@ from pl_attnedit.tracking import connect
 from pl_attnedit.tracking.client import EXPERIMENT, resolve_tracking_uri
 
 FOLDER = Path(__file__).parent
-TEMPLATE, STYLE, SCRIPT = "page.html", "style.css", "script.js"
+TEMPLATE, STYLES, SCRIPT = "page.html", ("chart.css", "style.css"), "script.js"
+MAX_DETAILS = 10  # conversions told in detail: with their charts the page stays under 2 MB
 PARTS = {"tasks": "tasks", "by_position": "agreement by position", "retrieval": "retrieval", "efficiency": "speed"}
 
 
@@ -82,6 +81,9 @@ def write_report(
 
 
 def _html(data: Sequence[ConversionData], made: datetime, address: Any) -> str:
+    # Their drawing library takes a second to import, which other formats and commands do without.
+    from pl_attnedit.eval.report.figures import overview_figures
+
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -90,27 +92,19 @@ def _html(data: Sequence[ConversionData], made: datetime, address: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(FILTERS)
-    charts: list[list[dict[str, Any]]] = []
-
-    def register(chart: Chart) -> int:
-        """The place of a chart's numbers in the page's data."""
-        charts.append([{"t": points.text, "r": points.run, "m": points.marks} for points in chart.points])
-        return len(charts) - 1
-
     measured = {name for conversion in data for name in PARTS if conversion.part(name)}
-    style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in (STYLE, SCRIPT))
+    *styles, script = ((FOLDER / name).read_text(encoding="utf-8") for name in (*STYLES, SCRIPT))
+    style = "".join(styles)
     return environment.get_template(TEMPLATE).render(
         made=made,
         overview=overview_figures(data),
         fidelity=fidelity_columns(data),
-        parts=[_part(conversion, measured) for conversion in data],
+        parts=[_part(conversion, measured, detailed=i < MAX_DETAILS) for i, conversion in enumerate(data)],
         measured=measured,
         efficiency_head=EFFICIENCY_HEAD,
         alpha=ALPHA,
         signs_read=SIGNS_READ,
         address=address,
-        register=register,
-        registered=lambda: charts,
         style=Markup(style),
         style_hash=_hash(style),
         script=Markup(script),
@@ -123,12 +117,15 @@ def _hash(text: str) -> Markup:
     return Markup("'sha256-{}'").format(base64.b64encode(hashlib.sha256(text.encode()).digest()).decode())
 
 
-def _part(data: ConversionData, measured: set[str]) -> dict[str, Any]:
-    """A conversion's section of the page."""
+def _part(data: ConversionData, measured: set[str], detailed: bool) -> dict[str, Any]:
+    """A conversion's row of the overview and, if `detailed`, its section of the page."""
+    from pl_attnedit.eval.report.figures import training_figures
+
     return {
         "data": data,
-        "training": training_figures(data),
-        "evaluations": [_evaluation(evaluation) for evaluation in data.evaluations],
+        "detailed": detailed,
+        "training": training_figures(data) if detailed else [],
+        "evaluations": [_evaluation(evaluation) for evaluation in data.evaluations] if detailed else [],
         "verdicts": verdict_counts(data),
         "fidelity": fidelity_summary(data),
         "gain": decode_gain(data.part("efficiency")),
@@ -137,6 +134,8 @@ def _part(data: ConversionData, measured: set[str]) -> dict[str, Any]:
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    from pl_attnedit.eval.report.figures import efficiency_figures, position_figures
+
     runs = [evaluation.run] if evaluation.run else []
     tasks = [task_row(row) for row in evaluation.part("tasks")]
     positions, efficiency = evaluation.positions, evaluation.part("efficiency")

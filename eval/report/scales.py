@@ -1,18 +1,32 @@
-"""Scales of the report's charts: data values onto the pixels of the common plot area, with round ticks."""
+"""Where things stand in a chart: axes with round ticks, places for names, the Pareto front. Nothing is drawn here."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pl_attnedit.eval.report.formatting import context_length
 
-WIDTH, HEIGHT = 440, 290
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 32, 46
-NAMES = 66  # room at the right for the names of lines
-NAMES_OF_RUNS = 126  # the same for names of conversions
-SMALLEST_STEP = 46  # from one label of the horizontal axis to the next
+Point = tuple[float, float]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From `low` to `high`, with labels at the ticks."""
+
+    title: str
+    low: float
+    high: float
+    ticks: Sequence[float]
+    labels: Sequence[str]
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """Where a value stands: 0 at `low`, 1 at `high`."""
+        change = math.log if self.log else float
+        return (change(value) - change(self.low)) / (change(self.high) - change(self.low))
 
 
 def tick_label(value: float) -> str:
@@ -22,92 +36,85 @@ def tick_label(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def percent_label(value: float) -> str:
-    """25 as 25%."""
-    return f"{value:g}%"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Maps data values onto pixels; `ticks` are the values that get a `label`."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    ticks: tuple[float, ...]
-    log: bool = False
-    label: Callable[[float], str] = tick_label
-
-    def __call__(self, value: float) -> float:
-        change: Callable[[float], float] = math.log if self.log else float
-        share = (change(value) - change(self.low)) / (change(self.high) - change(self.low))
-        return round(self.start + share * (self.end - self.start), 1)
-
-
-def linear_scale(
-    values: Sequence[float],
-    start: float,
-    end: float,
-    *,
-    n_ticks: int = 5,
-    widen: bool = True,
-    label: Callable[[float], str] = tick_label,
-) -> Scale:
-    """A linear scale over the values, widened to round numbers if asked; ticks are round in both cases."""
+def linear(title: str, values: Sequence[float], *, widen: bool = True, unit: str = "") -> Axis:
+    """About five round ticks; `widen`: the axis itself ends at round numbers."""
     low, high = min(values), max(values)
     if high == low:
         high = low + (abs(low) or 1.0)
-    raw = (high - low) / n_ticks
+    raw = (high - low) / 4
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first, last = low / step, high / step
     if widen:
-        low, high = min(low, math.floor(low / step + 1e-9) * step), max(high, math.ceil(high / step - 1e-9) * step)
-    ticks = tuple(i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1))
-    return Scale(low, high, start, end, ticks, label=label)
+        first, last = math.floor(first + 1e-9), math.ceil(last - 1e-9)
+        low, high = min(low, first * step), max(high, last * step)
+    ticks = [i * step for i in range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1)]
+    return Axis(title, low, high, ticks, [tick_label(tick) + unit for tick in ticks])
 
 
-def log_scale(values: Sequence[float], start: float, end: float) -> Scale:
-    """A logarithmic scale over the positive values, with ticks at 1, 2, 5 or at powers of ten where there are many."""
-    low, high = min(values), max(values)
-    low, high = low / 1.2, high * 1.2
+def percent(title: str, values: Sequence[float]) -> Axis:
+    """Percentages up to 100 and down as far as needed."""
+    return linear(title, [*values, 100.0] if any(value != 100 for value in values) else [0.0, 100.0], unit="%")
+
+
+def logarithmic(title: str, values: Sequence[float]) -> Axis:
+    """Over positive values, with ticks at 1, 2, 5 or at powers of ten where there are many."""
+    low, high = min(values) / 1.2, max(values) * 1.2
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
     for multiples in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-        ticks = tuple(m * 10.0**p for p in powers for m in multiples if low <= m * 10.0**p <= high)
+        ticks = [m * 10.0**p for p in powers for m in multiples if low <= m * 10.0**p <= high]
         if len(ticks) >= 3:
             break
-    ticks = ticks[:: -(-len(ticks) // 8)] if ticks else (math.sqrt(low * high),)
-    return Scale(low, high, start, end, ticks, log=True)
+    ticks = ticks[:: -(-len(ticks) // 8)] if ticks else [math.sqrt(low * high)]
+    return Axis(title, low, high, ticks, [tick_label(tick) for tick in ticks], log=True)
 
 
-def across(values: Sequence[float], end: float) -> Scale:
-    """Horizontal and linear, just as long as the values."""
-    return linear_scale(values, LEFT, end, n_ticks=4, widen=False)
+def contexts(title: str, values: Sequence[float]) -> Axis:
+    """A tick at every context length; equal steps for equal factors."""
+    ticks = sorted(set(values))
+    low, high = (ticks[0], ticks[-1]) if len(ticks) > 1 else (ticks[0] / 2, ticks[0] * 2)
+    return Axis(title, low, high, ticks, [context_length(tick) for tick in ticks], log=True)
 
 
-def across_contexts(values: Sequence[float], end: float) -> Scale:
-    """Horizontal, a tick at every context length that has room for its label; equal steps for equal factors."""
-    contexts = tuple(sorted(set(values)))
-    low, high = (contexts[0], contexts[-1]) if len(contexts) > 1 else (contexts[0] / 2, contexts[0] * 2)
-    scale = Scale(low, high, LEFT + 10, end, (), log=True, label=context_length)
-    shown: list[float] = []
-    for context in contexts:
-        if not shown or scale(context) - scale(shown[-1]) >= SMALLEST_STEP:
-            shown.append(context)
-    return replace(scale, ticks=tuple(shown))
+def apart(heights: Sequence[float], lowest: float, step: float = 16) -> list[float]:
+    """Heights from top to bottom, moved so that names there do not cover one another, the last one at most at `lowest`."""
+    moved = [0.0]
+    for height in heights:
+        moved.append(max(height, moved[-1] + step))
+    for i in range(len(moved) - 1, 0, -1):
+        moved[i] = min(moved[i], lowest)
+        lowest = moved[i] - step
+    return moved[1:]
 
 
-def up_log(values: Sequence[float]) -> Scale:
-    """Vertical and logarithmic."""
-    return log_scale(values, HEIGHT - BOTTOM, TOP)
+def place(x: float, y: float, width: float, inside: Box, taken: list[Box]) -> tuple[float, float, str] | None:
+    """Where there is room for a name beside a point: (x, y, "left", "right" or "center"); None where there is none.
+
+    `taken` holds the boxes of points and names so far, and gets that of the name.
+    """
+    spots = [
+        ("left", 8, -6),
+        ("right", -9, 4),
+        ("left", 9, 14),
+        ("center", 0, -10),
+        ("center", 0, 19),
+        ("right", -9, -6),
+    ]
+    for align, dx, dy in spots:
+        left = x + dx - width * {"left": 0, "center": 0.5, "right": 1}[align]
+        box = (left, y + dy - 12, left + width, y + dy + 4)
+        fits = box[0] >= inside[0] and box[1] >= inside[1] and box[2] <= inside[2] and box[3] <= inside[3]
+        if fits and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+            taken.append(box)
+            return x + dx, y + dy, align
+    return None
 
 
-def up_from_zero(values: Sequence[float]) -> Scale:
-    """Vertical and linear, from 0."""
-    return linear_scale([0.0, *values], HEIGHT - BOTTOM, TOP, n_ticks=4)
-
-
-def up_percent(values: Sequence[float]) -> Scale:
-    """Vertical, percentages up to 100 and down as far as needed."""
-    reach = [*values, 100.0] if any(value != 100 for value in values) else [0.0, 100.0]
-    return linear_scale(reach, HEIGHT - BOTTOM, TOP, n_ticks=4, label=percent_label)
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats: none has both a smaller (or equal) x and a smaller (or equal) y."""
+    front: list[Point] = []
+    for point in sorted(points):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front

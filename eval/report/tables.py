@@ -9,7 +9,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pl_attnedit.eval.report import charts
 from pl_attnedit.eval.report.compare import fidelity_head
 from pl_attnedit.eval.report.data import ConversionData
 from pl_attnedit.eval.report.formatting import (
@@ -92,12 +91,23 @@ def task_row(row: Row) -> TaskRow:
         high=points_or_value(metric, row["ci_high"]),
         unit=unit,
         gain=gain,
-        bar=charts.interval_bar(gain, low, high, VERDICTS[verdict][1], margin),
+        bar=interval_bar(gain, low, high, VERDICTS[verdict][1], margin),
         p=row["p_holm"],
         detectable="" if detectable is None else f"{points_or_value(metric, detectable).lstrip('+')} {unit}".strip(),
         margin="" if margin is None else f"{points_or_value(metric, margin).lstrip('+')} {unit}".strip(),
         verdict=verdict,
     )
+
+
+def interval_bar(difference: float, low: float, high: float, css: str, margin: float | None = None) -> Markup:
+    """A small picture of an interval around zero (the middle), on a scale of its own; a second line at -margin."""
+    reach = 1.15 * max(abs(low), abs(high), margin or 0.0, 1e-12)
+    x = [round(60 + 60 * value / reach, 1) for value in (-(margin or 0.0), low, high, difference)]
+    line = Markup('<path class="margin" d="M{} 1v16"/>').format(x[0]) if margin else ""
+    return Markup(
+        '<svg class="interval {}" viewBox="0 0 120 18" aria-hidden="true"><path class="zero" d="M60 1v16"/>{}'
+        '<path class="range" d="M{} 9H{}"/><circle cx="{}" cy="9" r="4"/></svg>'
+    ).format(css, line, *x[1:])
 
 
 def verdict_counts(data: ConversionData) -> list[tuple[str, str]]:

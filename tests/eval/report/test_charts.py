@@ -1,4 +1,4 @@
-"""Charts: what is drawn is where the scales say, well-formed and escaped."""
+"""Charts: what Vega draws is where the axes say, well-formed, escaped, and told by tooltips and by the table."""
 
 from __future__ import annotations
 
@@ -6,185 +6,184 @@ import re
 from itertools import pairwise
 from xml.etree import ElementTree
 
-import pytest
-
-from pl_attnedit.eval.report import charts
-from pl_attnedit.eval.report.charts import Chart, Mark, Series, Slope, pareto_front
-from pl_attnedit.eval.report.scales import (
-    BOTTOM,
+from pl_attnedit.eval.report.charts import (
     HEIGHT,
-    WIDTH,
-    across_contexts,
-    linear_scale,
-    log_scale,
-    tick_label,
-    up_from_zero,
+    LEFT,
+    RUNS,
+    TOP,
+    Chart,
+    Series,
+    change_chart,
+    heat_map,
+    line_chart,
+    scatter_chart,
 )
+from pl_attnedit.eval.report.scales import Axis, contexts, linear, logarithmic
+from pl_attnedit.eval.report.tables import interval_bar
+
+EVIL = '<img src=x onerror=alert(1)> "\'& </script> role="x" {} \u2028 `${x}`\ud800'
 
 
 def parse(chart: Chart) -> ElementTree.Element:
-    return ElementTree.fromstring(chart.svg)
+    return ElementTree.fromstring(chart.svg.encode("utf-8", "replace"))
 
 
-def told(chart: Chart) -> list[str]:
+def tips(chart: Chart) -> list[str | None]:
     """What the marks say when they are pointed at."""
-    return [points.text.format(*values) for points in chart.points for _, _, *values in points.marks]
+    return [title.text for title in parse(chart).iter("title")]
 
 
-def names(chart: Chart) -> dict[str | None, float]:
-    """The names beside marks and lines, and how high they stand."""
-    texts = [e for e in parse(chart).iter("text") if "name" in (e.get("class") or "")]
-    return {e.text: float(e.get("y") or 0) for e in texts}
+def names(chart: Chart) -> dict[str | None, tuple[float, float]]:
+    """The names beside marks and lines, and where they stand."""
+    group = next((g for g in parse(chart).iter("g") if "names" in (g.get("class") or "")), None)
+    return {} if group is None else {text.text: at(text) for text in group.iter("text")}
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 0.1), (3, 98), (-1, 1), (5, 5), (0, 400), (1e-5, 3e-5)])
-def test_linear_scale(low: float, high: float) -> None:
-    for widen in (True, False):
-        scale = linear_scale([low, high], 0, 100, widen=widen)
-        assert scale.low <= low <= high <= scale.high
-        assert 0 <= scale(low) <= scale(high) <= 100
-        assert all(scale.low - 1e-9 <= tick <= scale.high + 1e-9 for tick in scale.ticks)
-        assert 2 <= len(scale.ticks) <= 9
-    assert linear_scale([0, 400], 0, 100).ticks == (0, 100, 200, 300, 400)
+def at(mark: ElementTree.Element) -> tuple[float, float]:
+    x, y = re.findall(r"-?[\d.]+", mark.get("transform") or "")
+    return float(x), float(y)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.01, 0.3), (0.09, 0.11), (1e-6, 10), (2, 2)])
-def test_log_scale(low: float, high: float) -> None:
-    scale = log_scale([low, high], 100, 0)
-    assert 100 > scale(low) >= scale(high) > 0
-    assert scale.ticks
-    assert all(scale.low <= tick <= scale.high for tick in scale.ticks)
-    assert log_scale([0.1, 10], 100, 0)(1.0) == 50
+def dots(chart: Chart) -> list[tuple[float, float]]:
+    return [at(path) for path in parse(chart).iter("path") if path.find("title") is not None]
 
 
-def test_many_decades_have_few_ticks() -> None:
-    assert 3 <= len(log_scale([1e-30, 1e30], 0, 100).ticks) <= 9
-
-
-def test_tick_labels() -> None:
-    assert [tick_label(v) for v in (0.05, 1000, 12000, 3e6, 3e-5)] == ["0.05", "1,000", "12k", "3M", "3e-05"]
-
-
-def test_contexts_have_a_tick_each() -> None:
-    scale = across_contexts([512, 8192, 1024], WIDTH)
-    assert [scale.label(tick) for tick in scale.ticks] == ["512", "1k", "8k"]
-    assert scale(2048) - scale(1024) == pytest.approx(scale(1024) - scale(512), abs=0.2)
-    assert across_contexts([4096], WIDTH).ticks == (4096,)
-    crowded = across_contexts(range(256, 8192, 256), WIDTH)
-    steps = [crowded(b) - crowded(a) for a, b in pairwise(crowded.ticks)]
-    assert len(steps) >= 4
-    assert min(steps) >= 46
+def lines(chart: Chart) -> list[list[float]]:
+    group = [g for g in parse(chart).iter("g") if "mark-line" in (g.get("class") or "")]
+    return [[float(n) for n in re.findall(r"[\d.]+", path.get("d") or "")] for g in group for path in g.iter("path")]
 
 
 def test_line_chart() -> None:
-    chart = charts.line_chart(
-        [
-            Series("training", [(0, 1.0), (100, 0.1)], "train"),
-            Series("held <out>", [(0, 1.0), (100, 0.1)], "held", dots=True),
-        ],
-        "step",
-        "loss",
+    points = [(0.0, 1.0), (50.0, 0.2), (100.0, 0.1)]
+    chart = line_chart(
+        [Series("training", points, "train", dots=False), Series("held <out>", points, "held")],
+        linear("step", [0, 100], widen=False),
+        logarithmic("loss", [1, 0.1]),
     )
     root = parse(chart)
     assert root.get("role") == "img"
-    assert "held <out> from 1 to 0.1" in (root.get("aria-label") or "")
-    train, held = (e.get("d") for e in root.iter("path") if "line" in (e.get("class") or ""))
+    assert root.get("aria-label") == "loss over step: training from 1 to 0.1, held <out> from 1 to 0.1"
+    train, held = lines(chart)
     assert train == held
-    assert told(chart) == [f"{name}, step {at}" for name in ("training", "held <out>") for at in ("0: 1", "100: 0.1")]
-    first = next(root.iter("circle"))
-    assert chart.points[1].marks[0][:2] == (float(first.get("cx") or 0), float(first.get("cy") or 0))
-    assert "<out>" not in chart.svg
-    assert abs(names(chart)["training"] - names(chart)["held <out>"]) >= 16, "names do not cover one another"
-
-
-def test_lines_of_conversions() -> None:
-    """They can be switched off, and their names do not cover one another nor the axis."""
-    series = [
-        Series(f"conversion <{i}>", [(64, 0.0), (128, 0.001 * i)], "mla" if i else "gate", run=f"run{i}")
-        for i in range(7)
+    assert tips(chart) == [
+        "held <out>, step 0, loss 1",
+        "held <out>, step 50, loss 0.2",
+        "held <out>, step 100, loss 0.1",
     ]
-    high = Series("far above", [(64, 0.2), (128, 2.0)], "other", run="high")
-    chart = charts.line_chart([*series, high], "context", "KL", across_contexts, up_from_zero)
-    root, runs = parse(chart), [*(f"run{i}" for i in range(7)), "high"]
-    for tag, count in (("path", 1), ("g", 2), ("text", 1)):
-        assert sorted(e.get("data-run") or "" for e in root.iter(tag) if e.get("data-run")) == sorted(runs * count)
-    assert [points.run for points in chart.points] == runs
-    heights = sorted(float(e.get("y") or 0) for e in root.iter("text") if e.get("data-run"))
+    assert [round(x) for pair in dots(chart) for x in pair] == [round(x) for x in held]
+    assert chart.head == ["", "step", "loss"]
+    assert chart.rows[:3] == [["training", "0", "1"], ["training", "50", "0.2"], ["training", "100", "0.1"]]
+    assert "<out>" not in chart.svg
+    assert abs(names(chart)["training"][1] - names(chart)["held <out>"][1]) >= 16
+    assert {"0.1", "1", "0", "100", "step", "loss"} <= {text.text for text in root.iter("text")}
+
+
+def test_names_of_many_lines_do_not_cover_one_another() -> None:
+    series = [Series(f"conversion {i}", [(64, 0.0), (128, 0.001 * i)], RUNS[i % 3]) for i in range(30)]
+    high = Series("far above everything", [(64, 0.2), (128, 2.0)], "other")
+    chart = line_chart([*series, high], contexts("context", [64, 128]), linear("KL", [0, 2]), ("tokens", "KL"))
+    heights = sorted(y for _, y in names(chart).values())
     assert min(b - a for a, b in pairwise(heights)) >= 16
-    assert heights[-1] <= HEIGHT - BOTTOM + 4
-    assert {"conversion <3>", "far above"} <= names(chart).keys()
+    assert heights[-1] <= HEIGHT
+    assert "far above eve…" in names(chart), "what is long is cut"
+    assert len(dots(chart)) == len(chart.rows) == 62
 
 
 def test_spreads_are_drawn_through_their_points() -> None:
-    series = Series("student", [(512, 40.0), (1024, 30.0)], "held", spread=[(38, 41), (29, 33)])
-    chart = charts.line_chart([series], "context", "tokens/s", across_contexts, up_from_zero)
-    ranges = [e.get("d") or "" for e in parse(chart).iter("path") if "spread" in (e.get("class") or "")]
-    for (_, _, *_), (px, py), path in zip(chart.points[0].marks, [m[:2] for m in chart.points[0].marks], ranges):
-        x, low, high = (float(number) for number in re.split("[MV ]", path)[1:])
-        assert x == px
-        assert high < py < low
+    spread = [(38.0, 41.0), (29.0, 33.0)]
+    series = Series("student", [(512, 40.0), (1024, 30.0)], "held", spread=spread, cells=[("512", "40"), ("1k", "30")])
+    chart = line_chart([series], contexts("context", [512, 1024]), linear("tokens/s", [0, 41]), ("context", "tokens/s"))
+    group = next(g for g in parse(chart).iter("g") if "mark-rule role-mark" in (g.get("class") or ""))
+    for rule, (x, y) in zip(group.iter("line"), dots(chart), strict=True):
+        low = at(rule)[1]
+        assert at(rule)[0] == x
+        assert low + float(rule.get("y2") or 0) < y < low
+    assert tips(chart) == ["student, context 512, tokens/s 40", "student, context 1k, tokens/s 30"]
 
 
 def test_change_chart_shades_the_layers_without_values() -> None:
-    chart = charts.change_chart({0: 0.2, 2: 0.4}, {0: 0.1, 2: 0.3}, "layer", "NMSE")
-    assert told(chart) == ["layer 0: before 0.2, after 0.1", "layer 1: not edited", "layer 2: before 0.4, after 0.3"]
-    heights = [float(e.get("cy") or 0) for e in parse(chart).iter("circle")]
-    assert heights[0] < heights[1]  # upwards is larger
-    assert heights[2] < heights[3]
+    both = Series("before", [(0, 0.2), (2, 0.4)], "before"), Series("after", [(0, 0.1), (2, 0.3)], "after")
+    chart = change_chart(
+        both, [1], Axis("layer", -0.5, 2.5, range(3), ["0", "1", "2"]), logarithmic("NMSE", [0.1, 0.4])
+    )
+    assert tips(chart)[0] == "before, layer 0, NMSE 0.2"
+    bands = [path.get("d") or "" for path in parse(chart).iter("path") if path.get("fill") == "var(--band)"]
+    assert len(bands) == 1
+    left = float(bands[0][1:].split(",")[0])
+    (first, _), (third, _) = dots(chart)[:2]
+    assert first < left < third
+    before, after = dots(chart)[:2], dots(chart)[2:]
+    assert all(a[1] > b[1] for a, b in zip(after, before)), "upwards is larger"
 
 
 def test_heat_map() -> None:
-    chart = charts.heat_map({0: [(0, 1.0), (10, 0.1)], 3: [(0, 0.1), (10, 0.01)]}, "step", "layer", "NMSE")
-    cells = [e for e in parse(chart).iter("path") if e.get("class") == "cell"]
-    opacity = [float(e.get("stroke-opacity") or 0) for e in cells]
-    assert opacity[0] == 0.07
-    assert opacity[-1] == 1.0
-    assert [(e.get("d") or "").count("M") for e in cells] == [1, 2, 1], "equal values share a shade"
-    assert told(chart)[-1] == "layer 3, step 10: NMSE 0.01"
-
-
-def test_pareto_front() -> None:
-    assert pareto_front([(50, 0.1), (30, 0.3), (40, 0.3), (60, 0.2), (30, 0.4)]) == [(30, 0.3), (50, 0.1)]
-    assert pareto_front([]) == []
+    chart = heat_map({0: [(0, 1.0), (10, 0.1)], 3: [(0, 0.1), (10, 0.01)]}, "step", "layer", "NMSE")
+    cells = [path for path in parse(chart).iter("path") if path.find("title") is not None]
+    assert [float(cell.get("opacity") or 0) for cell in cells] == [1, 0.54, 0.54, 0.07]
+    assert tips(chart)[-1] == "layer 3, step 10: NMSE 0.01"
+    assert chart.head == ["layer", "step 0", "step 10"]
+    assert chart.rows == [["0", "1", "0.1"], ["3", "0.1", "0.01"]]
 
 
 def test_scatter_chart_draws_the_front_through_the_best() -> None:
-    marks = [Mark("a", 30, 0.3, "mla", "1"), Mark("b", 40, 0.4, "mla", "2"), Mark("teacher", 100, 0, "teacher")]
-    chart = charts.scatter_chart(marks, "KV budget", "KL")
-    (front,) = (e.get("d") or "" for e in parse(chart).iter("path") if e.get("class") == "front")
-    (best, beaten, teacher) = (points.marks[0][:2] for points in chart.points)
-    assert front == f"M{best[0]:g} {best[1]:g}H{teacher[0]:g}V{teacher[1]:g}"
-    assert f"{beaten[0]:g}" not in front
-    assert [points.run for points in chart.points] == ["1", "2", ""]
-    assert told(chart)[0] == "a: KV budget 30.0%, KL 0.3"
+    series = [
+        Series("a", [(30, 0.3)], "mla"),
+        Series("b", [(40, 0.4)], "mla"),
+        Series("teacher", [(100, 0)], "teacher"),
+    ]
+    chart = scatter_chart(series, linear("budget", [0, 100]), linear("KL", [0, 0.4]), ("budget, %", "KL"))
+    (front,) = lines(chart)
+    (best, beaten, teacher) = dots(chart)
+    assert front[:2] == [round(value, 2) for value in best]
+    assert front[-2:] == [teacher[0], teacher[1]]
+    assert beaten[0] not in front
+    assert tips(chart)[0] == "a, budget, % 30, KL 0.3"
+    assert names(chart).keys() == {"a", "b", "teacher"}
 
 
-def test_scatter_chart_labels_do_not_overlap() -> None:
-    marks = [Mark(f"run {i}", 25 + i / 10, 0.1, "gate") for i in range(12)] + [Mark("teacher", 100, 0, "teacher")]
-    chart = charts.scatter_chart(marks, "KV budget", "KL")
-    assert len(told(chart)) == 13, "every point can be read by pointing at it"
+def test_scatter_chart_names_only_where_there_is_room() -> None:
+    series = [Series(f"run {i}", [(25 + i / 10, 0.1)], "gate") for i in range(12)]
+    series.append(Series("teacher", [(100, 0)], "teacher"))
+    chart = scatter_chart(series, linear("budget", [0, 100]), linear("KL", [0, 0.1]))
+    assert len(tips(chart)) == len(chart.rows) == 13, "every point can be read"
     assert "teacher" in names(chart)
     assert 2 < len(names(chart)) < 13
 
 
-def test_slope_chart() -> None:
-    slopes = [
-        Slope("a", "gate", (1.0, 0.5, 0.101), "1"),
-        Slope("b", "mla", (None, 0.5, 0.1), "2"),
-        Slope("stopped", "mla", (0.7, None, None), "3"),
-    ]
-    chart = charts.slope_chart(slopes, ("before", "stage 1", "stage 2"), "KL")
-    assert told(chart).count("a, stage 2: KL 0.101") == 1
-    assert len(told(chart)) == 6
-    assert names(chart).keys() == {"a", "b", "stopped"}
-    assert abs(names(chart)["a"] - names(chart)["b"]) > 13.9
+def test_foreign_names_are_text() -> None:
+    chart = scatter_chart([Series(EVIL, [(30, 0.3)], "mla")], linear("x", [0, 100]), linear("y", [0, 1]))
+    said = EVIL.replace("\ud800", "?")
+    assert tips(chart) == [f"{said}, x 30, y 0.3"]
+    assert said[:23] + "…" in names(chart)
+    assert {element.tag for element in parse(chart).iter()} == {"svg", "g", "path", "line", "text", "title"}
+
+
+def test_a_picture_alone_has_its_colours_in_light_and_dark() -> None:
+    chart = scatter_chart([Series("a", [(30, 0.3)], "mla")], linear("x", [0, 100]), linear("y", [0, 1]))
+    file = chart.file()
+    root = ElementTree.fromstring(file)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    style = next(root.iter("{http://www.w3.org/2000/svg}style")).text or ""
+    light, dark = style.split("prefers-color-scheme: dark", 1)
+    for name in set(re.findall(r"var\((--\w+)\)", file)):
+        assert f"{name}:" in light, name
+        assert f"{name}:" in dark, name
+    assert "http" not in file.replace("http://www.w3.org/2000/svg", ""), "nothing is fetched"
+
+
+def test_marks_are_within_the_picture() -> None:
+    chart = line_chart([Series("", [(0, 0.0), (1, 1.0)], "held")], linear("x", [0, 1]), linear("y", [0, 1]))
+    (x, y), (right, top) = dots(chart)
+    assert (x, top) == (0, 0)
+    assert 0 < right < 440 - LEFT
+    assert 0 < y < HEIGHT - TOP
 
 
 def test_interval_bar_is_centred_on_zero() -> None:
-    svg = charts.interval_bar(-0.2, -0.4, 0.1, "none")
+    svg = interval_bar(-0.2, -0.4, 0.1, "none")
     start, end = re.findall(r'class="range" d="M([\d.]+) 9H([\d.]+)"', svg)[0]
     assert float(start) < 60 < float(end)
-    assert 'cx="60.0"' in charts.interval_bar(0.0, 0.0, 0.0, "none")
+    assert 'cx="60.0"' in interval_bar(0.0, 0.0, 0.0, "none")
     assert "margin" not in svg
-    (margin,) = re.findall(r'class="margin" d="M([\d.]+) ', charts.interval_bar(-0.2, -0.4, 0.1, "none", margin=0.3))
+    (margin,) = re.findall(r'class="margin" d="M([\d.]+) ', interval_bar(-0.2, -0.4, 0.1, "none", margin=0.3))
     assert float(start) < float(margin) < 60
