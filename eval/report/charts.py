@@ -20,7 +20,7 @@ from pl_attnedit.eval.report.scales import Axis, Point, apart, pareto_front, pla
 
 WIDTH, HEIGHT = 440, 290
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 32, 46
-NAMES, NAMES_OF_RUNS = 66, 126  # room at the right for the names of lines, and for those of conversions
+NAMES, NAMES_OF_RUNS = 66, 136  # room at the right for the names of lines, and for those of conversions
 MAX_NAMES = 12  # one above the other beside the plot
 LETTER = 8.6  # width of a name's letter on a phone, where they are largest
 STYLE = (Path(__file__).parent / "chart.css").read_text(encoding="utf-8")

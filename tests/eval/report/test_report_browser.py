@@ -85,7 +85,7 @@ def test_marks_and_tables_tell_the_numbers(page: Open) -> None:
     opened = page(script=False)
     told = [text for text in opened.locator("#overview svg title").all_text_contents() if "KV budget" in text]
     assert "quickstart_mla, KV budget, % 50, KL 0.41" in told
-    assert any(text.startswith(f"{EVIL}, KV budget, % 40") for text in told)
+    assert any(text.startswith(f"{EVIL.strip()}, KV budget, % 40") for text in told)
     figure = opened.locator("#overview figure").first
     assert figure.locator("table").is_hidden()
     figure.locator("summary").focus()
