@@ -55,7 +55,7 @@ CONFIG = {
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 COLOUR = {"color": {"field": "colour", "type": "nominal", "scale": None}}
 
-Row = Mapping[str, Any]  # of data, or a part of a specification
+Row = dict[str, Any]  # of data, or a part of a specification
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def scatter_chart(series: Sequence[Series], x: Axis, y: Axis, head: Sequence[str
         if found := place(px, py, LETTER * len(_short(s.name, 24)), inside, taken):
             names.append((*found, s))
     front = [{"x": px, "y": py} for px, py in pareto_front(points)]
-    dashes = {"interpolate": "step-after", "strokeDash": [5, 3], "stroke": "var(--ink)", "opacity": 0.5}
+    dashes: Row = {"interpolate": "step-after", "strokeDash": [5, 3], "stroke": "var(--ink)", "opacity": 0.5}
     told = "; ".join(f"{s.name}: {px:.3g}, {py:.3g}" for s, (px, py) in zip(series, points))
     layers = [plot.layer("line", front, strokeWidth=1.4, **dashes), plot.dots(), plot.names(names, 24)]
     return plot.chart(layers, f"{y.title} against {x.title}. {told}")
@@ -201,7 +201,7 @@ def heat_map(values: Mapping[int, Sequence[Point]], x_title: str, y_title: str, 
     found = {layer: dict(points) for layer, points in sorted(values.items())}
     steps = sorted({step for points in found.values() for step in points})
     layers = [*range(max(found) + 1)]
-    cells = [
+    cells: list[Row] = [
         {"x": step, "y": layer, "value": value, "tip": f"layer {layer}, step {step:g}: {what} {value:.3g}"}
         for layer, points in found.items()
         for step, value in points.items()
@@ -257,6 +257,6 @@ def _tidy(tag: re.Match[str]) -> str:
     if re.match(r'<path class="(background|foreground)"', tag[0]):
         return ""
     text = re.sub(r' (role|aria-hidden|aria-roledescription|pointer-events|font-family)="[^"]*"', "", tag[0])
-    before, label, after = re.fullmatch(r'(.*?)(?: aria-label="([^"]*)"(.*))?', text, re.DOTALL).groups("")
+    before, label, after = ([*re.split(r' aria-label="([^"]*)"', text, maxsplit=1), "", ""])[:3]
     text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", before + after)
     return text if not label else f"{text.removesuffix('/>')}><title>{label}</title></path>"

@@ -243,17 +243,13 @@ def _of_models(rows: Sequence[dict[str, Any]], key: str, batch: int) -> list[Ser
     """A line for the teacher and one for the student, of a number or of a median with its spread."""
     found = []
     for model, look in (("teacher", "train"), ("student", "held")):
-        own = [
-            (row["context"], row[key])
-            for row in rows
-            if (row["model"], row["batch"]) == (model, batch) and row.get(key)
-        ]
-        own.sort(key=lambda pair: pair[0])
-        if own and key.startswith("decode"):
-            points, spread = [(c, v["median"]) for c, v in own], [(v["low"], v["high"]) for _, v in own]
-            said = [(significant(v["median"]), f"{significant(v['low'])} to {significant(v['high'])}") for _, v in own]
-        else:
-            points, spread, said = own, [], [(f"{value:,.0f}",) for _, value in own]
-        cells = [(context_length(context), *texts) for (context, _), texts in zip(own, said)]
-        found.append(Series(model, points, look, spread=spread, cells=cells))
+        of_model = [row for row in rows if (row["model"], row["batch"]) == (model, batch) and row.get(key)]
+        own = sorted(((row["context"], row[key]) for row in of_model), key=lambda pair: pair[0])
+        values = [(c, v if isinstance(v, dict) else {"median": v}) for c, v in own]
+        spread = [(v["low"], v["high"]) for _, v in values if "low" in v]
+        cells = [[context_length(context), significant(v["median"])] for context, v in values]
+        cells = [
+            [*cell, f"{significant(low)} to {significant(high)}"] for cell, (low, high) in zip(cells, spread)
+        ] or cells
+        found.append(Series(model, [(c, v["median"]) for c, v in values], look, spread=spread, cells=cells))
     return [series for series in found if series.points]
