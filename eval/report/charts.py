@@ -36,6 +36,7 @@ LOOKS = {
     "before": ("var(--orange)", "circle"),
     "after": ("var(--blue)", "circle"),
 }
+SIGNS = {"circle": "●", "square": "■", "diamond": "◆"}
 RUNS = ("gate", "mla", "other", "teacher")  # looks of models that are compared: larger marks, names in black
 
 # `chart.css` sets the letters' sizes; these are for whatever reads no styles, and to see which labels have room.
@@ -66,10 +67,21 @@ class Chart:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
-    def file(self) -> str:
-        """The picture alone, as the content of an SVG file; it follows light and dark mode, too."""
-        tag, drawing = self.svg.split(">", 1)
-        return f'{tag} xmlns="http://www.w3.org/2000/svg" width="{1.5 * WIDTH:g}"><style>{STYLE}</style>{drawing}\n'
+    def file(self, legend: Sequence[tuple[str, str]] = ()) -> str:
+        """The picture alone, as the content of an SVG file that follows light and dark mode.
+
+        `legend`: (look, text), written above the picture.
+        """
+        tag, drawing = str(self.svg).split(">", 1)
+        if legend:
+            sign = Markup('<tspan fill="{}">{}</tspan> {}')
+            said = Markup("\u2003").join(
+                sign.format(LOOKS[look][0], SIGNS[LOOKS[look][1]], text) for look, text in legend
+            )
+            drawing = f'<text x="2" y="-8" fill="var(--soft)">{said}</text>{drawing}'
+            tag = tag.replace(f'"0 0 {WIDTH} {HEIGHT}"', f'"0 -24 {WIDTH} {HEIGHT + 24}"')
+        head = f'{tag} xmlns="http://www.w3.org/2000/svg" width="{1.5 * WIDTH:g}"'
+        return f"{head}><style>{STYLE}</style>{drawing}\n"
 
 
 @dataclass(frozen=True)

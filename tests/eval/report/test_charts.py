@@ -160,8 +160,9 @@ def test_foreign_names_are_text() -> None:
 
 def test_a_picture_alone_has_its_colours_in_light_and_dark() -> None:
     chart = scatter_chart([Series("a", [(30, 0.3)], "mla")], linear("x", [0, 100]), linear("y", [0, 1]))
-    file = chart.file()
+    file = chart.file(legend=[("mla", "latents <&>"), ("other", "both")])
     root = ElementTree.fromstring(file)
+    assert "".join(next(root.iter("{http://www.w3.org/2000/svg}text")).itertext()) == "■ latents <&>\u2003◆ both"
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     style = next(root.iter("{http://www.w3.org/2000/svg}style")).text or ""
     light, dark = style.split("prefers-color-scheme: dark", 1)
