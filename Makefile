@@ -57,8 +57,7 @@ bench: setup  ## speed and memory of the loss of stage 2 on this machine; `pl-at
 	$(BIN)/pl-attnedit bench loss
 
 figures: setup  ## the tables and plots of README and docs from the data in results/
-	$(BIN)/python results/figures.py
-	$(BIN)/python results/pictures.py
+	$(BIN)/python -m results.figures
 
 # The variable silences what mkdocs-material says of its successor.
 docs: setup  ## the documentation as pages, in build/docs; a dead link is an error

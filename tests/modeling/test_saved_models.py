@@ -114,7 +114,7 @@ def truncate(folder: Path) -> None:
         (truncate, "path = .*its weights cannot be read"),
         (
             lambda folder: edit_config(folder, attention_edit={"layers": "SSSS", "targets": {"S": {"type": "ring"}}}),
-            "target type = 'ring': known targets are gate_swa, mla",
+            "target type = 'ring': known targets are gate_swa",
         ),
         (
             lambda folder: edit_config(
