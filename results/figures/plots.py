@@ -26,7 +26,7 @@ def random_init() -> str:
     series = [
         Series("random", points(CONVERSIONS["MLA 128 random init"]), "train"),
         Series("calibrated", points(CONVERSIONS["MLA 128"]), "held"),
-        Series("calibrated, small budget", [small], "before"),
+        Series("small budget", [small], "mla"),
     ]
     return loss_chart(series, "million training tokens, both stages", "KL(teacher‖student), held out").file()
 
