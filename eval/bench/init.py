@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pl_attnedit.attention import GateSWAConfig, LayerStatistics, MLAConfig, TargetConfig
+from pl_attnedit.attention import GateSWAConfig, LayerStatistics, MLAConfig, TargetConfig, init_of
 from pl_attnedit.data.encoding import encode
 from pl_attnedit.data.sources import document_hash, open_source
 from pl_attnedit.distillation.metrics import Fidelity
@@ -20,7 +20,7 @@ from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.report.formatting import aligned
 from pl_attnedit.modeling import EditPlan
 from pl_attnedit.modeling.calibration import collect_statistics
-from pl_attnedit.modeling.edit import FROM_TEXT, Init, assemble, initialise_from
+from pl_attnedit.modeling.edit import assemble, initialise_from
 from pl_attnedit.modeling.kv import promised_bytes
 
 BATCH = 4  # sequences per forward pass
@@ -34,10 +34,10 @@ class Row:
 
     name: str
     target: TargetConfig
-    init: Init = "calibrated"
+    init: str = "calibrated"
 
 
-def _mla(rank: int, rope: int, norm: bool = False, init: Init = "calibrated") -> Row:
+def _mla(rank: int, rope: int, norm: bool = False, init: str = "calibrated") -> Row:
     name = f"mla {rank}+{rope}{', latent norm' if norm else ''}, {init.replace('_', ' ')}"
     return Row(name, MLAConfig(kv_lora_rank=rank, qk_rope_head_dim=rope, latent_norm=norm), init)
 
@@ -89,7 +89,7 @@ def bench_init(
     if not chosen:
         raise invalid("rows", rows, f"must be part of one of: {'; '.join(row.name for row in ROWS)}")
     text = sequences("calibration", calibration, tokenizer, calibration_sequences, seq_len, shuffle=True)
-    needed = any(isinstance(row.target, MLAConfig) and row.init in FROM_TEXT for row in chosen)
+    needed = any(init_of(row.target, row.init).needs_text for row in chosen)
     known = {document_hash(document) for document in open_source(calibration).documents()} if needed else ()
     asked = sequences("heldout", heldout, tokenizer, heldout_sequences, seq_len, known=known).to(teacher.device)
     start = time.perf_counter()

@@ -24,7 +24,9 @@ from torch import nn
 from pl_attnedit.attention import LayerStatistics, Target
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
 from pl_attnedit.eval.bench.flops import head_widths, is_mixture
+from pl_attnedit.modeling.edit import layers_that_need_text
 from pl_attnedit.modeling.kv import on_meta
+from pl_attnedit.teachers import attention_spec
 
 CHUNKS_OF_LOGITS = 4  # log-probabilities of both, probabilities and the gradient, in float32
 LAYERS_AT_WORK = 3
@@ -92,17 +94,13 @@ def stage_memory(teacher: Any, student: Any, step: Step) -> StageMemory:
     )
 
 
-def init_memory(teacher: Any, student: Any, batch: int, seq: int) -> StageMemory | None:
-    """Of an init from text; None where no target looks at text. Whatever the strategy each device has all weights, the
+def init_memory(teacher: Any, student: Any, init: str, batch: int, seq: int) -> StageMemory | None:
+    """Of the init, where it looks at text; else None. Whatever the strategy each device has all weights, the
     statistics of all layers, and three times the attention's probabilities for one key head."""
-    looking = [
-        layer.self_attn
-        for layer in student.model.layers
-        if isinstance(layer.self_attn, Target) and layer.self_attn.needs_statistics
-    ]
+    looking = layers_that_need_text(student, init)
     if not looking:
         return None
-    spec = looking[0].spec
+    spec = attention_spec(teacher.config)
     one = LayerStatistics(spec, on_meta(teacher.config, torch.float32).model.rotary_emb, seq)
     statistics = len(looking) * size(value for value in vars(one).values() if isinstance(value, torch.Tensor))
     probabilities = 3 * 4 * batch * spec.num_heads // spec.num_kv_heads * seq**2

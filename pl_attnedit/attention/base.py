@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,6 @@ from transformers import PreTrainedConfig
 from pl_attnedit.attention.kernels.npu import fused_attention, takes_fused
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import AttentionSpec, attention_spec
-
-if TYPE_CHECKING:
-    from pl_attnedit.attention.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,6 @@ class TargetConfig:
 
     def check(self, spec: AttentionSpec) -> None:
         """Raises `UserError` where a field does not fit the teacher's attention."""
-
-    def check_init(self, init: str, spec: AttentionSpec) -> None:
-        """Raises `UserError` for an init that a target of this config does not have."""
-        if init == "plain_svd":
-            raise invalid("init", init, f"is a baseline for mla, not for {self.type}; use 'calibrated' or 'copy'")
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.type, **dataclasses.asdict(self)}
@@ -59,7 +52,6 @@ class Target(nn.Module, ABC):
     """
 
     config_class: ClassVar[type[TargetConfig]]
-    needs_statistics: ClassVar[bool] = False  # whether `init_from` looks at calibration text
     functional_gradients: ClassVar[bool] = True  # whether torch.func.grad can go through `forward`
 
     def __init__(self, target: TargetConfig, model_config: PreTrainedConfig, layer_idx: int) -> None:
@@ -70,20 +62,23 @@ class Target(nn.Module, ABC):
         target.check(self.spec)
 
     @abstractmethod
-    def init_random(self, source: nn.Module) -> None:
-        """Random weights as in the paper; only `o_proj` is inherited from the teacher's attention `source`."""
-
-    @abstractmethod
-    def init_copy(self, source: nn.Module) -> None:
-        """The teacher's own weights; `UserError` where shapes do not allow it."""
-
-    @abstractmethod
-    def init_from(self, source: nn.Module, statistics: LayerStatistics | None) -> None:
-        """Calibrated init: what reproduces `source` best on the calibration text behind `statistics`."""
-
-    @abstractmethod
     def cached_values_per_token(self, context: int) -> float:
         """Values (not bytes) cached by this layer after `context` tokens, divided by `context`."""
+
+
+@dataclass(frozen=True)
+class Init:
+    """One way to set all weights of a target before training.
+
+    Attributes:
+        fill: called with the target, the teacher's attention in whose place it is, and that layer's `LayerStatistics`.
+        needs_text: whether `fill` looks at the statistics; else it gets None.
+        check: called with the target's config and the teacher's `AttentionSpec`; `UserError` where these do not allow it.
+    """
+
+    fill: Callable[[Any, nn.Module, Any], None]
+    needs_text: bool = False
+    check: Callable[[Any, AttentionSpec], None] = lambda config, spec: None
 
 
 def positive(field: str, value: Any, *, optional: bool = False) -> None:

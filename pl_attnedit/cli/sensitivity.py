@@ -139,11 +139,11 @@ def _text(options: Any, tokenizer: Any, targets: dict[str, Any]) -> tuple[Any, A
     """Batches to calibrate on, where a target needs it, and others to measure on; both from the training split."""
     import torch
 
-    from pl_attnedit.attention import TARGETS
+    from pl_attnedit.attention import init_of
     from pl_attnedit.data import TextDataModule
 
     data = TextDataModule(tokenizer, options.source, seq_len=options.seq_len, batch_size=options.batch_size)
-    calibrates = any(TARGETS[target.type].needs_statistics for target in targets.values())
+    calibrates = any(init_of(target, "calibrated").needs_text for target in targets.values())
     limit = len(data.train_sequences) // (1 + calibrates) * options.seq_len
     if options.tokens > limit:
         half = " half of" if calibrates else ""

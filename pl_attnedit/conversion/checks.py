@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from transformers import PreTrainedConfig
 
 import pl_attnedit.strategies  # noqa: F401  # makes our strategies known
+from pl_attnedit.attention import init_of
 from pl_attnedit.callbacks import ProgressiveUnfreezing, TeacherForcing
 from pl_attnedit.conversion.recipe import Recipe, StageRecipe
 from pl_attnedit.distillation import STAGES, DistillationModule
@@ -59,7 +60,7 @@ def check_edits(
     for target in plan.targets.values():
         target.check(family.attention_spec(config))
         if init is not None:
-            target.check_init(init, family.attention_spec(config))
+            init_of(target, init).check(target, family.attention_spec(config))
     return config, plan
 
 

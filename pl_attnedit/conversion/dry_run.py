@@ -15,7 +15,6 @@ from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
 from pl_attnedit.eval.bench.memory import StageMemory, Step, init_memory, stage_memory, trained_parameters
 from pl_attnedit.eval.report.formatting import count, duration, percent
-from pl_attnedit.modeling.edit import FROM_TEXT
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.modeling.kv import fill_cache, on_meta
 from pl_attnedit.serving.memory import BLOCK, held_bytes
@@ -59,8 +58,7 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
         "stages": {},
         "memory": {},
     }
-    if recipe.init in FROM_TEXT:
-        result["memory"]["init"] = init_memory(teacher, student, data.batch_size, data.seq_len)
+    result["memory"]["init"] = init_memory(teacher, student, recipe.init, data.batch_size, data.seq_len)
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         phases, memory = [], []
         for phase in stage.all_phases(data.seq_len, data.batch_size):

@@ -17,7 +17,6 @@ from pl_attnedit.config_files import RULE, LayeredParser, RecipeFile
 from pl_attnedit.data import Phase, TextDataModule
 from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
 from pl_attnedit.errors import invalid
-from pl_attnedit.modeling.edit import Init
 from pl_attnedit.tracking.client import EXPERIMENT
 
 
@@ -128,7 +127,7 @@ class Recipe:
     stage2: StageRecipe
     pattern: str | None = None
     layers: list[int] | None = None
-    init: Init = "calibrated"
+    init: str = "calibrated"
     calibration_tokens: int = 16384
     dtype: str = "float32"
     seed: int = 0

@@ -10,7 +10,6 @@ import torch
 
 from pl_attnedit.attention import TargetConfig, target_from_dict
 from pl_attnedit.errors import invalid
-from pl_attnedit.modeling.edit import INITS
 
 
 def parse_targets(targets: Any) -> TargetConfig | dict[str, TargetConfig]:
@@ -48,8 +47,6 @@ def check_least(name: str, value: float, least: float) -> None:
 
 def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
     """`UserError` for a value that cannot work with any teacher."""
-    if hparams["init"] not in INITS:
-        raise invalid("init", hparams["init"], f"must be one of {', '.join(INITS)}")
     if hparams["dtype"] not in DTYPES:
         raise invalid("dtype", hparams["dtype"], f"must be one of {', '.join(DTYPES)}")
     if not 0 < hparams["learning_rate"] < math.inf:

@@ -29,7 +29,7 @@ from pl_attnedit.distillation.settings import (
 )
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, unshare_trunk
-from pl_attnedit.modeling.edit import FROM_TEXT, Init, assemble, check_teacher, initialise
+from pl_attnedit.modeling.edit import assemble, check_teacher, initialise, layers_that_need_text
 from pl_attnedit.modeling.trained_on import KEY as TRAINED_ON
 from pl_attnedit.modeling.trained_on import TrainedOn
 from pl_attnedit.modeling.weights import copy_weights, default_dtype
@@ -75,7 +75,7 @@ class DistillationModule(OptimisedModule):
         targets: dict[str, Any],
         pattern: str | None = None,
         layers: list[int] | None = None,
-        init: Init = "calibrated",
+        init: str = "calibrated",
         calibration_tokens: int = 16384,
         init_from: str | None = None,
         dtype: str = "float32",
@@ -226,8 +226,7 @@ class DistillationModule(OptimisedModule):
 
     def _initialise(self, student: Any, teacher: Any) -> None:
         calibration, init = None, self.hparams["init"]
-        needs = any(attention.needs_statistics for attention in edited_attention(student).values())
-        if init in FROM_TEXT and needs:
+        if layers_that_need_text(student, init):
             data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
             if not hasattr(data, "calibration_batches"):
                 raise UserError(f"init = {init!r}: this target needs a TextDataModule to calibrate on")

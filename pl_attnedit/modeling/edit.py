@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pl_attnedit.attention import MLA, LayerStatistics, Target, TargetConfig
-from pl_attnedit.attention.mla.plain_svd import plain_svd
+from pl_attnedit.attention import LayerStatistics, Target, TargetConfig, init_of
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling.calibration import CalibrationBatch, collect_statistics
 from pl_attnedit.modeling.hf import EDITED, EditedModelMixin, edited_config
@@ -21,10 +20,7 @@ from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import family_of
 from pl_attnedit.teachers.sources.checks import check_adapter
 
-Init = Literal["random", "copy", "calibrated", "plain_svd"]
-INITS: tuple[str, ...] = ("random", "copy", "calibrated", "plain_svd")
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-FROM_TEXT: tuple[str, ...] = ("calibrated", "plain_svd")  # those for which a target may need statistics of text
 
 
 def edit_model(
@@ -33,7 +29,7 @@ def edit_model(
     *,
     pattern: str | None = None,
     layers: Sequence[int] | None = None,
-    init: Init = "calibrated",
+    init: str = "calibrated",
     calibration: Iterable[CalibrationBatch] | None = None,
 ) -> PreTrainedModel:
     """A student with the teacher's trunk and new attention in the layers of the edit plan.
@@ -56,8 +52,6 @@ def edit_model(
         UserError: for anything above that does not fit the teacher.
     """
     check_teacher(teacher)
-    if init not in INITS:
-        raise invalid("init", init, f"must be one of {', '.join(INITS)}")
     plan = EditPlan.build(teacher.config.num_hidden_layers, targets, pattern, layers)
     student = assemble(teacher, plan)
     initialise(student, teacher, init, calibration)
@@ -105,36 +99,30 @@ def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
 
 
 def initialise(
-    student: PreTrainedModel, teacher: PreTrainedModel, init: Init, calibration: Iterable[CalibrationBatch] | None
+    student: PreTrainedModel, teacher: PreTrainedModel, init: str, calibration: Iterable[CalibrationBatch] | None
 ) -> None:
     """Fills the new attention modules of an assembled student."""
     for module in edited_attention(student).values():
-        module.target.check_init(init, module.spec)
+        init_of(module.target, init).check(module.target, module.spec)
     statistics: dict[int, LayerStatistics] = {}
-    if init in FROM_TEXT:
-        needed = [index for index, target in edited_attention(student).items() if target.needs_statistics]
-        if needed:
-            if calibration is None:
-                raise UserError(f"calibration: init {init!r} needs an iterable of input-id batches for this target")
-            statistics = collect_statistics(teacher, needed, calibration)
+    if needed := layers_that_need_text(student, init):
+        if calibration is None:
+            raise UserError(f"calibration: init {init!r} needs an iterable of input-id batches for this target")
+        statistics = collect_statistics(teacher, needed, calibration)
     initialise_from(student, teacher, init, statistics)
 
 
+def layers_that_need_text(student: PreTrainedModel, init: str) -> list[int]:
+    """The layers whose init looks at statistics of text."""
+    return [index for index, module in edited_attention(student).items() if init_of(module.target, init).needs_text]
+
+
 def initialise_from(
-    student: PreTrainedModel, teacher: PreTrainedModel, init: Init, statistics: Mapping[int, LayerStatistics]
+    student: PreTrainedModel, teacher: PreTrainedModel, init: str, statistics: Mapping[int, LayerStatistics]
 ) -> None:
     """The same where statistics are there already, by layer index."""
-    for index, target in edited_attention(student).items():
-        source = teacher.model.layers[index].self_attn
-        if init == "random":
-            target.init_random(source)
-        elif init == "copy":
-            target.init_copy(source)
-        elif init == "plain_svd":
-            assert isinstance(target, MLA)
-            plain_svd(target, source, statistics[index])
-        else:
-            target.init_from(source, statistics.get(index))
+    for index, module in edited_attention(student).items():
+        init_of(module.target, init).fill(module, teacher.model.layers[index].self_attn, statistics.get(index))
 
 
 def edited_attention(student: PreTrainedModel) -> dict[int, Target]:

@@ -70,7 +70,7 @@ def fails(
         (["--layers", "[0, 4]"], ["layers = 4", "from 0 to 3"]),
         (["--layers", "[0]", "--pattern", "SF"], ["pattern and layers"]),
         (["--init", "best"], ["init", "best", "random"]),
-        (["--targets", f"{{S: {LATENT}}}", "--pattern", "S", "--init", "copy"], ["init = 'copy'", "do not fit mla"]),
+        (["--targets", f"{{S: {LATENT}}}", "--pattern", "S", "--init", "copy"], ["init = 'copy'", "mla has random"]),
         (["--targets", f"{{S: {LATENT | {'v_head_dim': 4}}}}"], ["v_head_dim = 4", "init calibrated needs"]),
         (["--targets", f"{{S: {LATENT | {'kv_lora_rank': 1}}}}"], ["kv_lora_rank = 1", "at least 2"]),
         (

@@ -59,15 +59,15 @@ def test_letters(targets: Any, pattern: str | None, layers: list[int] | None, le
         ({"SW": WINDOW}, {}, "targets = 'SW': each key is one letter"),
         ({"S": {"window": 4}}, {}, "must be a target config or a mapping of pattern letters"),
         ("gate_swa", {}, "targets = 'gate_swa': must be a target config"),
-        (WINDOW, {"init": "zero"}, "init = 'zero': must be one of random, copy, calibrated, plain_svd"),
-        (LATENT, {"init": "copy"}, "init = 'copy': the teacher's projections do not fit mla"),
+        (WINDOW, {"init": "zero"}, "init = 'zero': gate_swa has random, copy, calibrated"),
+        (LATENT, {"init": "copy"}, "init = 'copy': mla has random, calibrated, plain_svd"),
         (LATENT, {}, "calibration: init 'calibrated' needs an iterable"),
         (LATENT, {"init": "plain_svd"}, "calibration: init 'plain_svd' needs an iterable"),
-        (WINDOW, {"init": "plain_svd"}, "init = 'plain_svd': is a baseline for mla, not for gate_swa"),
+        (WINDOW, {"init": "plain_svd"}, "init = 'plain_svd': gate_swa has random, copy, calibrated"),
         (
             {"M": LATENT, "S": WINDOW},
             {"pattern": "MS", "init": "plain_svd"},
-            "init = 'plain_svd': is a baseline for mla, not for gate_swa",
+            "init = 'plain_svd': gate_swa has random, copy, calibrated",
         ),
         *(
             (target, {"init": "plain_svd", "calibration": [torch.ones(1, 4).long()]}, message)

@@ -1,5 +1,6 @@
-"""GateSWA: the module, and the rolling cache of its window layers."""
+"""GateSWA: the module, the rolling cache of its window layers, and its inits."""
 
+from pl_attnedit.attention.gate_swa.inits import INITS
 from pl_attnedit.attention.gate_swa.module import GateSWA, GateSWAConfig
 
-__all__ = ["GateSWA", "GateSWAConfig"]
+__all__ = ["INITS", "GateSWA", "GateSWAConfig"]

@@ -8,20 +8,17 @@ doubled: a window longer than the text equals the teacher exactly, and the gate 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
 
-from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, copy_linear, init_linear, positive
+from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, positive
 from pl_attnedit.attention.gate_swa.cache import window_layer
 from pl_attnedit.attention.kernels.windowed import attend_window
 from pl_attnedit.errors import invalid
 from pl_attnedit.teachers import apply_rotary, project_qkv
-
-if TYPE_CHECKING:
-    from pl_attnedit.attention.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -135,38 +132,6 @@ class GateSWA(Target):
             visible = attention_mask.expand(index.shape[0], 1, queries, -1).gather(-1, index) & (key_at >= 0)
             sink = visible.cumsum(-1) <= sinks
         return visible & (sink | (key_at > query_at - window))  # no (queries, keys) matrix of integers
-
-    def init_random(self, source: nn.Module) -> None:
-        for linear in (self.q_proj, self.k_proj, self.v_proj):
-            init_linear(linear, self.spec.initializer_range)
-        if self.spec.qk_norm:
-            nn.init.ones_(self.q_norm.weight)
-            nn.init.ones_(self.k_norm.weight)
-        self._inherit_output(source)
-
-    @torch.no_grad()
-    def init_copy(self, source: nn.Module) -> None:
-        for name in ("q_proj", "k_proj", "v_proj"):
-            copy_linear(getattr(self, name), getattr(source, name))
-        if self.spec.qk_norm:
-            self.q_norm.weight.copy_(source.q_norm.weight)  # type: ignore[union-attr,arg-type]
-            self.k_norm.weight.copy_(source.k_norm.weight)  # type: ignore[union-attr,arg-type]
-        self._inherit_output(source)
-
-    def init_from(self, source: nn.Module, statistics: LayerStatistics | None) -> None:
-        self.init_copy(source)  # the copy is the best start there is; text does not change it
-
-    @torch.no_grad()
-    def _inherit_output(self, source: nn.Module) -> None:
-        copy_linear(self.o_proj, source.o_proj)  # type: ignore[arg-type]
-        if self.target.gate != "none":
-            nn.init.zeros_(self.gate_proj.weight)
-            self.o_proj.weight.mul_(2.0)  # the bias is behind the gate and stays
-        if self.sink is not None:
-            # SmolLM2, window 64, SSSF, the teacher's weights, 6 x 512 tokens, KL before training: 1.11 without a sink,
-            # with -2, 0, 2, 4: 0.92, 0.77, 0.79, 1.26. Perhaps since heads that laid their weight
-            # on first tokens, now out of sight, need another place for it.
-            nn.init.zeros_(self.sink)
 
     def cached_values_per_token(self, context: int) -> float:
         window, sinks = self.target.window, self.target.sinks

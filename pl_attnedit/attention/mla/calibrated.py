@@ -18,23 +18,37 @@ sum_f Re(q_f conj(k_f) e^(i theta_f d)) at distance d. The steps:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from pl_attnedit.attention.base import copy_linear
+from pl_attnedit.attention.mla.module import MLA, MLAConfig
 from pl_attnedit.attention.statistics import LayerStatistics
-
-if TYPE_CHECKING:
-    from pl_attnedit.attention.mla.module import MLA
+from pl_attnedit.errors import invalid
+from pl_attnedit.teachers import AttentionSpec
 
 CONSTANT_SHARES = (10.0, 3.0, 1.0, 0.3)  # sizes to try of the constant latent over the norm of all the others
 FIT_RIDGE = 1e-3  # keeps the fit to the sample near the up-projection that the moments give
 
 
+def check_calibrated(config: MLAConfig, spec: AttentionSpec) -> None:
+    """`UserError` for widths that the fit below cannot fill."""
+    check_head_dims(config, spec, "calibrated", "v_head_dim")
+    for field in ("q_lora_rank", "kv_lora_rank") if config.latent_norm else ("q_lora_rank",):
+        if getattr(config, field) == 1:
+            raise invalid(field, 1, "must be at least 2: one latent is kept constant for the norm; or init 'random'")
+
+
+def check_head_dims(config: MLAConfig, spec: AttentionSpec, init: str, *fields: str) -> None:
+    """`UserError` unless these widths are the teacher's head dim."""
+    for field in fields:
+        if getattr(config, field) not in (None, spec.head_dim):
+            problem = f"init {init} needs the teacher's {spec.head_dim}; or init 'random'"
+            raise invalid(field, getattr(config, field), problem)
+
+
 @torch.no_grad()
-def calibrate(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
+def init_calibrated(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
     """Sets all weights of `mla` from the teacher's attention `source` and its statistics."""
     spec, target = mla.spec, mla.target
     width = spec.hidden_size + (1 if spec.qkv_bias else 0)  # without a bias the constant input is of no use

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, QuantizedCache
 
-from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, copy_linear, init_linear, positive
+from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, positive
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import AttentionSpec
-
-if TYPE_CHECKING:
-    from pl_attnedit.attention.statistics import LayerStatistics
 
 RopeFrequencies = Literal["high", "spread", "graded"]
 FUSED_WIDTH = 256  # widest heads of PyTorch's flash attention
@@ -82,31 +79,11 @@ class MLAConfig(TargetConfig):
         if self.v_head_dim is not None and inner % self.v_head_dim:
             raise invalid("v_head_dim", self.v_head_dim, f"must divide the width {inner} of the inherited o_proj")
 
-    def check_init(self, init: str, spec: AttentionSpec) -> None:
-        if init == "random":
-            return
-        if init == "copy":
-            raise invalid("init", init, "the teacher's projections do not fit mla; use 'calibrated' or 'random'")
-        for field in ("v_head_dim", "qk_nope_head_dim") if init == "plain_svd" else ("v_head_dim",):
-            if getattr(self, field) not in (None, spec.head_dim):
-                problem = f"init {init} needs the teacher's {spec.head_dim}; or init 'random'"
-                raise invalid(field, getattr(self, field), problem)
-        if init == "plain_svd":
-            if self.q_lora_rank is not None:
-                raise invalid("q_lora_rank", self.q_lora_rank, "plain_svd has a full-rank query only: leave it out")
-            return
-        for field in ("q_lora_rank", "kv_lora_rank") if self.latent_norm else ("q_lora_rank",):
-            if getattr(self, field) == 1:
-                raise invalid(
-                    field, 1, "must be at least 2: one latent is kept constant for the norm; or init 'random'"
-                )
-
 
 class MLA(Target):
     """See the module's text. `kv_a_proj_with_mqa` gives latent and RoPE key, `kv_b_proj` keys and values from the latent."""
 
     config_class = MLAConfig
-    needs_statistics = True
     target: MLAConfig
 
     def __init__(self, target: MLAConfig, model_config: PreTrainedConfig, layer_idx: int) -> None:
@@ -223,23 +200,6 @@ class MLA(Target):
         # the cache is key and value at once; of the output the latents' part is of use
         output = attend_cached(query, cached, mask, self.scaling)[..., : self.rank]
         return torch.einsum("bhr,hvr->bhv", output, value_up).flatten(1)[:, None]
-
-    def init_random(self, source: nn.Module) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init_linear(module, self.spec.initializer_range)
-            elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
-        copy_linear(self.o_proj, source.o_proj)  # type: ignore[arg-type]
-
-    def init_copy(self, source: nn.Module) -> None:
-        self.target.check_init("copy", self.spec)
-
-    def init_from(self, source: nn.Module, statistics: LayerStatistics | None) -> None:
-        from pl_attnedit.attention.mla.calibrated import calibrate  # needs linear algebra that running an MLA does not
-
-        assert statistics is not None
-        calibrate(self, source, statistics)
 
     def cached_values_per_token(self, context: int) -> float:
         return self.rank + self.rope_dim

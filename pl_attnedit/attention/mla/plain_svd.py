@@ -11,13 +11,22 @@ import torch
 from torch import nn
 
 from pl_attnedit.attention.base import copy_linear
-from pl_attnedit.attention.mla.calibrated import low_rank, set_linear
-from pl_attnedit.attention.mla.module import MLA
+from pl_attnedit.attention.mla.calibrated import check_head_dims, low_rank, set_linear
+from pl_attnedit.attention.mla.module import MLA, MLAConfig
 from pl_attnedit.attention.statistics import LayerStatistics
+from pl_attnedit.errors import invalid
+from pl_attnedit.teachers import AttentionSpec
+
+
+def check_plain_svd(config: MLAConfig, spec: AttentionSpec) -> None:
+    """`UserError` for widths that the conversion below does not have."""
+    check_head_dims(config, spec, "plain_svd", "v_head_dim", "qk_nope_head_dim")
+    if config.q_lora_rank is not None:
+        raise invalid("q_lora_rank", config.q_lora_rank, "plain_svd has a full-rank query only: leave it out")
 
 
 @torch.no_grad()
-def plain_svd(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
+def init_plain_svd(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
     """Sets all weights of `mla` from the teacher's attention `source` and its statistics."""
     spec = mla.spec
     groups = spec.num_heads // spec.num_kv_heads

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pl_attnedit import MLAConfig, edit_model
 from pl_attnedit.attention import MLA
-from pl_attnedit.attention.mla.plain_svd import plain_svd
+from pl_attnedit.attention.mla.plain_svd import init_plain_svd
 from pl_attnedit.modeling import edited_attention
 from pl_attnedit.modeling.calibration import collect_statistics
 
@@ -26,7 +26,7 @@ def by_hand(teacher: PreTrainedModel, student: PreTrainedModel, batches: list[to
     statistics = collect_statistics(teacher, list(new), batches)
     for index, module in new.items():
         assert isinstance(module, MLA)
-        plain_svd(module, teacher.model.layers[index].self_attn, statistics[index])
+        init_plain_svd(module, teacher.model.layers[index].self_attn, statistics[index])
 
 
 @torch.no_grad()

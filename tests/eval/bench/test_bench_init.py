@@ -14,7 +14,6 @@ from pl_attnedit import MLAConfig, UserError, edit_model
 from pl_attnedit.distillation.losses import kl_divergence
 from pl_attnedit.eval.bench.init import ROWS, Row, bench_init, init_table, last_hidden, measure, sequences
 from pl_attnedit.modeling.calibration import collect_statistics
-from pl_attnedit.modeling.edit import Init
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def test_rows_that_fit_are_measured_and_the_others_named(
 
 @torch.no_grad()
 @pytest.mark.parametrize("init", ["calibrated", "plain_svd"])
-def test_a_row_measures_what_edit_model_makes(make_teacher: Callable[..., PreTrainedModel], init: Init) -> None:
+def test_a_row_measures_what_edit_model_makes(make_teacher: Callable[..., PreTrainedModel], init: str) -> None:
     teacher, (text, asked) = make_teacher("llama"), torch.randint(1, 64, (2, 4, 32))
     target = MLAConfig(kv_lora_rank=8, qk_rope_head_dim=4, latent_norm=False)
     statistics = collect_statistics(teacher, list(range(4)), [text])
