@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from pl_attnedit.attention import TargetConfig
 from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, ModelDistillation
-from pl_attnedit.distillation.engine.pairs import attend
+from pl_attnedit.distillation.engine.operations import attend
 from pl_attnedit.distillation.engine.sharding import local
 from pl_attnedit.eval.bench.flops import matmul_rate, step_flops
 from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden, plain_kl, plain_layer_losses

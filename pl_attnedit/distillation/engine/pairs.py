@@ -7,7 +7,6 @@ longer than a layer and a sharded layer is gathered once for both. All parameter
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,17 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import Target
-from pl_attnedit.distillation.engine.local_gradients import (
-    Anchor,
-    LocalGradients,
-    compile_whole,
-    eager_gradients,
-    traced_gradients,
-)
-from pl_attnedit.distillation.losses import nmse
+from pl_attnedit.distillation.engine.calls import Call, layer_calls
+from pl_attnedit.distillation.engine.local_gradients import Anchor, LocalGradients
+from pl_attnedit.distillation.engine.operations import BlockTarget, Operations
 
 Batch = dict[str, Tensor]
-Call = dict[str, Any]  # what Hugging Face's model hands a layer beside the hidden states: rotary embeddings and mask
 
 
 class LayerStates(NamedTuple):
@@ -38,78 +31,6 @@ class LayerStates(NamedTuple):
     student: Tensor | None
     normed: Tensor | None  # what the teacher's attention got, and
     target: Tensor | None  # what it gave: after `o_proj`, before the residual
-
-
-class BlockTarget(NamedTuple):
-    """Stands in for the teacher's activation where a block's output is supervised; hidden states (batch, time, hidden)."""
-
-    entered: Tensor  # what enters the teacher's block, and
-    left: Tensor  # what leaves it
-    hidden: Tensor  # what enters the student's block
-    norm: nn.Module  # what there is behind the new attention: read, never trained
-    mlp: nn.Module
-
-    @property
-    def functional(self) -> bool:
-        """Whether torch.func.grad can go through the MLP: not through kernels of Hugging Face's experts."""
-        return not hasattr(self.mlp, "experts")
-
-
-class Operations:
-    """The parts of a layer as functions of their modules; compiled once for all layers where `compiled` is set."""
-
-    def __init__(self, compiled: bool) -> None:
-        def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-            return compile_whole(function) if compiled else function
-
-        self.teacher_layer = wrap(teacher_layer)
-        self.normalise = wrap(normalise)
-        self.attend = wrap(attend)
-        self.feed_forward = wrap(feed_forward)
-        self.local_loss = wrap(local_loss)
-        self._eager = partial(eager_gradients, self.local_loss)
-        self._traced = wrap(partial(traced_gradients, local_loss)) if compiled else self._eager
-
-    def local_gradients(
-        self, attention: Target, normed: Tensor, target: Tensor | BlockTarget, call: Call
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """What `local_loss` gives, and the gradients of the new attention's parameters."""
-        functional = attention.functional_gradients and (not isinstance(target, BlockTarget) or target.functional)
-        return (self._traced if functional else self._eager)(attention, normed, target, call)
-
-
-def teacher_layer(layer: Any, hidden: Tensor, call: Call, last: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """What leaves the layer (None where `last`), what its attention got and what that gave."""
-    normed = layer.input_layernorm(hidden)
-    attention = attend(layer.self_attn, normed, call)
-    if last:
-        return None, normed, attention
-    return feed_forward(layer.post_attention_layernorm, layer.mlp, hidden, attention), normed, attention
-
-
-def normalise(norm: nn.Module, hidden: Tensor) -> Tensor:
-    return norm(hidden)
-
-
-def attend(attention: Callable[..., Any], normed: Tensor, call: Call) -> Tensor:
-    return attention(hidden_states=normed, **call)[0]
-
-
-def feed_forward(norm: nn.Module, mlp: nn.Module, hidden: Tensor, attention: Tensor) -> Tensor:
-    hidden = hidden + attention
-    return hidden + mlp(norm(hidden))
-
-
-def local_loss(
-    attention: Callable[..., Any], normed: Tensor, target: Tensor | BlockTarget, call: Call
-) -> tuple[Tensor, Tensor]:
-    """The loss at the supervised point, and what is there: the attention's output or the block's."""
-    output = attend(attention, normed, call)
-    if isinstance(target, BlockTarget):
-        output = feed_forward(target.norm, target.mlp, target.hidden, output)
-        entered = target.entered.float()
-        return nmse(output.float() - entered, target.left.float() - entered), output
-    return nmse(output, target), output
 
 
 class EditedAttention(nn.Module):
@@ -302,27 +223,3 @@ class Pairs(nn.Module):
     def with_calls(self, calls: list[Call]) -> Iterator[tuple[LayerPair, Call]]:
         """The first pairs with as many calls, in order."""
         return zip(self.layers, calls, strict=False)  # type: ignore[arg-type]
-
-
-class _Recorder(nn.Module):
-    """Stands in for every layer of a model, and keeps what it is called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.calls.append({name: kwargs[name] for name in ("position_embeddings", "attention_mask")})
-        return hidden_states
-
-
-def layer_calls(model: Any, embedded: Tensor, position_ids: Tensor | None) -> list[Call]:
-    """What a Hugging Face decoder would hand each of its layers for these embeddings (batch, time, hidden).
-
-    The decoder itself makes it, on a copy of its shell whose layers do nothing, so every family's own masks are right.
-    """
-    recorder = _Recorder()
-    shell = copy.copy(model)
-    shell._modules = {**model._modules, "layers": nn.ModuleList([recorder] * len(model.layers)), "norm": nn.Identity()}
-    type(model).forward(shell, inputs_embeds=embedded, position_ids=position_ids, use_cache=False)
-    return recorder.calls
