@@ -22,7 +22,7 @@ class TeacherForced:
     def __init__(self, teacher: PreTrainedModel, modules: dict[int, Target]) -> None:
         self._layers = {index: teacher.model.layers[index].self_attn for index in modules}
         self._inputs: dict[int, dict[str, Any]] = {}
-        self._targets: dict[int, torch.Tensor] = {}
+        self._outputs: dict[int, torch.Tensor] = {}
 
     def __enter__(self) -> TeacherForced:
         self._hooks = [
@@ -39,7 +39,7 @@ class TeacherForced:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: tuple[torch.Tensor, Any]) -> None:
             names = ("hidden_states", "position_embeddings", "attention_mask")
             self._inputs[index] = {name: kwargs[name] for name in names}
-            self._targets[index] = output[0]
+            self._outputs[index] = output[0]
 
         return hook
 
@@ -47,9 +47,9 @@ class TeacherForced:
         """What the teacher's attention was called with."""
         return self._inputs[index]
 
-    def target(self, index: int) -> torch.Tensor:
+    def teacher_output(self, index: int) -> torch.Tensor:
         """The teacher's attention output after `o_proj`, before the residual: (batch, time, hidden)."""
-        return self._targets[index]
+        return self._outputs[index]
 
     def student_output(self, index: int, module: Target) -> torch.Tensor:
         """The new attention's output on the teacher's input of that layer: (batch, time, hidden)."""
@@ -66,12 +66,12 @@ def plain_layer_losses(teacher: PreTrainedModel, modules: dict[int, Target], bat
     """Stage 1: each new attention's normalised squared error on the teacher's own input, with its whole graph."""
     with TeacherForced(teacher, modules) as forced, torch.no_grad():
         last_hidden(teacher, batch)
-    return {i: nmse(forced.student_output(i, module), forced.target(i)) for i, module in modules.items()}
+    return {i: nmse(forced.student_output(i, module), forced.teacher_output(i)) for i, module in modules.items()}
 
 
 def plain_kl(teacher: Any, student: Any, batch: Batch) -> torch.Tensor:
     """Stage 2: the mean KL(teacher || student) over the tokens that count, from full logits."""
     with torch.no_grad():
-        target = teacher.lm_head(last_hidden(teacher, batch))
-    per_token = kl_divergence(student.lm_head(last_hidden(student, batch)), target)
+        reference = teacher.lm_head(last_hidden(teacher, batch))
+    per_token = kl_divergence(student.lm_head(last_hidden(student, batch)), reference)
     return (per_token * batch["loss_mask"]).sum() / batch["loss_mask"].sum()

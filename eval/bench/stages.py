@@ -238,7 +238,7 @@ class LayerwiseBound:
             with TeacherForced(module.teacher, self.layers) as forced:
                 last_hidden(module.teacher, batch)
         self.inputs = {index: forced.inputs(index) for index in self.layers}
-        self.upstream = torch.full_like(forced.target(next(iter(self.layers))), 1e-3)
+        self.upstream = torch.full_like(forced.teacher_output(next(iter(self.layers))), 1e-3)
 
     def __call__(self) -> None:
         with torch.no_grad():

@@ -77,7 +77,7 @@ class UntrainedPlans:
         hidden, _, calls = self._any.begin({"input_ids": ids})
         states = [hidden]
         for pair, call in self._any.with_calls(calls):
-            states.append(pair(states[-1], call=call).teacher)
+            states.append(pair.run_teacher(states[-1], call).left)
         return states, calls
 
     def _compare(
@@ -86,10 +86,9 @@ class UntrainedPlans:
         first = len(plan) - len(plan.lstrip(FULL))
         hidden = states[first]
         for letter, index in zip(plan[first:], range(first, len(plan))):
-            if letter == FULL:
-                hidden = self._any.layers[index](hidden, call=calls[index]).teacher
-            else:
-                hidden = self.pairs[letter].layers[index](None, hidden, call=calls[index]).student
+            pair: Any = (self._any if letter == FULL else self.pairs[letter]).layers[index]
+            call = calls[index]
+            hidden = pair.run_teacher(hidden, call).left if letter == FULL else pair.run_student(hidden, call)
         fidelity = Fidelity().to(ids.device)
         chunk = tokens_of_a_chunk(self.teacher.config.vocab_size, ids.device)
         self._any.heads(states[-1], hidden, partial(fidelity.update, input_ids=ids, mask=mask, chunk=chunk))

@@ -16,22 +16,23 @@ EPS = 1e-8
 
 
 def squared_error_and_energy(
-    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+    prediction: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over tokens and features of (prediction - target)^2 and of target^2.
+    """Sums over tokens and features of (prediction - reference)^2 and of reference^2.
 
-    prediction and target (batch, time, hidden); mask (batch, time), True = counts.
+    prediction and reference (batch, time, hidden); mask (batch, time), True = counts.
     """
-    error = (prediction.float() - target.float()).square().sum(-1)
-    energy = target.float().square().sum(-1)
+    error = (prediction.float() - reference.float()).square().sum(-1)
+    energy = reference.float().square().sum(-1)
     if mask is not None:
         error, energy = error * mask, energy * mask
     return error.sum(), energy.sum()
 
 
-def nmse(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Squared error normalised by the target's energy, ||prediction - target||^2 / (||target||^2 + eps), over the batch."""
-    error, energy = squared_error_and_energy(prediction, target, mask)
+def nmse(prediction: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Squared error normalised by the energy of what was to be reproduced, over the batch:
+    ||prediction - reference||^2 / (||reference||^2 + eps)."""
+    error, energy = squared_error_and_energy(prediction, reference, mask)
     return error / (energy + EPS)
 
 

@@ -20,9 +20,9 @@ class LayerNMSE(Metric):
         for name in ("error", "energy"):  # on the CPU: not every device makes float64
             self.add_state(name, torch.zeros(layers, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
-    def update(self, layer: int, prediction: torch.Tensor, target: torch.Tensor) -> None:
-        """layer: place among the edited layers; prediction and target (batch, time, hidden)."""
-        error, energy = squared_error_and_energy(prediction, target)
+    def update(self, layer: int, prediction: torch.Tensor, reference: torch.Tensor) -> None:
+        """layer: place among the edited layers; prediction and reference (batch, time, hidden)."""
+        error, energy = squared_error_and_energy(prediction, reference)
         self.error[layer] += error
         self.energy[layer] += energy
 

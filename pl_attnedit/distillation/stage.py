@@ -303,15 +303,17 @@ class DistillationModule(OptimisedModule):
         teacher, student, calls = self.pairs.begin(batch)
         rows, edited = self._rows_of_its_own(batch, batch_idx), list(self.layer_modules())
         for index, (pair, call) in enumerate(self.pairs.with_calls(calls)):
-            states = pair(teacher if known is None else None, student, call=call)
-            teacher, student = states.teacher, states.student
+            if known is not None:
+                student = pair.run_student(student, call)
+                continue
+            states, student = pair(teacher, student, call)
+            teacher = states.left
             if pair.attention is not None and batch_idx < self.hparams["nmse_batches"]:
                 output = pair.attention(states.normed, call)
-                self.layer_nmse.update(edited.index(index), output[:rows], states.target[:rows])
+                self.layer_nmse.update(edited.index(index), output[:rows], states.reference[:rows])
         if known is not None:
             teacher = known.to(self.device)
-        assert teacher is not None
-        if key is not None and known is None:
+        elif key is not None:
             self.teacher_hidden[key] = teacher.cpu()
         update = partial(self.fidelity.update, input_ids=batch["input_ids"][:rows], mask=batch["loss_mask"][:rows])
         self.pairs.heads(teacher[:rows], student[:rows], update)

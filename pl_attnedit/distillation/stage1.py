@@ -88,18 +88,23 @@ class LayerwiseDistillation(DistillationModule):
         return self.pairs(self._layer_losses, batch)
 
     def _layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
-        hidden, embedded, calls = self.pairs.begin(batch)
-        share = None if self.teacher_share == 1 else self.teacher_share
-        own = None if share is None else embedded
-        last = max(self.trained_layers)
+        hidden, own, calls = self.pairs.begin(batch)
+        share, last = self.teacher_share, max(self.trained_layers)
         losses: dict[int, torch.Tensor] = {}
-        taken: list[torch.Tensor] = []
         for index, (pair, call) in enumerate(self.pairs.with_calls(calls[: last + 1])):
             trains, at_end = index in self.trained_layers, index == last and not self._supervises_blocks
-            inside = share is not None or (trains and self._supervises_blocks)
-            take_loss = taken.append if inside else None
-            states = pair(hidden, own, call=call, last=at_end, teacher_share=share, take_loss=take_loss)
-            hidden, own = states.teacher, states.student
+            taken: list[torch.Tensor] = []
+            if share != 1:
+                hidden, own = pair.teach_on_own_path(
+                    hidden, own, call, teacher_share=share, take_loss=taken.append, last=at_end
+                )
+            elif trains and self._supervises_blocks:
+                hidden = pair.teach_block(hidden, call, taken.append)
+            else:
+                states = pair.run_teacher(hidden, call, last=at_end)
+                hidden = states.left
+                if trains:
+                    taken.append(pair.teach(states, call))
             if trains:
-                losses[index] = taken[-1] if inside else pair.distil(states.normed, states.target, call)[0]
+                [losses[index]] = taken
         return losses

@@ -79,8 +79,8 @@ class ModelDistillation(DistillationModule):
         mask, distances, weight = batch["loss_mask"], [], self.hparams["feature_weight"]
         teacher, student, calls = self.pairs.begin(batch)
         for pair, call in self.pairs.with_calls(calls):
-            states = pair(teacher, student, call=call)
-            teacher, student = states.teacher, states.student
+            states, student = pair(teacher, student, call)
+            teacher = states.left
             if weight > 0:
                 distances.append(cosine_distance(student, teacher, mask))
         kl = self.pairs.heads(teacher, student, partial(self.kl, rows=batch.get("rows"), mask=mask))

@@ -255,7 +255,7 @@ def test_validation_equals_a_direct_computation(make_stage: Make, make_data: Mak
                 with TeacherForced(module.teacher, module.layer_modules()) as forced:
                     last_hidden(module.teacher, batch)
                 for place, (index, attention) in enumerate(module.layer_modules().items()):
-                    target = forced.target(index)
+                    target = forced.teacher_output(index)
                     error[place] += (forced.student_output(index, attention) - target).square().sum()
                     energy[place] += target.square().sum()
     teacher, student = (torch.cat([pair[i] for pair in logs]) for i in (0, 1))

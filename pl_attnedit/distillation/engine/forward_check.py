@@ -40,8 +40,8 @@ def check_forward(teacher: Any, student: Any) -> None:
         for role, ours, states in zip(theirs, embedded, (first, second)):
             _compare(f"the embeddings of the {role}", share, ours, states[0])
         for index, (pair, call) in enumerate(pairs.with_calls(calls)):
-            found = pair(first[index], second[index], call=call)
-            for role, ours, states in (("teacher", found.teacher, first), ("student", found.student, second)):
+            of_pair, left = pair(first[index], second[index], call)
+            for role, ours, states in (("teacher", of_pair.left, first), ("student", left, second)):
                 _compare(f"layer {index} of the {role}", share, ours, states[index + 1], states[index])
 
         def logits(student: Tensor, teacher: Tensor, student_head: nn.Module, teacher_head: nn.Module) -> None:

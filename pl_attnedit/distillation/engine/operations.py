@@ -14,7 +14,7 @@ from pl_attnedit.distillation.engine.local_gradients import compile_whole, eager
 from pl_attnedit.distillation.losses import nmse
 
 
-class BlockTarget(NamedTuple):
+class BlockReference(NamedTuple):
     """Stands in for the teacher's activation where a block's output is supervised; hidden states (batch, time, hidden)."""
 
     entered: Tensor  # what enters the teacher's block, and
@@ -45,11 +45,13 @@ class Operations:
         self._traced = wrap(partial(traced_gradients, local_loss)) if compiled else self._eager
 
     def local_gradients(
-        self, attention: Target, normed: Tensor, target: Tensor | BlockTarget, call: Call
+        self, attention: Target, normed: Tensor, reference: Tensor | BlockReference, call: Call
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """What `local_loss` gives, and the gradients of the new attention's parameters."""
-        functional = attention.functional_gradients and (not isinstance(target, BlockTarget) or target.functional)
-        return (self._traced if functional else self._eager)(attention, normed, target, call)
+        functional = attention.functional_gradients and (
+            not isinstance(reference, BlockReference) or reference.functional
+        )
+        return (self._traced if functional else self._eager)(attention, normed, reference, call)
 
 
 def teacher_layer(layer: Any, hidden: Tensor, call: Call, last: bool) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -75,12 +77,12 @@ def feed_forward(norm: nn.Module, mlp: nn.Module, hidden: Tensor, attention: Ten
 
 
 def local_loss(
-    attention: Callable[..., Any], normed: Tensor, target: Tensor | BlockTarget, call: Call
+    attention: Callable[..., Any], normed: Tensor, reference: Tensor | BlockReference, call: Call
 ) -> tuple[Tensor, Tensor]:
     """The loss at the supervised point, and what is there: the attention's output or the block's."""
     output = attend(attention, normed, call)
-    if isinstance(target, BlockTarget):
-        output = feed_forward(target.norm, target.mlp, target.hidden, output)
-        entered = target.entered.float()
-        return nmse(output.float() - entered, target.left.float() - entered), output
-    return nmse(output, target), output
+    if isinstance(reference, BlockReference):
+        output = feed_forward(reference.norm, reference.mlp, reference.hidden, output)
+        entered = reference.entered.float()
+        return nmse(output.float() - entered, reference.left.float() - entered), output
+    return nmse(output, reference), output

@@ -19,18 +19,17 @@ from transformers import PreTrainedModel
 from pl_attnedit.attention import Target
 from pl_attnedit.distillation.engine.calls import Call, layer_calls
 from pl_attnedit.distillation.engine.local_gradients import Anchor, LocalGradients
-from pl_attnedit.distillation.engine.operations import BlockTarget, Operations
+from pl_attnedit.distillation.engine.operations import BlockReference, Operations
 
 Batch = dict[str, Tensor]
 
 
-class LayerStates(NamedTuple):
-    """What one layer made of its inputs; (batch, time, hidden) each, None where that path did not run."""
+class TeacherStates(NamedTuple):
+    """What a layer of the teacher made of its input; (batch, time, hidden) each."""
 
-    teacher: Tensor | None  # what leaves the layer
-    student: Tensor | None
-    normed: Tensor | None  # what the teacher's attention got, and
-    target: Tensor | None  # what it gave: after `o_proj`, before the residual
+    left: Any  # what leaves the layer; None where it was run no further than its attention
+    normed: Tensor  # what its attention got, and
+    reference: Tensor  # what that gave: after `o_proj`, before the residual
 
 
 class EditedAttention(nn.Module):
@@ -40,30 +39,34 @@ class EditedAttention(nn.Module):
         super().__init__()
         self.attention, self.operations = attention, operations
 
-    def forward(self, normed: Tensor, call: Call, target: Tensor | BlockTarget | None = None) -> Any:
-        """The attention's output (batch, time, hidden); with a target what `local_loss` gives, its graph freed already.
+    def forward(self, normed: Tensor, call: Call) -> Tensor:
+        """The attention's output (batch, time, hidden)."""
+        return self.operations.attend(self.attention, normed, call)
 
-        With a target `normed` must require a gradient (see `Anchor`), though it gets none.
-        """
-        if target is None:
-            return self.operations.attend(self.attention, normed, call)
+    def loss(self, normed: Tensor, call: Call, reference: Tensor | BlockReference) -> tuple[Tensor, Tensor]:
+        """What `local_loss` gives, its graph freed already. `normed` must require a gradient and gets none: `Anchor`."""
         trained = [p for p in self.attention.parameters() if p.requires_grad]
         if not (torch.is_grad_enabled() and trained):
             with torch.no_grad():
-                return self.operations.local_loss(self.attention, normed, target, call)
-        gradients = partial(self.operations.local_gradients, self.attention, normed.detach(), target, call)
+                return self.operations.local_loss(self.attention, normed, reference, call)
+        gradients = partial(self.operations.local_gradients, self.attention, normed.detach(), reference, call)
         return LocalGradients.apply(gradients, normed, *trained)
 
 
 class LayerPair(nn.Module):
     """The layers of the same index. Where the trunk is shared the student's norms and MLP are the teacher's modules.
 
+    Hidden states are (batch, time, hidden). FSDP2 gathers a pair's weights for `forward` and for what `FORWARDS` names, so
+    none of these calls another.
+
     Args:
         teacher: decoder layer of Hugging Face's model.
         student: the same with a new attention, or the very same module.
         recompute: keep only the layer's input for the student's backward pass, and run the layer again there.
-        block_loss: the loss that `take_loss` gets is the one at the block's output.
+        block_loss: the supervised point of stage 1 is the block's output.
     """
+
+    FORWARDS = ("run_teacher", "run_student", "teach_block", "teach_on_own_path")
 
     def __init__(
         self, teacher: Any, student: Any, operations: Operations, *, recompute: bool = False, block_loss: bool = False
@@ -78,74 +81,87 @@ class LayerPair(nn.Module):
             parts = {name: part for name, part in student.named_children() if not isinstance(part, Target)}
             self.trunk = nn.ModuleDict(parts)
 
-    def forward(
-        self,
-        teacher: Tensor | None,
-        student: Tensor | None = None,
-        *,
-        call: Call,
-        last: bool = False,
-        teacher_share: float | None = None,
-        take_loss: Callable[[Tensor], None] | None = None,
-    ) -> LayerStates:
-        """Runs the paths whose input (batch, time, hidden) is given.
+    def forward(self, teacher: Tensor, student: Tensor, call: Call) -> tuple[TeacherStates, Tensor]:
+        """Both layers on what enters each: what stage 2 and validation run."""
+        return self._teacher(teacher, call), self._student(student, call)
 
-        last: the teacher's path ends with its attention. teacher_share: the student's path is the own path of stage 1, its
-        input mixed with this share of the teacher's, its gradients local to the new attention; `take_loss` gets its
-        loss. It is not returned: FSDP2 would take it for an output whose backward pass needs the whole layer. `take_loss`
-        without a share: the loss on the teacher's own input, taken in here since what a block's loss reads is whole here.
+    def run_teacher(self, hidden: Tensor, call: Call, *, last: bool = False) -> TeacherStates:
+        """The teacher's layer alone; where it is the `last` one that is needed no further than its attention."""
+        return self._teacher(hidden, call, last=last)
+
+    def run_student(self, hidden: Tensor, call: Call) -> Tensor:
+        """The student's layer alone."""
+        return self._student(hidden, call)
+
+    def teach(self, states: TeacherStates, call: Call) -> Tensor:
+        """The new attention's loss on what the teacher's attention got. Only the new attention's weights are read."""
+        return self._loss(states.normed, call, states.reference)[0]
+
+    def teach_block(self, hidden: Tensor, call: Call, take_loss: Callable[[Tensor], None]) -> Tensor:
+        """The teacher's layer; `take_loss` gets the student's loss at the block's output on the same input.
+
+        A loss is not returned: FSDP2 would take it for an output whose backward pass needs the whole layer.
         """
-        entered, normed, target = teacher, None, None
-        if teacher is not None:
-            with torch.no_grad():
-                teacher, normed, target = self.operations.teacher_layer(self.teacher, teacher, call, last)
-        if take_loss is not None:
-            assert entered is not None
-            assert target is not None
-            mixed = entered
-            if teacher_share is not None:
-                assert student is not None
-                mixed = teacher_share * entered + (1 - teacher_share) * student.detach()
-            point: Tensor | BlockTarget = target
-            if self.block_loss:
-                assert teacher is not None
-                point = BlockTarget(entered, teacher, mixed, self._part("post_attention_layernorm"), self._part("mlp"))
-            own = self._own_path(mixed, call, point, take_loss)
-            student = None if teacher_share is None else own
-        elif student is not None:
-            if self.recompute and torch.is_grad_enabled():
-                student = checkpoint(self._student, student, call, use_reentrant=False)
-            else:
-                student = self._student(student, call)
-        return LayerStates(teacher, student, normed, target)
+        states = self._teacher(hidden, call)
+        self._own_path(hidden, call, self._block_reference(hidden, states, hidden), take_loss)
+        return states.left
 
-    def distil(self, normed: Tensor, target: Tensor | BlockTarget, call: Call) -> tuple[Tensor, Tensor]:
-        """The new attention's loss at the supervised point, and what is there, without a gradient."""
+    def teach_on_own_path(
+        self,
+        teacher: Tensor,
+        student: Tensor,
+        call: Call,
+        *,
+        teacher_share: float,
+        take_loss: Callable[[Tensor], None],
+        last: bool = False,
+    ) -> tuple[Any, Tensor]:
+        """What leaves both layers, the student's run on its own input mixed with this share of the teacher's. `take_loss`
+        gets the loss of a new attention, whose gradients are local to it; see `teach_block`, `run_teacher`."""
+        states = self._teacher(teacher, call, last=last)
+        mixed = teacher_share * teacher + (1 - teacher_share) * student.detach()
+        reference = self._block_reference(teacher, states, mixed) if self.block_loss else states.reference
+        return states.left, self._own_path(mixed, call, reference, take_loss)
+
+    @torch.no_grad()
+    def _teacher(self, hidden: Tensor, call: Call, *, last: bool = False) -> TeacherStates:
+        return TeacherStates(*self.operations.teacher_layer(self.teacher, hidden, call, last))
+
+    def _student(self, hidden: Tensor, call: Call) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._student_layer, hidden, call, use_reentrant=False)
+        return self._student_layer(hidden, call)
+
+    def _student_layer(self, hidden: Tensor, call: Call) -> Tensor:
+        normed = self.operations.normalise(self._part("input_layernorm"), hidden)
+        if self.attention is None:
+            output = self.operations.attend(self._part("self_attn"), normed, call)
+        else:
+            output = self.attention(normed, call)
+        return self._feed_forward(hidden, output)
+
+    def _block_reference(self, entered: Tensor, states: TeacherStates, hidden: Tensor) -> BlockReference:
+        return BlockReference(entered, states.left, hidden, self._part("post_attention_layernorm"), self._part("mlp"))
+
+    def _loss(self, normed: Tensor, call: Call, reference: Tensor | BlockReference) -> tuple[Tensor, Tensor]:
+        """The loss at the supervised point, and what is there, without a gradient."""
         assert self.attention is not None
         anchor = torch.empty((), device=normed.device, requires_grad=True)
-        return self.attention(Anchor.apply(anchor, normed), call, target)
+        return self.attention.loss(Anchor.apply(anchor, normed), call, reference)
 
     @torch.no_grad()
     def _own_path(
-        self, hidden: Tensor, call: Call, target: Tensor | BlockTarget, take_loss: Callable[[Tensor], None]
+        self, hidden: Tensor, call: Call, reference: Tensor | BlockReference, take_loss: Callable[[Tensor], None]
     ) -> Tensor:
         normed = self.operations.normalise(self._part("input_layernorm"), hidden)
         if self.attention is None:
             output = self.operations.attend(self._part("self_attn"), normed, call)
         else:
             with torch.enable_grad():
-                loss, output = self.distil(normed, target, call)
+                loss, output = self._loss(normed, call, reference)
             take_loss(loss)
-            if isinstance(target, BlockTarget):
+            if isinstance(reference, BlockReference):
                 return output
-        return self._feed_forward(hidden, output)
-
-    def _student(self, hidden: Tensor, call: Call) -> Tensor:
-        normed = self.operations.normalise(self._part("input_layernorm"), hidden)
-        if self.attention is None:
-            output = self.operations.attend(self._part("self_attn"), normed, call)
-        else:
-            output = self.attention(normed, call)
         return self._feed_forward(hidden, output)
 
     def _part(self, name: str) -> nn.Module:

@@ -6,20 +6,18 @@ its parameters inside its own forward pass, so at any time only the layer at wor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from pl_attnedit.distillation.engine.pairs import LayerPair, Pairs
 from pl_attnedit.errors import invalid
-
-if TYPE_CHECKING:
-    from pl_attnedit.distillation.engine.pairs import Pairs
 
 
 def data_parallel_mesh(module: LightningModule) -> DeviceMesh | None:
@@ -59,7 +57,10 @@ def shard(pairs: Pairs, mesh: DeviceMesh, precision: str, *, gather_once: bool) 
         if isinstance(attention, nn.Module):
             fully_shard(attention, mesh=mesh, mp_policy=policy, reshard_after_forward=not gather_once)
             attention.register_forward_hook(_release_without_gradients)
+            register_fsdp_forward_method(attention, "loss")
         fully_shard(pair, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        for name in LayerPair.FORWARDS:
+            register_fsdp_forward_method(pair, name)
     embeddings, heads = ({id(p) for p in end.parameters()} for end in (pairs.embeddings, pairs.heads))
     if not embeddings & heads:  # a tied weight belongs to the root instead, and is whole throughout a step
         fully_shard(pairs.embeddings, mesh=mesh, reshard_after_forward=True)
