@@ -32,7 +32,8 @@ from pl_attnedit.eval.held_out import HeldOut, held_out_texts, trained_on
 from pl_attnedit.eval.students import load_pair, student_fingerprint
 from pl_attnedit.files import write_atomically
 from pl_attnedit.modeling.trained_on import TrainedOn
-from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_fingerprint
+from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
+from pl_attnedit.teachers.sources.resolve import resolve_teacher
 
 SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none
 Rows = list[dict[str, Any]]

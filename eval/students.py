@@ -15,7 +15,8 @@ from pl_attnedit.distillation import STAGES
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling import load
 from pl_attnedit.modeling.weights import share_weights
-from pl_attnedit.teachers.sources.resolve import file_sha256, load_teacher, teacher_fingerprint
+from pl_attnedit.teachers.sources.fingerprint import file_sha256, teacher_fingerprint
+from pl_attnedit.teachers.sources.resolve import load_teacher
 
 
 def load_student(path: str | Path, dtype: str | None = None) -> PreTrainedModel:

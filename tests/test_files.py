@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from pl_attnedit.cache import build_once
 from pl_attnedit.cli.messages import message_of
 from pl_attnedit.conversion.run_folder import RunFolder
 from pl_attnedit.errors import UserError
 from pl_attnedit.files import check_output, json_text, write_atomically, writing
-from pl_attnedit.teachers.sources.resolve import build_once
 
 
 def test_replaces_the_old_file(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pl_attnedit.cache import build_once
 from pl_attnedit.data.encoding import encode
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
 from pl_attnedit.errors import invalid
-from pl_attnedit.teachers.sources.resolve import build_once
 
 FIRST_EDGE = 64  # tokens; each further bin is as long as all before it
 log = logging.getLogger(__name__)

@@ -26,11 +26,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedModel
 
+from pl_attnedit.cache import cache_root
 from pl_attnedit.data.files import use_writable_cache
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.harness.language_model import SharedPrefixLM
 from pl_attnedit.files import json_text, write_atomically
-from pl_attnedit.teachers.sources.resolve import cache_root
 
 Sample = dict[str, Any]  # one of lm-eval's logged samples
 

@@ -112,7 +112,8 @@ def _by_tasks(options: Namespace) -> EvaluationResult:
     from pl_attnedit.eval.harness.tasks import OFFLINE_TASKS, build_offline_tasks
     from pl_attnedit.eval.held_out import held_out_texts, trained_on
     from pl_attnedit.eval.students import load_pair, student_fingerprint
-    from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_fingerprint
+    from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
+    from pl_attnedit.teachers.sources.resolve import resolve_teacher
 
     teacher, student, tokenizer = load_pair(options.student, options.teacher, options.dtype)
     folder: str | Path | None = options.task_folder
@@ -145,7 +146,8 @@ def _check_run(run_id: str, teacher: str, tracking_uri: str | None) -> None:
     """An unknown run, or one of another teacher, is an error before the work."""
     from mlflow.exceptions import MlflowException
 
-    from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_fingerprint
+    from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
+    from pl_attnedit.teachers.sources.resolve import resolve_teacher
     from pl_attnedit.tracking import connect
 
     client = connect(tracking_uri, create=False)

@@ -45,7 +45,8 @@ def main(arguments: Sequence[str]) -> int:
 
     check_output("--output", options.output)
     from pl_attnedit.data.generated import Sampling, TeacherWriter, generate_data
-    from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher, teacher_fingerprint
+    from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
+    from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher
 
     names = ("prompts", "temperature", "top_p", "max_tokens", "batch_size", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names})

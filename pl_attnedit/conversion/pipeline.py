@@ -46,7 +46,8 @@ from pl_attnedit.memory import release_memory
 from pl_attnedit.modeling.edit import read_config
 from pl_attnedit.modeling.kv import fill_cache, kv_context, on_meta
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
-from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_config, teacher_fingerprint
+from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
+from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_config
 from pl_attnedit.tracking import (
     ConversionRuns,
     TrackedRun,

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from pl_attnedit.cache import cache_root
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.teachers.sources.resolve import cache_root
 
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")  # around text; what can be inflated inside a parquet file is so already
 _ROWS = 16  # of a table at a time: they may be long

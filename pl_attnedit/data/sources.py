@@ -26,7 +26,8 @@ from pl_attnedit.data.files import (
     use_writable_cache,
 )
 from pl_attnedit.errors import invalid
-from pl_attnedit.teachers.sources.resolve import file_sha256, hub_snapshot
+from pl_attnedit.teachers.sources.fingerprint import file_sha256
+from pl_attnedit.teachers.sources.resolve import hub_snapshot
 
 BUILTIN = "builtin:"
 SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")

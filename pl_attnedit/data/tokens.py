@@ -19,6 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pl_attnedit.cache import build_once, cache_root
 from pl_attnedit.data.chat import check_chat, mark_answers, render
 from pl_attnedit.data.encoding import TooLongError, bare, encode
 from pl_attnedit.data.sources import Document, OpenSource, bytes_hash, document_hash
@@ -27,8 +28,6 @@ from pl_attnedit.teachers.sources.resolve import (
     PACKAGE_PREFIX,
     TEACHER_SOURCES,
     TOKENIZER_FILES,
-    build_once,
-    cache_root,
     hub_snapshot,
     resolve_teacher,
 )

@@ -33,7 +33,8 @@ from pl_attnedit.modeling.edit import assemble, check_teacher, initialise, layer
 from pl_attnedit.modeling.trained_on import KEY as TRAINED_ON
 from pl_attnedit.modeling.trained_on import TrainedOn
 from pl_attnedit.modeling.weights import copy_weights, default_dtype
-from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher, teacher_fingerprint
+from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
+from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher
 
 # settings whose values a checkpoint's optimizer brings along
 OF_THE_OPTIMIZER = ("train", "learning_rate", "weight_decay")

@@ -21,12 +21,13 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from pl_attnedit import edit_model
 from pl_attnedit.attention import GateSWAConfig
+from pl_attnedit.cache import cache_root
 from pl_attnedit.cli import COMMANDS, main
 from pl_attnedit.conversion.checks import check_recipe
 from pl_attnedit.conversion.recipe import read_recipe, recipe_parser
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.eval.students import load_student
-from pl_attnedit.teachers.sources.resolve import cache_root, load_teacher
+from pl_attnedit.teachers.sources.resolve import load_teacher
 from pl_attnedit.tracking import resolve_tracking_uri
 
 Make = Callable[..., Any]

@@ -24,7 +24,7 @@ from pl_attnedit.conversion.run_folder import RunFolder, read_summary
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.errors import UserError
 from pl_attnedit.files import json_text
-from pl_attnedit.teachers.sources.resolve import teacher_fingerprint
+from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
 
 KEYS = (
     "teacher targets pattern phases tokens_stage1 tokens_stage2 kl_before kl_after_stage1 kl_after_stage2 top1_after "

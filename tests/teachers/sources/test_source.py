@@ -25,17 +25,13 @@ from transformers import (
     T5Config,
 )
 
+from pl_attnedit.cache import build_once, cache_root
 from pl_attnedit.errors import UserError
+from pl_attnedit.teachers.sources import fingerprint
 from pl_attnedit.teachers.sources import gguf as gguf_file_module
 from pl_attnedit.teachers.sources import resolve as source
-from pl_attnedit.teachers.sources.resolve import (
-    build_once,
-    file_sha256,
-    load_teacher,
-    resolve_teacher,
-    teacher_config,
-    teacher_fingerprint,
-)
+from pl_attnedit.teachers.sources.fingerprint import file_sha256, teacher_fingerprint
+from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher, teacher_config
 
 
 @pytest.fixture(autouse=True)
@@ -228,12 +224,12 @@ def test_fingerprint(folder: Path, tmp_path: Path) -> None:
 
 
 def test_digest_of_a_large_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_DIGEST_CACHED_FROM", 1)
+    monkeypatch.setattr(fingerprint, "_DIGEST_CACHED_FROM", 1)
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     first = file_sha256(file)
     with monkeypatch.context() as patch:
-        patch.setattr(source, "_sha256", lambda path: pytest.fail("hashed again"))
+        patch.setattr(fingerprint, "_sha256", lambda path: pytest.fail("hashed again"))
         assert file_sha256(file) == first
     file.write_bytes(b"other")
     assert file_sha256(file) != first
@@ -282,7 +278,7 @@ def test_cache_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("PL_ATTNEDIT_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"PL_ATTNEDIT_CACHE = .*must be a folder that can be written to"):
-        source.cache_root()
+        cache_root()
 
 
 @pytest.mark.slow

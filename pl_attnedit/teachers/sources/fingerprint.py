@@ -1,0 +1,49 @@
+"""What identifies a model: the content of its files, wherever they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from pl_attnedit.cache import build_once, cache_root
+
+_DIGEST_CACHED_FROM = 64 * 2**20  # bytes; smaller files are hashed faster than their cached digest is looked up
+# Facts about the writer of a config, not about the model.
+_CONFIG_NOISE = {"transformers_version", "_name_or_path", "_model_name_or_path"}
+
+
+def teacher_fingerprint(path: str | Path) -> str:
+    """Hex SHA-256 that identifies a teacher: of its weights' content and its config, wherever the folder lies."""
+    path = Path(path)
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    for key in _CONFIG_NOISE & config.keys():
+        del config[key]
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(file_sha256(file).encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file's content; kept in the cache folder for a large file that has not changed since."""
+    path = Path(path).resolve()
+    status = path.stat()
+    if status.st_size < _DIGEST_CACHED_FROM:
+        return _sha256(path)
+    changed = f"{status.st_mtime_ns}|{status.st_ctime_ns}"  # a copy may bring the old modification time along
+    key = hashlib.sha256(f"{path}|{status.st_size}|{changed}".encode()).hexdigest()
+    cached = build_once(cache_root() / "digests" / key, lambda part: _write(part / "sha256", _sha256(path)))
+    return (cached / "sha256").read_text("ascii")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, "ascii")
