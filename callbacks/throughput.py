@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
+
+from pl_attnedit.memory import peak_bytes
 
 _FETCH = "[_TrainingEpochLoop].train_dataloader_next"  # Lightning's name for taking the next batch
 
@@ -84,7 +83,7 @@ class Throughput(Callback):
                 "perf/tokens_per_second": self._meter.tokens / seconds,
                 "perf/step_seconds": seconds / steps,
                 "perf/data_wait_seconds": self._fetch.seconds / steps,
-                "perf/peak_memory_bytes": float(peak_memory_bytes(pl_module.device)),
+                "perf/peak_memory_bytes": float(peak_bytes(pl_module.device)),
             }
             pl_module.log_dict(metrics, batch_size=1)
             self._begin_window(trainer)
@@ -123,11 +122,3 @@ class _FetchTimer(Profiler):
         if action_name == _FETCH:
             self.seconds += time.perf_counter() - self._since
         self.inner.stop(action_name)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Highest memory so far: allocated by tensors on an accelerator, resident in this process on a CPU."""
-    if device.type == "cpu":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    return int(torch.get_device_module(device).max_memory_allocated(device))

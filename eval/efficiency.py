@@ -30,7 +30,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.flops import is_mixture
-from pl_attnedit.eval.bench.timing import current_bytes, peak_bytes, reset_peak, synchronize
+from pl_attnedit.eval.bench.timing import synchronize
+from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
 from pl_attnedit.modeling.kv import WithoutScores, cache_bytes
 
 WARMUP_STEPS = 3  # of decode, in each run

@@ -29,10 +29,10 @@ from pl_attnedit.eval.harness.retrieval import build_retrieval_tasks
 from pl_attnedit.eval.harness.suites import Efficiency, Suite
 from pl_attnedit.eval.harness.tasks import BIGBENCH, OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks
 from pl_attnedit.eval.held_out import HeldOut, held_out_texts, trained_on
-from pl_attnedit.eval.students import load_pair, student_fingerprint
+from pl_attnedit.eval.students import load_pair
 from pl_attnedit.files import write_atomically
 from pl_attnedit.modeling.trained_on import TrainedOn
-from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
+from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
 from pl_attnedit.teachers.sources.resolve import resolve_teacher
 
 SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none
@@ -105,8 +105,8 @@ class _Pair:
         self.suite = suite
         of_teacher, of_student, self.tokenizer = load_pair(student, teacher, dtype)
         self.models: tuple[Any, Any] = of_teacher.to(device), of_student.to(device)
-        self.teacher_print = teacher_fingerprint(resolve_teacher(teacher))
-        self.student_print = student_fingerprint(student)
+        self.teacher_print = model_fingerprint(resolve_teacher(teacher))
+        self.student_print = model_fingerprint(student)
         context = model_context(of_teacher, suite.max_length or SHORTEST_CONTEXT)
         self.max_length = suite.max_length or context
         if self.max_length > context:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from pl_attnedit.distillation import STAGES
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling import load
 from pl_attnedit.modeling.weights import share_weights
-from pl_attnedit.teachers.sources.fingerprint import file_sha256, teacher_fingerprint
 from pl_attnedit.teachers.sources.resolve import load_teacher
 
 
@@ -83,13 +81,3 @@ def load_pair(student: str | Path, teacher: str, dtype: str | None = None) -> tu
             )
     share_weights(of_student, of_teacher)
     return of_teacher, of_student, tokenizer
-
-
-def student_fingerprint(path: str | Path) -> str:
-    """Hex SHA-256 that identifies what `load_student` loads from there; of a checkpoint, the file's own."""
-    path = Path(path)
-    if path.suffix != ".ckpt":
-        return teacher_fingerprint(path)
-    if not path.is_dir():
-        return file_sha256(path)
-    return hashlib.sha256(" ".join(file_sha256(file) for file in sorted(path.iterdir())).encode()).hexdigest()

@@ -8,10 +8,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.files import no_room, writing
+from pl_attnedit.locks import wait
 
 CACHE_VARIABLE = "PL_ATTNEDIT_CACHE"
 
@@ -36,15 +35,14 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """
     if folder.is_dir():
         return folder
-    lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock = wait(folder.with_name(folder.name + ".lock"))
     except PermissionError as error:
         raise invalid("cache folder", str(folder.parent), "must be a folder that can be written to") from error
     except OSError as error:
         raise UserError(no_room(error, folder.parent) or f"cache folder {folder.parent}: {error}") from error
-    try:
+    with lock:
         if folder.is_dir():
             return folder
         for leftover in folder.parent.glob(folder.name + ".part-*"):  # of a process that was killed
@@ -57,6 +55,4 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
                 part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    finally:
-        lock.release()
     return folder

@@ -1,4 +1,7 @@
-"""One process at a time, on one machine or on all that share a file system."""
+"""One process at a time, on one machine or on all that share a file system.
+
+By `flock` itself and not by a library: children inherit a lock, and several processes may share one.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,17 @@ def claim(path: Path) -> IO[str] | None:
     file.truncate(0)
     file.write(f"{process_name()}\n")
     file.flush()
+    return file
+
+
+def wait(path: Path) -> IO[str]:
+    """The locked file, as soon as no other process holds it. Raises `OSError` as `claim`."""
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except BaseException:
+        file.close()
+        raise
     return file
 
 

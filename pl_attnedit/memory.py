@@ -1,8 +1,11 @@
-"""Memory: what the host has left, and of accelerators between one use and the next."""
+"""Memory: what a device holds now and at most, what the host has left, and what goes back between one use and the next."""
 
 from __future__ import annotations
 
 import gc
+import resource
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -29,3 +32,30 @@ def available_bytes() -> int:
         return min(free, limit - int((_CGROUP / "memory.current").read_text()) + in_files)
     except (OSError, ValueError, KeyError):  # no limit
         return free
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start the count of the highest memory anew: of tensors on an accelerator, of the process on a Linux CPU."""
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # not everywhere allowed: the peak is then the process's whole one
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def current_bytes(device: torch.device) -> int:
+    """Memory now: of tensors on an accelerator, of this process on a CPU."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).memory_allocated(device))
+    return psutil.Process().memory_info().rss
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Highest memory since `reset_peak`, or ever: of tensors on an accelerator, of this process on a CPU."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).max_memory_allocated(device))
+    try:
+        [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+    except (OSError, ValueError):  # not Linux, or a sandbox; of a process that was forked this may be its parent's
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -29,7 +29,8 @@ from pl_attnedit.distillation.engine.operations import attend
 from pl_attnedit.distillation.engine.sharding import local
 from pl_attnedit.eval.bench.flops import matmul_rate, step_flops
 from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden, plain_kl, plain_layer_losses
-from pl_attnedit.eval.bench.timing import current_bytes, peak_bytes, reset_peak, spread, synchronize
+from pl_attnedit.eval.bench.timing import spread, synchronize
+from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
 
 PROFILED = 2  # steps after the timed ones, whose kernels are looked at
 

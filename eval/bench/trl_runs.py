@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from pl_attnedit.attention import MLAConfig
 from pl_attnedit.eval.bench.stages import RandomTokens, StepBench, make_module
-from pl_attnedit.eval.bench.timing import peak_bytes, reset_peak
+from pl_attnedit.memory import peak_bytes, reset_peak
 
 CPU = torch.device("cpu")
 LEARNING_RATE = 1e-3  # constant; so high that a wrong gradient shows in the losses of a few steps

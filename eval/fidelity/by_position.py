@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pl_attnedit.cache import build_once
 from pl_attnedit.data.encoding import encode
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
+from pl_attnedit.distillation.metrics import log_probabilities
 from pl_attnedit.errors import invalid
 
 FIRST_EDGE = 64  # tokens; each further bin is as long as all before it
@@ -152,10 +153,7 @@ def _compare(
     labels_T = row_T.roll(-1).to(student.device)
     chunk = tokens_of_a_chunk(heads[0].weight.shape[0], student.device)
     parts = []
-    for start in range(0, len(row_T), chunk):
-        rows = slice(start, start + chunk)
-        teacher_log = heads[0](teacher_TH[rows]).float().log_softmax(-1).to(student.device)
-        student_log = heads[1](student_TH[rows]).float().log_softmax(-1)
+    for rows, student_log, teacher_log in log_probabilities(student_TH, teacher_TH, heads[1], heads[0], chunk):
         kl = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
         top1 = teacher_log.argmax(-1) == student_log.argmax(-1)
         nll = [-each.gather(-1, labels_T[rows, None])[:, 0] for each in (teacher_log, student_log)]

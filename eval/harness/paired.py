@@ -157,7 +157,7 @@ def answer_both(
     Args:
         max_length: longest window in tokens; the training's sequence length is the fair one.
         batch_size: sequences per forward pass; "auto" starts large and halves where memory does not suffice.
-        teacher_fingerprint, student_fingerprint: of `pl_attnedit.teachers.sources.fingerprint.teacher_fingerprint`. With it the
+        teacher_fingerprint, student_fingerprint: of `model_fingerprint`. With it the
             teacher's answers are kept in the cache folder for all evaluations, the student's in `out_dir`, and neither
             is computed twice.
     """

@@ -40,7 +40,7 @@ from pl_attnedit.eval.report.page import write_report
 from pl_attnedit.eval.schedule.jobs import SCHEDULED_TAG, EvaluationFailed, Job, Subject, back_off, evaluate_in_process
 from pl_attnedit.interruption import Interrupted
 from pl_attnedit.locks import LOCK, claim, process_name
-from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
+from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
 from pl_attnedit.tracking import connect, deliver_pending, resolve_tracking_uri, start_child
 from pl_attnedit.tracking.client import (
     CHECKPOINTS_TAG,
@@ -271,7 +271,7 @@ def check_fingerprint(subject: Subject) -> None:
     if subject.checkpoint is not None or expected is None:
         return
     try:
-        found = teacher_fingerprint(subject.path)
+        found = model_fingerprint(subject.path)
     except (OSError, ValueError) as error:
         raise EvaluationFailed(f"{subject.path} cannot be read ({first_line(error)})") from error
     if found != expected:

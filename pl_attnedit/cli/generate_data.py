@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
     check_output("--output", options.output)
     from pl_attnedit.data.generated import Sampling, TeacherWriter, generate_data
-    from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
+    from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
     from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher
 
     names = ("prompts", "temperature", "top_p", "max_tokens", "batch_size", "seed")
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         done = f"{documents:,} documents, {tokens:,}/{options.tokens:,} tokens, {seconds:.0f} s"
         print(f"generate-data  {done}", file=sys.stderr)
 
-    fingerprint = teacher_fingerprint(resolve_teacher(options.teacher))
+    fingerprint = model_fingerprint(resolve_teacher(options.teacher))
     documents, tokens = generate_data(
         writer, options.teacher, Path(options.output), options.tokens, report, fingerprint
     )

@@ -46,7 +46,7 @@ from pl_attnedit.memory import release_memory
 from pl_attnedit.modeling.edit import read_config
 from pl_attnedit.modeling.kv import fill_cache, kv_context, on_meta
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
-from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
+from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
 from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_config
 from pl_attnedit.tracking import (
     ConversionRuns,
@@ -94,7 +94,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     if folder.done("report"):
         Conversion.say(f"{recipe.name}: done before")
         return read_summary(folder.path)
-    teacher = teacher_fingerprint(resolve_teacher(recipe.teacher))
+    teacher = model_fingerprint(resolve_teacher(recipe.teacher))
     folder.keep_to({"teacher": teacher, "text": data.fingerprint})
     kinds = {target.type for target in plan.targets.values()}
     tags = {
@@ -143,7 +143,7 @@ class Conversion:
                 parent,
                 config=self.plain,
                 data_fingerprint=self.data.fingerprint,
-                teacher_fingerprint=teacher_fingerprint(resolve_teacher(self.recipe.teacher)),
+                teacher_fingerprint=model_fingerprint(resolve_teacher(self.recipe.teacher)),
             )
             used = training_text(self.data)
             for run in (parent, self.runs.run("stage1"), self.runs.run("stage2")):
@@ -224,7 +224,7 @@ class Conversion:
         checkpoint = latest_checkpoint(self.folder.path / name)
         module = self.module(name, stage, start)
         if checkpoint is not None:
-            fingerprint = teacher_fingerprint(resolve_teacher(self.recipe.teacher))
+            fingerprint = model_fingerprint(resolve_teacher(self.recipe.teacher))
             check_checkpoint(checkpoint, stage=name, teacher=fingerprint)
             self.say(f"{name}: goes on from {checkpoint.name}")
         trainer = self.trainer(name, stage)
@@ -276,8 +276,8 @@ class Conversion:
             task_folder=out / "tasks",
             max_length=self.data.seq_len,
             out_dir=out,
-            teacher_fingerprint=teacher_fingerprint(resolve_teacher(self.recipe.teacher)),
-            student_fingerprint=teacher_fingerprint(self.folder.path / "student"),
+            teacher_fingerprint=model_fingerprint(resolve_teacher(self.recipe.teacher)),
+            student_fingerprint=model_fingerprint(self.folder.path / "student"),
         )
         tokens = self.recipe.evaluation.continuation_tokens
         texts = greedy_continuations(teacher, student, tokenizer, max_new_tokens=tokens) if tokens else None
@@ -320,7 +320,7 @@ class Conversion:
         }
         path = write_atomically(self.folder.path / "summary.json", json_text(summary))
         student = (self.folder.path / "student").resolve()
-        where = {STUDENT_TAG: student, STUDENT_FINGERPRINT_TAG: teacher_fingerprint(student)}
+        where = {STUDENT_TAG: student, STUDENT_FINGERPRINT_TAG: model_fingerprint(student)}
         parent.set_tags({"pattern": summary["pattern"], "phases": summary["phases"], **where})
         parent.log_metrics({name: value for name, value in summary.items() if isinstance(value, int | float)})
         parent.log_file(path)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.files import json_text, no_room, write_atomically, writing
 from pl_attnedit.locks import LOCK, claim, is_claimed
+from pl_attnedit.memory import peak_bytes
 
 
 def is_running(path: Path) -> bool:
@@ -135,7 +136,7 @@ class RunFolder:
         self.progress[phase] = found
         self._add_time(self.progress["working_since"], now)
         self.progress["working_since"] = now
-        self.progress["peak_rss_bytes"] = max(self.progress.get("peak_rss_bytes", 0), peak_rss_bytes())
+        self.progress["peak_rss_bytes"] = max(self.progress.get("peak_rss_bytes", 0), peak_bytes(torch.device("cpu")))
         self._write()
 
     def save_folder(self, name: str, save: Callable[[Path], None]) -> Path:
@@ -158,8 +159,3 @@ class RunFolder:
 
     def remove(self, name: str) -> None:
         shutil.rmtree(self.path / name, ignore_errors=True)
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux

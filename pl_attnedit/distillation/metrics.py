@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torchmetrics import Metric
@@ -28,6 +30,17 @@ class LayerNMSE(Metric):
 
     def compute(self) -> torch.Tensor:
         return self.error / (self.energy + EPS)
+
+
+def log_probabilities(
+    student: torch.Tensor, teacher: torch.Tensor, student_head: nn.Module, teacher_head: nn.Module, chunk: int
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """A chunk of tokens at a time: which ones, and the log-probabilities of what follows them, by the student and by the
+    teacher, (tokens, vocabulary) float32, on the student's device. student, teacher: last hidden states (tokens, hidden)."""
+    for start in range(0, len(student), chunk):
+        rows = slice(start, start + chunk)
+        student_log = student_head(student[rows]).float().log_softmax(-1)
+        yield rows, student_log, teacher_head(teacher[rows]).float().log_softmax(-1).to(student.device)
 
 
 class Fidelity(Metric):
@@ -64,10 +77,7 @@ class Fidelity(Metric):
         labels[:, :-1] = input_ids[:, 1:]
         rows = mask.flatten().nonzero().flatten()
         student, teacher, labels = student.flatten(0, 1)[rows], teacher.flatten(0, 1)[rows], labels.flatten()[rows]
-        for start in range(0, len(rows), chunk):
-            part = slice(start, start + chunk)
-            student_log = student_head(student[part]).float().log_softmax(-1)
-            teacher_log = teacher_head(teacher[part]).float().log_softmax(-1)
+        for part, student_log, teacher_log in log_probabilities(student, teacher, student_head, teacher_head, chunk):
             label = labels[part]
             self.agree += (student_log.argmax(-1) == teacher_log.argmax(-1)).sum()
             self.nll_student += nn.functional.nll_loss(student_log, label, reduction="sum")

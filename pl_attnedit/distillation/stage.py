@@ -33,7 +33,7 @@ from pl_attnedit.modeling.edit import assemble, check_teacher, initialise, layer
 from pl_attnedit.modeling.trained_on import KEY as TRAINED_ON
 from pl_attnedit.modeling.trained_on import TrainedOn
 from pl_attnedit.modeling.weights import copy_weights, default_dtype
-from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
+from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
 from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher
 
 # settings whose values a checkpoint's optimizer brings along
@@ -210,7 +210,7 @@ class DistillationModule(OptimisedModule):
     def find_teacher(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
         """The teacher with its tokenizer and fingerprint."""
         source = self.hparams["teacher"]
-        return *load_teacher(source, dtype=dtype), teacher_fingerprint(resolve_teacher(source))
+        return *load_teacher(source, dtype=dtype), model_fingerprint(resolve_teacher(source))
 
     def _leave_out(self, trained: TrainedOn) -> None:
         """Text that the student knows is not held out any more."""

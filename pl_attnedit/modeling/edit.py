@@ -18,7 +18,7 @@ from pl_attnedit.modeling.calibration import CalibrationBatch, collect_statistic
 from pl_attnedit.modeling.hf import EDITED, EditedModelMixin, edited_config
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import family_of
-from pl_attnedit.teachers.sources.checks import check_adapter
+from pl_attnedit.teachers.sources.checks import check_adapter, reading_config
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 
@@ -146,12 +146,8 @@ def read_config(path: Path, *, stock: bool = False) -> Any:
     check_adapter("path", path)
     if not (path / "config.json").is_file():
         raise invalid("path", str(path), "must be the folder of a converted model (it has no config.json)")
-    try:
+    with reading_config("path", str(path)):
         config = AutoConfig.from_pretrained(path)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise invalid("path", str(path), f"its config.json cannot be read ({error})") from error
     if not stock and config.model_type not in {classes[0].model_type for classes in EDITED.values()}:
         raise invalid("path", str(path), f"holds a model of type {config.model_type!r}, which is not a converted model")
     return config

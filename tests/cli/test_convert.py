@@ -24,7 +24,7 @@ from pl_attnedit.conversion.run_folder import RunFolder, read_summary
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.errors import UserError
 from pl_attnedit.files import json_text
-from pl_attnedit.teachers.sources.fingerprint import teacher_fingerprint
+from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
 
 KEYS = (
     "teacher targets pattern phases tokens_stage1 tokens_stage2 kl_before kl_after_stage1 kl_after_stage2 top1_after "
@@ -75,7 +75,7 @@ def test_from_a_recipe_to_a_report_and_again(
     }
     assert where == {
         "student": str(folder / "student"),
-        "student_fingerprint": teacher_fingerprint(folder / "student"),
+        "student_fingerprint": model_fingerprint(folder / "student"),
         "working_folder": str(tmp_path),
     }
     assert runs["stage2"].data.tags["pl_attnedit.checkpoints.io"] == str(folder / "stage2")

@@ -28,7 +28,7 @@ from pl_attnedit.eval.harness.paired import answer_both
 from pl_attnedit.eval.harness.suites import Efficiency, LibraryTask, PositionTask, RetrievalTasks, Suite, TextTasks
 from pl_attnedit.eval.harness.tasks import CLOZE_TASK, build_offline_tasks
 from pl_attnedit.teachers.sources import resolve as source
-from pl_attnedit.teachers.sources.fingerprint import file_sha256, teacher_fingerprint
+from pl_attnedit.teachers.sources.fingerprint import file_sha256, model_fingerprint
 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -220,7 +220,7 @@ def test_teacher_fingerprint(teacher: PreTrainedModel, tmp_path: Path) -> None:
 
     def fingerprint(name: str) -> str:
         model.save_pretrained(tmp_path / name)
-        return teacher_fingerprint(tmp_path / name)
+        return model_fingerprint(tmp_path / name)
 
     first = fingerprint("a")
     assert fingerprint("b") == first

@@ -20,9 +20,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pl_attnedit.callbacks.throughput import peak_memory_bytes
 from pl_attnedit.checkpoints.io import read_checkpoint
 from pl_attnedit.cli import main
+from pl_attnedit.memory import peak_bytes
 from pl_attnedit.modeling import load
 from pl_attnedit.strategies import NPUDDPStrategy, NPUFSDPStrategy
 
@@ -91,7 +91,7 @@ def convert(recipe: Path) -> None:
     assert ("set_device", 0) in events
     assert ("pin_memory",) in events
     assert not [event for event in events if event[0] == "process_group"]
-    torch.save(peak_memory_bytes(torch.device("npu", 0)), recipe.parent / "memory.pt")
+    torch.save(peak_bytes(torch.device("npu", 0)), recipe.parent / "memory.pt")
 
 
 def test_a_recipe_on_one_npu(

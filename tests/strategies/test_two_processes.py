@@ -22,8 +22,9 @@ import torch
 from pl_attnedit.callbacks import check_checkpoint, latest_checkpoint
 from pl_attnedit.checkpoints.io import read_checkpoint
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.students import load_student, student_fingerprint
+from pl_attnedit.eval.students import load_student
 from pl_attnedit.modeling import load
+from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
 
 HERE = Path(__file__).parent
 
@@ -196,7 +197,7 @@ def test_a_sharded_checkpoint_is_a_folder_and_can_be_evaluated(two: Path, one: A
     found, saved = load_student(newest).state_dict(), load(folder / "student").state_dict()
     assert found.keys() == saved.keys()
     assert all(torch.equal(value, saved[name]) for name, value in found.items())
-    assert student_fingerprint(newest) != student_fingerprint(folder / "best.ckpt")
+    assert model_fingerprint(newest) != model_fingerprint(folder / "best.ckpt")
 
 
 def test_a_sharded_checkpoint_that_is_not_whole_or_not_ours_is_passed_over(two: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from pl_attnedit.errors import invalid
+from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import EDITED_PREFIX
 
 ADAPTER_FILE = "adapter_config.json"
@@ -37,6 +37,17 @@ def check_adapter(field: str, path: Path) -> None:
             raise invalid(
                 field, str(path), f"holds an adapter ({name}), which is not put on any weights here: {merged}"
             )
+
+
+@contextmanager
+def reading_config(field: str, name: str) -> Iterator[None]:
+    """Whatever is wrong with a config.json that is read inside is a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # OSError, ValueError, KeyError or a validation error, depending on what is wrong
+        raise invalid(field, name, f"its config.json cannot be read: {error}") from error
 
 
 def check_fields(name: str, path: Path) -> None:

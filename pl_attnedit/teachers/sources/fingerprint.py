@@ -13,9 +13,14 @@ _DIGEST_CACHED_FROM = 64 * 2**20  # bytes; smaller files are hashed faster than 
 _CONFIG_NOISE = {"transformers_version", "_name_or_path", "_model_name_or_path"}
 
 
-def teacher_fingerprint(path: str | Path) -> str:
-    """Hex SHA-256 that identifies a teacher: of its weights' content and its config, wherever the folder lies."""
+def model_fingerprint(path: str | Path) -> str:
+    """Hex SHA-256 that identifies a teacher or a student: of a folder, its weights' content and its config; of a checkpoint
+    (a .ckpt file, or a folder of shards), what its files hold."""
     path = Path(path)
+    if path.suffix == ".ckpt" and not path.is_dir():
+        return file_sha256(path)
+    if path.suffix == ".ckpt":
+        return hashlib.sha256(" ".join(file_sha256(file) for file in sorted(path.iterdir())).encode()).hexdigest()
     config = json.loads((path / "config.json").read_text("utf-8"))
     for key in _CONFIG_NOISE & config.keys():
         del config[key]

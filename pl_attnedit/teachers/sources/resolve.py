@@ -18,10 +18,17 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from pl_attnedit.cache import build_once, cache_root
-from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.errors import invalid
 from pl_attnedit.teachers.sources import gguf as gguf_file
 from pl_attnedit.teachers.sources import gguf_parts
-from pl_attnedit.teachers.sources.checks import ADAPTER_FILE, check_adapter, check_fields, check_model, check_weights
+from pl_attnedit.teachers.sources.checks import (
+    ADAPTER_FILE,
+    check_adapter,
+    check_fields,
+    check_model,
+    check_weights,
+    reading_config,
+)
 from pl_attnedit.teachers.sources.fingerprint import file_sha256
 from pl_attnedit.teachers.sources.gguf_parts import PACKAGE_PREFIX
 
@@ -60,7 +67,9 @@ def teacher_config(name: str) -> PreTrainedConfig:
     """
     path = _local_folder(name) or hub_snapshot("teacher", name, ["config.json", ADAPTER_FILE], TEACHER_SOURCES)
     check_adapter("teacher", path)
-    config = _config(name, path)
+    with reading_config("teacher", name):
+        check_fields(name, path)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
     check_model(name, config)
     return config
 
@@ -156,13 +165,3 @@ def _stored_rope_theta(path: Path) -> float | None:
     config = json.loads((path / "config.json").read_text("utf-8"))
     theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
     return None if theta is None else float(theta)
-
-
-def _config(name: str, path: Path) -> PreTrainedConfig:
-    try:
-        check_fields(name, path)
-        return AutoConfig.from_pretrained(path)
-    except UserError:
-        raise
-    except Exception as error:  # OSError, ValueError or a validation error, depending on what is wrong with the file
-        raise invalid("teacher", name, f"its config.json cannot be read: {error}") from error

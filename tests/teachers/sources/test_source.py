@@ -30,7 +30,7 @@ from pl_attnedit.errors import UserError
 from pl_attnedit.teachers.sources import fingerprint
 from pl_attnedit.teachers.sources import gguf as gguf_file_module
 from pl_attnedit.teachers.sources import resolve as source
-from pl_attnedit.teachers.sources.fingerprint import file_sha256, teacher_fingerprint
+from pl_attnedit.teachers.sources.fingerprint import file_sha256, model_fingerprint
 from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher, teacher_config
 
 
@@ -208,19 +208,19 @@ def test_rope_theta_that_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_fingerprint(folder: Path, tmp_path: Path) -> None:
-    before = teacher_fingerprint(folder)
+    before = model_fingerprint(folder)
     assert len(before) == 64
     moved = folder.rename(tmp_path / "elsewhere")
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps(config | {"transformers_version": "9.9"}))
-    assert teacher_fingerprint(moved) == before
+    assert model_fingerprint(moved) == before
     (moved / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    assert teacher_fingerprint(moved) != before
+    assert model_fingerprint(moved) != before
     (moved / "config.json").write_text(json.dumps(config))
     weights = bytearray((moved / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (moved / "model.safetensors").write_bytes(weights)
-    assert teacher_fingerprint(moved) != before
+    assert model_fingerprint(moved) != before
 
 
 def test_digest_of_a_large_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
