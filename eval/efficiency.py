@@ -18,7 +18,6 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.flops import is_mixture
 from pl_attnedit.eval.bench.timing import synchronize
+from pl_attnedit.eval.decoding import WARMUP_STEPS, Decoder, prefill
 from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
 from pl_attnedit.modeling.kv import WithoutScores, cache_bytes
-
-WARMUP_STEPS = 3  # of decode, in each run
 
 
 def measure_efficiency(
@@ -154,7 +152,7 @@ def decode_peak(model: PreTrainedModel, context: int, batch: int) -> int:
     """
     meta = model.device.type == "meta"
     before = 0 if meta else current_bytes(model.device)
-    cache = _prefill(model, torch.zeros(1, context, dtype=torch.long, device=model.device), context)[0]
+    cache = prefill(model, torch.zeros(1, context, dtype=torch.long, device=model.device), context)[0]
     decoder = Decoder(model, cache, batch)
     if meta:
         with WithoutScores(), _AliveBytes() as alive:
@@ -170,83 +168,6 @@ def weights_bytes(model: PreTrainedModel) -> int:
     """Bytes of all parameters and buffers, each storage once."""
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-
-
-def hold(cache: DynamicCache, batch: int) -> None:
-    """Makes a cache that of `batch` sequences, all like its first one, with room for one more token of each.
-
-    From now on every `update` writes it there and returns all, and nothing grows. The queries of a step see exactly what
-    they would see in the growing cache, at the length at which it is held. Room is made for one sequence and then repeated,
-    so that no more is allocated than what is held.
-    """
-    layers: list[Any] = list(cache.layers)
-    cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=layers[0].keys.device))
-    for layer in layers:
-        length = layer.get_seq_length()
-        grown = layer.update(layer.keys[:, :, -1:], layer.values[:, :, -1:])
-        keys, values = (states.repeat(batch, 1, 1, 1) for states in grown)
-        layer.update = partial(_overwrite_last, keys, values)
-        layer.keys, layer.values = keys[:, :, :-1], values[:, :, :-1]
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length = length
-
-
-def _overwrite_last(
-    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    keys[:, :, -1:].copy_(new_keys)
-    values[:, :, -1:].copy_(new_values)
-    return keys, values
-
-
-class Decoder:
-    """Decodes the next greedy token of each of `batch` sequences, which all continue the first one of a filled cache.
-
-    Calling it is one step, at the same context each time; `capture` makes it a CUDA graph. `token` (batch, 1) and `logits`
-    (batch, 1, vocabulary) hold what the last step was given and gave.
-    """
-
-    def __init__(self, model: PreTrainedModel, cache: DynamicCache, batch: int) -> None:
-        self.model, self.cache = model, cache
-        self.token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-        self.position = torch.full((1, 1), cache.get_seq_length(), device=model.device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        hold(cache, batch)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One step, its kernels launched one by one.
-
-        Layer by layer: where a stream captures, the forward of transformers 5.17 makes a mask that masks nothing, and with
-        any mask its attention leaves the flash kernels and copies the keys for each query head.
-        """
-        trunk: Any = self.model.model
-        hidden = trunk.embed_tokens(self.token)
-        rotation = trunk.rotary_emb(hidden, self.position)
-        for layer in trunk.layers:
-            hidden = layer(
-                hidden, attention_mask=None, position_embeddings=rotation, past_key_values=self.cache, use_cache=True
-            )
-        self.logits = self.model.lm_head(trunk.norm(hidden))
-        self.token.copy_(self.logits.argmax(-1))
-
-    def capture(self) -> None:
-        """From now on a call replays the step as one CUDA graph."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries allocate at their first use, which a graph must not hold
-            for _ in range(WARMUP_STEPS):
-                self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step()
-
-    def __call__(self) -> None:
-        if self.graph is None:
-            self.step()
-        else:
-            self.graph.replay()
 
 
 @dataclass(frozen=True)
@@ -267,9 +188,9 @@ def _run(
     synchronize(device)
     reset_peak(device)
     begin = time.perf_counter()
-    caches = _prefill(model, ids, prefill_tokens)
+    caches = prefill(model, ids, prefill_tokens)
     synchronize(device)
-    prefill = time.perf_counter() - begin
+    prefilled = time.perf_counter() - begin
     cached = sum(map(cache_bytes, caches))
     cache = caches[0]
     del caches  # of other sequences: those of the first one are as long
@@ -285,16 +206,7 @@ def _run(
     synchronize(device)
     decode = (time.perf_counter() - begin) / new_tokens
     peak = None if device.type == "cpu" else weights_bytes(model) + peak_bytes(device) - before
-    return _Run(prefill, decode, cached, peak)
-
-
-def _prefill(model: PreTrainedModel, ids: Tensor, most_tokens: int) -> list[DynamicCache]:
-    """The caches of (batch, time) ids, one for each part of the batch that makes a forward pass."""
-    caches = []
-    for part in ids.split(max(1, most_tokens // ids.shape[1])):
-        caches.append(DynamicCache(config=model.config))
-        model(input_ids=part, past_key_values=caches[-1], use_cache=True, logits_to_keep=1).logits.argmax(-1)
-    return caches
+    return _Run(prefilled, decode, cached, peak)
 
 
 def _summary(runs: Sequence[_Run], context: int, batch: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import STAGES, DistillationModule
 from pl_attnedit.distillation.engine.sharding import whole_state_dict
 from pl_attnedit.distillation.settings import frozen_dtype
-from pl_attnedit.distillation.stage import TeacherHidden
+from pl_attnedit.distillation.validation import TeacherHidden
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.evaluation_log import log_evaluation
 from pl_attnedit.eval.fidelity.continuations import greedy_continuations

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.attention import Target
@@ -18,8 +16,7 @@ from pl_attnedit.checkpoints.io import read_checkpoint, use_atomic_files
 from pl_attnedit.distillation.engine.forward_check import check_forward
 from pl_attnedit.distillation.engine.pairs import Batch, Pairs
 from pl_attnedit.distillation.engine.sharding import broadcast, data_parallel_mesh, shard
-from pl_attnedit.distillation.metrics import Fidelity, LayerNMSE
-from pl_attnedit.distillation.optimisation import OptimisedModule
+from pl_attnedit.distillation.metrics import LayerNMSE
 from pl_attnedit.distillation.settings import (
     check_hyperparameters,
     frozen_dtype,
@@ -27,6 +24,7 @@ from pl_attnedit.distillation.settings import (
     plain_targets,
     trained_dtype,
 )
+from pl_attnedit.distillation.validation import ValidatedModule
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, unshare_trunk
 from pl_attnedit.modeling.edit import assemble, check_teacher, initialise, layers_that_need_text
@@ -38,10 +36,9 @@ from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher
 
 # settings whose values a checkpoint's optimizer brings along
 OF_THE_OPTIMIZER = ("train", "learning_rate", "weight_decay")
-TeacherHidden = dict[tuple[str, int], torch.Tensor]  # by text, dtype and validation batch, in host memory
 
 
-class DistillationModule(OptimisedModule):
+class DistillationModule(ValidatedModule):
     """Base of the two stages.
 
     Only what trains is in the module tree, so only that is in checkpoints, is moved by Lightning and has an optimiser
@@ -98,10 +95,6 @@ class DistillationModule(OptimisedModule):
         self._pairs: tuple[Pairs] | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.fingerprint: str | None = None
-        self.fidelity = Fidelity()
-        self.layer_nmse: LayerNMSE | None = None
-        # the teacher's last hidden states on the held-out text, the same at every validation
-        self.teacher_hidden: TeacherHidden = {}
         self.trained_before = TrainedOn()  # by the student that it starts from
         self.resuming = False  # set by who knows: the Trainer only looks for its checkpoint when the models are there
         self.sharded = False  # over processes; its parameters are on the devices then, and stay there
@@ -270,12 +263,6 @@ class DistillationModule(OptimisedModule):
     def on_validation_start(self) -> None:
         self._place()
 
-    def _sum_exactly(self, device: torch.device) -> None:
-        """Sums of validation are float64; NPUs have none worth the name."""
-        for metric in (self.fidelity, self.layer_nmse):
-            assert metric is not None
-            metric.set_dtype(torch.float32 if device.type == "npu" else torch.float64)
-
     def _place(self) -> None:
         self._sum_exactly(self.device)
         self.teacher.eval()
@@ -289,56 +276,6 @@ class DistillationModule(OptimisedModule):
     def layer_modules(self) -> dict[int, Target]:
         """The new attention modules by layer index."""
         return edited_attention(self.student)
-
-    # validation
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        data, key = getattr(self.trainer, "datamodule", None), None
-        if hasattr(data, "fingerprint") and self.trainer.world_size == 1 and batch_idx >= self.hparams["nmse_batches"]:
-            key = (f"{data.fingerprint} {len(batch['input_ids'])} {self.teacher.dtype}", batch_idx)  # type: ignore[union-attr]
-        known = None if key is None else self.teacher_hidden.get(key)
-        self.pairs(self._validate, batch, batch_idx, key, known)
-
-    def _validate(self, batch: Batch, batch_idx: int, key: tuple[str, int] | None, known: torch.Tensor | None) -> None:
-        assert self.layer_nmse is not None
-        teacher, student, calls = self.pairs.begin(batch)
-        rows, edited = self._rows_of_its_own(batch, batch_idx), list(self.layer_modules())
-        for index, (pair, call) in enumerate(self.pairs.with_calls(calls)):
-            if known is not None:
-                student = pair.run_student(student, call)
-                continue
-            states, student = pair(teacher, student, call)
-            teacher = states.left
-            if pair.attention is not None and batch_idx < self.hparams["nmse_batches"]:
-                output = pair.attention(states.normed, call)
-                self.layer_nmse.update(edited.index(index), output[:rows], states.reference[:rows])
-        if known is not None:
-            teacher = known.to(self.device)
-        elif key is not None:
-            self.teacher_hidden[key] = teacher.cpu()
-        update = partial(self.fidelity.update, input_ids=batch["input_ids"][:rows], mask=batch["loss_mask"][:rows])
-        self.pairs.heads(teacher[:rows], student[:rows], update)
-
-    def _rows_of_its_own(self, batch: Batch, batch_idx: int) -> int:
-        """How many of a validation batch's sequences count: with several processes the sampler repeats the first ones, so
-        that all have as many."""
-        rows, loader = len(batch["input_ids"]), self.trainer.val_dataloaders
-        sampler = getattr(loader, "sampler", None)
-        if not isinstance(sampler, DistributedSampler):
-            return rows
-        own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-        return min(rows, max(0, own - batch_idx * loader.batch_size))  # type: ignore[union-attr]
-
-    def on_validation_epoch_end(self) -> None:
-        assert self.layer_nmse is not None
-        per_layer = self.layer_nmse.compute().reshape(-1)  # torchmetrics takes the dimension off a single layer's
-        values = {f"val/{name}": value for name, value in self.fidelity.compute().items()}
-        values |= {f"val/nmse/layer_{i:02d}": per_layer[k] for k, i in enumerate(self.layer_modules())}
-        values["val/nmse"] = per_layer.mean()
-        self.fidelity.reset()
-        self.layer_nmse.reset()
-        self.log("step", float(self.global_step))  # Lightning's own count is one less here
-        self.log_dict({name: value.float() for name, value in values.items()}, sync_dist=False)
 
     # checkpoints
 

@@ -15,17 +15,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
 from pl_attnedit.cli import main
-from pl_attnedit.eval import efficiency
+from pl_attnedit.eval import decoding
 from pl_attnedit.eval.bench.decode import decode_table, student_name
-from pl_attnedit.eval.efficiency import (
-    Decoder,
-    _AliveBytes,
-    decode_peak,
-    hold,
-    largest_batch,
-    measure_efficiency,
-    weights_bytes,
-)
+from pl_attnedit.eval.decoding import Decoder, hold
+from pl_attnedit.eval.efficiency import _AliveBytes, decode_peak, largest_batch, measure_efficiency, weights_bytes
 from pl_attnedit.modeling.kv import cache_bytes, promised_bytes
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers.sources.resolve import load_teacher
@@ -143,7 +136,7 @@ def test_a_batch_for_which_memory_runs_out_does_not_fit(
     student = edit_model(make_teacher("llama"), TARGETS, pattern="SMF", init="random").eval()
     enough = largest_batch(student, 64, 4 * 10**6)["batch"]
     assert 100 < enough < 333
-    monkeypatch.setattr(efficiency, "hold", scarce)
+    monkeypatch.setattr(decoding, "hold", scarce)
     for budget in (4 * 10**6, 10**10):
         found = largest_batch(student, 64, budget)
         assert found["batch"] == (min(most, enough) if budget < 10**10 else most)
@@ -199,7 +192,7 @@ def test_a_batch_that_the_device_does_not_hold(make_teacher: Teachers, monkeypat
     def scarce(cache: DynamicCache, batch: int) -> None:
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(efficiency, "hold", scarce)
+    monkeypatch.setattr(decoding, "hold", scarce)
     teacher = make_teacher("llama")
     with pytest.raises(UserError, match=r"batches = 3: of 8 tokens each: mla 8\+4 runs out of the device's memory"):
         measure_efficiency({"mla 8+4": teacher}, contexts=[8], batches=[3])
