@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import signal
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
-import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pl_attnedit.callbacks.checkpoint_files import newest_first
-from pl_attnedit.callbacks.checkpoint_time import SHARE, CheckpointTime
-from pl_attnedit.callbacks.random_state import random_state, restore_random_state
-from pl_attnedit.checkpoints.disk import PARTIAL, clean, refuse_url
-from pl_attnedit.checkpoints.io import AtomicCheckpointIO, use_atomic_files
+from pl_attnedit.callbacks.checkpoint_folder import FolderClaim, is_shared
+from pl_attnedit.callbacks.checkpoint_time import SHARE
+from pl_attnedit.callbacks.checkpoint_writer import CheckpointWriter, highest, our_io
+from pl_attnedit.callbacks.ending import Ending
+from pl_attnedit.callbacks.random_state import of_all_processes, random_state, restore_random_state
+from pl_attnedit.checkpoints.disk import clean, refuse_url
+from pl_attnedit.checkpoints.io import use_atomic_files
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.interruption import Interrupted, SignalWatch, requeue_slurm_job
-from pl_attnedit.locks import LOCK, claim
 
 _VALIDATION_KEY = "pl_attnedit_validation_is_due"
 _RANDOM_KEY = "pl_attnedit_random_states"  # one per process
@@ -79,18 +73,16 @@ class ResumableCheckpoint(ModelCheckpoint):
         self.every_seconds = every_seconds
         self.keep = keep
         self._best: float | None = None
-        self.time = CheckpointTime()
-        # of a write that is not complete; gets what went wrong
-        self._after_write: Callable[[str | None], None] | None = None
+        self._writer = CheckpointWriter(self)
+        self.time = self._writer.time
         self._seen_step = 0
         self._newest_lacks_validation = False  # it resumes with a validation
         self._writing_before_validation = False
         self._max_steps: int | None = None  # while it is lifted for a last validation
         self._random_before_validation: dict[str, Any] = {}
         self._random_to_restore: dict[str, Any] | None = None
-        self._signals = SignalWatch()
-        self._ending: Interrupted | None = None
-        self._lock: IO[str] | None = None
+        self._ending = Ending()
+        self._claim = FolderClaim()
 
     # when
 
@@ -98,19 +90,17 @@ class ResumableCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if trainer.strategy.broadcast(trainer.is_global_zero and not self._claim_folder()):
+        if trainer.strategy.broadcast(trainer.is_global_zero and not self._claim.take(self._folder)):
             raise UserError(f"dirpath {self._folder}: another training is writing its checkpoints there")
         use_atomic_files(trainer.strategy)
         if trainer.is_global_zero:
             clean(self._folder)
         by_all = getattr(trainer.strategy, "own_checkpoints", False)
-        if by_all and trainer.num_nodes > 1 and not self._is_shared(trainer):
+        if by_all and trainer.num_nodes > 1 and not is_shared(self._folder, trainer):
             raise UserError(f"dirpath {self._folder}: all nodes must see this folder; each writes its shards there")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # in place of Lightning's handlers, which end a run between the batches of one optimizer step
-        self._ending = None
-        self._signals.begin(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *_requeue_signals(trainer))
+        self._ending.begin(trainer)
         self.time.begin()
         self._seen_step = self._last_global_step_saved = trainer.global_step
         self.last_model_path = str(trainer.ckpt_path or "")
@@ -124,7 +114,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             trainer.training = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._end_if_asked()  # not in `on_train_batch_end`: Lightning logs the step's values after that
+        self._ending.raise_if_decided()  # not in `on_train_batch_end`: Lightning logs the step's values after that
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         stepped = trainer.global_step != self._seen_step  # not in the middle of accumulated gradients
@@ -138,50 +128,50 @@ class ResumableCheckpoint(ModelCheckpoint):
             self._random_before_validation = random_state(pl_module.device)
             just_saved = self._last_global_step_saved == trainer.global_step  # as if validation were not to come
             self._save_if_older(0 if just_saved else self.every_seconds / 2, trainer, validation_is_due=True)
-            self._end_if_asked()
+            self._ending.raise_if_decided()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         # Several processes agree at the ends of validation only: they may have unequal numbers of batches.
-        if self._signals.received and trainer.world_size == 1 and _validates_in_training(trainer):
-            self._complete(trainer)
+        if self._ending.received and trainer.world_size == 1 and _validates_in_training(trainer):
+            self._writer.complete(trainer)
             if self._last_global_step_saved != trainer.global_step:
                 self._save(trainer, validation_is_due=True, wait=True)
-            self._ask(trainer)
-            self._end_if_asked()
+            self._ending.decide(trainer, self.last_model_path or None)
+            self._ending.raise_if_decided()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _validates_in_training(trainer):
             self._keep_best(trainer)
             self._save_if_older(self.every_seconds / 2, trainer)
-            self._end_if_asked()
+            self._ending.raise_if_decided()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Epochs do not matter here."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._complete(trainer)
+        self._writer.complete(trainer)
         if self._last_global_step_saved != trainer.global_step or self._newest_lacks_validation:
             self._save(trainer, wait=True)
-        self._signals.end()
-        if self._ending is None:
-            self._ask(trainer)
-        self._end_if_asked()
+        self._ending.end()
+        if not self._ending.decided:
+            self._ending.decide(trainer, self.last_model_path or None)
+        self._ending.raise_if_decided()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._signals.end()
+        self._ending.end()
         trainer.strategy.checkpoint_io.teardown()  # what this process writes becomes whole; one of all stays away
-        self._leave_folder()
+        self._claim.leave()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._leave_folder()
+        self._claim.leave()
 
     # what
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         due = self._writing_before_validation
         state = self._random_before_validation if due else random_state(pl_module.device)
-        checkpoint[_RANDOM_KEY] = _of_all_processes(state, trainer)
+        checkpoint[_RANDOM_KEY] = of_all_processes(state, trainer)
         checkpoint[_VALIDATION_KEY] = due
         if due:
             # A validation of which the first batch has begun and none is done: what Lightning resumes from its start.
@@ -227,49 +217,18 @@ class ResumableCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         return Path(self.dirpath)
 
-    def _claim_folder(self) -> bool:
-        """Whether no other training writes there. Where it cannot be locked, none is known to."""
-        self._leave_folder()
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = claim(self._folder / LOCK)
-        except OSError:
-            return True
-        if self._lock is not None:
-            os.register_at_fork(after_in_child=self._lock.close)  # those that load data may outlive a killed training
-        return self._lock is not None
-
-    def _is_shared(self, trainer: Trainer) -> bool:
-        """Whether each process sees what rank 0 has written. Where that cannot write, nothing is known."""
-        mark = self._folder / trainer.strategy.broadcast(f"{secrets.token_hex(8)}{PARTIAL}")
-        written = False
-        if trainer.is_global_zero:
-            with suppress(OSError):
-                mark.touch()
-                written = True
-        written = trainer.strategy.broadcast(written)
-        seen = trainer.strategy.reduce_boolean_decision(mark.exists(), all=True)
-        if trainer.is_global_zero:
-            mark.unlink(missing_ok=True)
-        return seen or not written
-
-    def _leave_folder(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
     def _save_if_older(self, seconds: float, trainer: Trainer, *, validation_is_due: bool = False) -> None:
         """Saves if the newest checkpoint is older by the clock of rank 0, or if a signal has come to any rank."""
-        io = _our_io(trainer)
+        io = our_io(trainer)
         older = trainer.is_global_zero and self.time.is_due(seconds)
-        mine = [self._signals.received or 0, int(older), int(io is not None and io.writing)]
-        signum, due, busy = _highest(mine, trainer)
-        if self._after_write is not None and not busy:
-            self._complete(trainer)
+        mine = [self._ending.received, int(older), int(io is not None and io.writing)]
+        signum, due, busy = highest(mine, trainer)
+        if self._writer.begun and not busy:
+            self._writer.complete(trainer)
             due = 0  # the interval begins
         if signum or not seconds or (due and not busy):
             self._save(trainer, validation_is_due=validation_is_due, wait=signum > 0)
-            self._ask(trainer)
+            self._ending.decide(trainer, self.last_model_path or None)
 
     def _save(self, trainer: Trainer, *, validation_is_due: bool = False, wait: bool = False) -> None:
         path = self._folder / f"last-{trainer.global_step:08d}.ckpt"
@@ -286,9 +245,13 @@ class ResumableCheckpoint(ModelCheckpoint):
                 for old in newest_first(self._folder)[self.keep :]:
                     trainer.strategy.remove_checkpoint(old)
 
-        self._complete(trainer)
+        self._writer.complete(trainer)
         self._last_global_step_saved, self._newest_lacks_validation = trainer.global_step, validation_is_due
-        self._write(trainer, path, after, validation_is_due=validation_is_due, wait=wait)
+        self._writing_before_validation = validation_is_due
+        try:
+            self._writer.write(trainer, path, after, background=not wait and self.every_seconds > 0)
+        finally:
+            self._writing_before_validation = False
 
     def _keep_best(self, trainer: Trainer) -> None:
         """Writes ``best.ckpt`` if this validation was the best so far."""
@@ -316,69 +279,9 @@ class ResumableCheckpoint(ModelCheckpoint):
             self._best = before
             rank_zero_warn(f"{failure}. Training goes on; the best checkpoint is: {self.best_model_path or 'none'}.")
 
-        self._complete(trainer)
+        self._writer.complete(trainer)
         self._best = value  # is part of what is written
-        self._write(trainer, self._folder / BEST, after)
-
-    def _write(
-        self,
-        trainer: Trainer,
-        path: Path,
-        after: Callable[[str | None], None],
-        *,
-        validation_is_due: bool = False,
-        wait: bool = False,
-    ) -> None:
-        """Writes, or begins to; `after` gets what went wrong when it is complete, the same on all ranks."""
-        io, failure = _our_io(trainer), None
-        self._writing_before_validation = validation_is_due
-        if io is not None:
-            io.background = not wait and self.every_seconds > 0
-        with self.time.at_a_cost(trainer.strategy.root_device):
-            try:
-                trainer.save_checkpoint(path)
-            except OSError as error:
-                failure = str(error)
-                trainer.strategy.barrier()  # the one that the other ranks are waiting at, inside save_checkpoint
-            finally:
-                self._writing_before_validation = False
-                if io is not None:
-                    io.background = False
-            self._after_write = after
-            if not any(_highest([int(io is not None and io.begun)], trainer)):
-                self._complete(trainer, failure)
-
-    def _complete(self, trainer: Trainer, failure: str | None = None) -> None:
-        """Waits for what was begun."""
-        if self._after_write is None:
-            return
-        io, after = _our_io(trainer), self._after_write
-        with self.time.at_a_cost(trainer.strategy.root_device):
-            try:
-                if io is not None:
-                    io.finish()
-            except OSError as error:
-                failure = str(error)
-            failure = trainer.strategy.broadcast(failure)
-            if failure is None and trainer.is_global_zero:
-                for logger in trainer.loggers:
-                    logger.after_save_checkpoint(self)
-            self._after_write = None
-            after(failure)
-        self.time.complete()
-
-    def _ask(self, trainer: Trainer) -> None:
-        """Whether a signal that has come to any rank is to end the training, now that it is saved."""
-        [signum] = _highest([self._signals.received or 0], trainer)
-        requeue = signum in _requeue_signals(trainer)
-        if requeue and not trainer.strategy.broadcast(trainer.is_global_zero and requeue_slurm_job()):
-            self._signals.received = None
-        elif signum:
-            self._ending = Interrupted(signum, trainer.global_step, self.last_model_path or None)
-
-    def _end_if_asked(self) -> None:
-        if self._ending is not None:
-            raise self._ending
+        self._writer.write(trainer, self._folder / BEST, after, background=self.every_seconds > 0)
 
 
 def _validates_in_training(trainer: Trainer) -> bool:
@@ -390,33 +293,3 @@ def _validation_follows(trainer: Trainer) -> bool:
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
-
-
-def _requeue_signals(trainer: Trainer) -> list[int]:
-    """The signal upon which a SLURM job is to be queued again, if this is one."""
-    environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
-        return [environment.requeue_signal]
-    return []
-
-
-def _our_io(trainer: Trainer) -> AtomicCheckpointIO | None:
-    """What can write in the background, unless the user has chosen another writer."""
-    io = trainer.strategy.checkpoint_io
-    return io if isinstance(io, AtomicCheckpointIO) else None
-
-
-def _highest(values: list[int], trainer: Trainer) -> list[int]:
-    """The highest of all processes' values, each for itself."""
-    if trainer.world_size == 1:
-        return values
-    of_all: Any = trainer.strategy.reduce(torch.tensor(values, device=trainer.strategy.root_device), reduce_op="max")
-    return of_all.tolist()
-
-
-def _of_all_processes(state: dict[str, Any], trainer: Trainer) -> list[Any]:
-    """The states of all processes, by rank."""
-    states: list[Any] = [state] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(states, state)
-    return states

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -34,3 +35,11 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type != "cpu" and "device" in state:
         torch.get_device_module(device).set_rng_state(state["device"], device)
+
+
+def of_all_processes(state: dict[str, Any], trainer: Trainer) -> list[Any]:
+    """The states of all processes, by rank."""
+    states: list[Any] = [state] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(states, state)
+    return states
