@@ -77,7 +77,7 @@ class UntrainedPlans:
         hidden, _, calls = self._any.begin({"input_ids": ids})
         states = [hidden]
         for pair, call in self._any.with_calls(calls):
-            states.append(pair.run_teacher(states[-1], call).left)
+            states.append(pair.run_teacher(states[-1], call).output)
         return states, calls
 
     def _compare(
@@ -88,7 +88,7 @@ class UntrainedPlans:
         for letter, index in zip(plan[first:], range(first, len(plan))):
             pair: Any = (self._any if letter == FULL else self.pairs[letter]).layers[index]
             call = calls[index]
-            hidden = pair.run_teacher(hidden, call).left if letter == FULL else pair.run_student(hidden, call)
+            hidden = pair.run_teacher(hidden, call).output if letter == FULL else pair.run_student(hidden, call)
         fidelity = Fidelity().to(ids.device)
         chunk = tokens_of_a_chunk(self.teacher.config.vocab_size, ids.device)
         self._any.heads(states[-1], hidden, partial(fidelity.update, input_ids=ids, mask=mask, chunk=chunk))

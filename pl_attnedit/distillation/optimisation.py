@@ -1,4 +1,4 @@
-"""How both stages take optimiser steps: the losses' gradients, the optimiser with its schedule, unequal batches."""
+"""Optimiser steps of both stages: gradients, AdamW with its schedule, and batches with unequal numbers of tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_cuda_graph(device_type: str, world_size: int, activation_checkpointing
 
 
 class OptimisedModule(LightningModule):
-    """Base of `DistillationModule`, whose `hparams` say how fast and whether by a CUDA graph."""
+    """Base of `DistillationModule`; reads learning rate, schedule and `cuda_graph` from its `hparams`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class OptimisedModule(LightningModule):
         raise NotImplementedError
 
     def take_step(self, batch: Batch, key: Hashable = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`step_of`, replayed where `cuda_graph` is set. key: what it depends on beside the batch."""
+        """`step_of`, as a replayed CUDA graph where `cuda_graph` is set. key: whatever else than the batch it depends on."""
         if not self.hparams["cuda_graph"]:
             return self.pairs(self.step_of, batch)
         if self._step_graph is None:

@@ -1,4 +1,4 @@
-"""What both stages share: building teacher and student, the optimiser, validation, what a checkpoint holds."""
+"""What both stages share: how teacher and student are built, placed and sharded, and what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from pl_attnedit.modeling.weights import copy_weights, default_dtype
 from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
 from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher
 
-# settings whose values a checkpoint's optimizer brings along
-OF_THE_OPTIMIZER = ("train", "learning_rate", "weight_decay")
+# a checkpoint's optimizer state fits these values only
+OPTIMIZER_SETTINGS = ("train", "learning_rate", "weight_decay")
 
 
 class DistillationModule(ValidatedModule):
     """Base of the two stages.
 
-    Only what trains is in the module tree, so only that is in checkpoints, is moved by Lightning and has an optimiser
-    state. Teacher and trunk are held outside of it; this class moves them and keeps them in eval mode.
+    Only what trains is in the module tree, so checkpoints and the optimiser hold only that. Teacher and frozen trunk are
+    kept outside of it, where Lightning does not see them; this class moves them and keeps them in eval mode.
 
     Args:
         teacher: hub name, folder, GGUF file or `package:NAME` of the teacher.
@@ -50,19 +50,19 @@ class DistillationModule(ValidatedModule):
         pattern: letters repeated over the layers, F = full layer. Default: the target's own.
         layers: explicit indices of the layers to edit, instead of a pattern.
         init: random | copy | calibrated | plain_svd, see `edit_model`.
-        calibration_tokens: tokens of the training text that a calibrated (or plain_svd) init looks at.
-        init_from: folder of a converted model whose weights to start from, instead of `init`. Other than resuming with
-            `--ckpt_path`, which also restores optimiser, step and place in the data.
-        dtype: dtype of the teacher, of what is frozen and of the saved student; bfloat16 needs `precision: bf16-mixed`. What
-            trains is in float32 at least, with its optimizer states.
-        compiled: run the layers through torch.compile. Default: where there is a GPU for it. Not on an NPU.
-        cuda_graph: record a step as a CUDA graph and replay it, on one GPU: faster where a small model waits for launches,
-            see the README. Its memory is held throughout, so not for a model that fills the GPU.
-        learning_rate: peak of the schedule; the data's phases have rates of their own.
+        calibration_tokens: tokens of the training text used by the inits calibrated and plain_svd.
+        init_from: folder of a converted model to take the weights from, instead of `init`. `--ckpt_path` instead resumes a
+            training: it also restores optimiser, step and position in the data.
+        dtype: dtype of the teacher, of frozen weights and of the saved student; bfloat16 needs `precision: bf16-mixed`.
+            Weights that train and their optimiser states are at least float32.
+        compiled: run the layers through torch.compile. Default: on a GPU. Not on an NPU.
+        cuda_graph: record a training step as a CUDA graph and replay it, on one GPU. Faster for small models, whose time
+            goes into kernel launches. The graph keeps the memory of a step allocated.
+        learning_rate: peak of the schedule; phases of the data have their own rates.
         warmup_steps: optimiser steps of linear warm-up; a cosine to `final_lr_share` follows until the last step.
-        final_lr_share: learning rate at the last step over the peak (of phases, over the last one's).
-        weight_decay: AdamW's, on matrices only.
-        nmse_batches: validation batches whose per-layer error is measured; the others only count for the whole model's.
+        final_lr_share: learning rate at the last step as a share of the peak (with phases, of the last phase's rate).
+        weight_decay: of AdamW, on matrices only.
+        nmse_batches: validation batches on which the error of each layer is measured too.
     """
 
     stage: str  # set by the subclasses
@@ -90,14 +90,14 @@ class DistillationModule(ValidatedModule):
         self.save_hyperparameters()
         self.hparams["targets"] = plain_targets(self.target_configs)  # plain data, for checkpoints
         check_hyperparameters(self.hparams)
-        # held in a tuple, which nn.Module does not look into: (teacher, student)
+        # (teacher, student), in a tuple so that nn.Module does not register them
         self._held: tuple[PreTrainedModel, PreTrainedModel] | None = None
         self._pairs: tuple[Pairs] | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.fingerprint: str | None = None
-        self.trained_before = TrainedOn()  # by the student that it starts from
-        self.resuming = False  # set by who knows: the Trainer only looks for its checkpoint when the models are there
-        self.sharded = False  # over processes; its parameters are on the devices then, and stay there
+        self.trained_before = TrainedOn()  # the text that the student given by `init_from` was trained on
+        self.resuming = False  # set by the caller: the Trainer looks for a checkpoint only after the models are built
+        self.sharded = False  # by FSDP2, which has put the parameters on the devices
 
     # building
 
@@ -113,7 +113,7 @@ class DistillationModule(ValidatedModule):
 
     @property
     def pairs(self) -> Pairs:
-        """Teacher and student layer by layer, as both stages run them."""
+        """Teacher and student, paired layer by layer."""
         if self._pairs is None:
             self._pairs = (self._pair_up(),)
         return self._pairs[0]
@@ -134,18 +134,18 @@ class DistillationModule(ValidatedModule):
         return self.device.type == "cuda" if chosen is None else chosen
 
     def configure_model(self) -> None:
-        """Builds teacher and student once. A run that resumes skips the init: its weights come from the checkpoint."""
+        """Builds teacher and student once. A run that resumes skips the init, its weights come from the checkpoint."""
         if self._trainer is not None:
-            use_atomic_files(self.trainer.strategy)  # sharded checkpoints can be read then under every strategy
+            use_atomic_files(self.trainer.strategy)  # reads sharded checkpoints under every strategy
         if self._held is None:
-            with default_dtype(torch.float32):  # of what is computed on the way; `64-true` has changed it
+            with default_dtype(torch.float32):  # `64-true` changes the default
                 self._build()
         if self.sharded:
             self._prepare_for_shards()
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """Of the teacher, of what is frozen and of the saved student."""
+        """Dtype of the teacher, of frozen weights and of the saved student."""
         if self._trainer is None:
             return getattr(torch, self.hparams["dtype"])
         return frozen_dtype(self.trainer.precision, self.hparams["dtype"])
@@ -173,10 +173,10 @@ class DistillationModule(ValidatedModule):
         else:
             self._initialise(student, teacher)
         if self._trainer is not None and self.trainer.world_size > 1:
-            for attention in edited_attention(student).values():  # a random init is each process's own
+            for attention in edited_attention(student).values():  # a random init differs between processes
                 broadcast(attention, self.trainer.strategy.root_device)
         if self._trainer is not None and data_parallel_mesh(self) is None:
-            for model in (teacher, student):  # where all of it will be
+            for model in (teacher, student):
                 model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
         check_forward(teacher, student)  # unsharded
         self._held = (teacher, student)
@@ -187,7 +187,7 @@ class DistillationModule(ValidatedModule):
         self._shard()
 
     def _shard(self) -> None:
-        """Shards teacher and student where the strategy is FSDP2; optimisers are made of the shards then."""
+        """Under FSDP2, shards teacher and student, before optimisers are made of their parameters."""
         mesh = None if self._trainer is None else data_parallel_mesh(self)
         if mesh is None:
             return
@@ -196,8 +196,8 @@ class DistillationModule(ValidatedModule):
 
     def _prepare_for_shards(self) -> None:
         for loop in (self.trainer.validate_loop, self.trainer.fit_loop.epoch_loop.val_loop):
-            loop.inference_mode = False  # what is gathered there must serve training too
-        if path := self.trainer.ckpt_path:  # Lightning loads its weights first, and would miss some of a foreign one
+            loop.inference_mode = False  # weights gathered in inference mode could not be used in training
+        if path := self.trainer.ckpt_path:  # Lightning would load weights before it checks what they belong to
             self.on_load_checkpoint(read_checkpoint(path, tensors=False))
 
     def find_teacher(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
@@ -206,14 +206,14 @@ class DistillationModule(ValidatedModule):
         return *load_teacher(source, dtype=dtype), model_fingerprint(resolve_teacher(source))
 
     def _leave_out(self, trained: TrainedOn) -> None:
-        """Text that the student knows is not held out any more."""
+        """Takes text that the student was trained on out of the held-out documents."""
         self.trained_before |= trained
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "leave_out"):
             data.leave_out(self.trained_before)
 
     def trained_on(self) -> TrainedOn:
-        """The training text of the Trainer's data, and of the students that this one comes from."""
+        """The text that this student was trained on, here and in the runs whose student it started from."""
         data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
         own = getattr(data, "training_documents", TrainedOn(complete=False))
         return self.trained_before | own
@@ -231,7 +231,7 @@ class DistillationModule(ValidatedModule):
         initialise(student, teacher, init, calibration)
 
     def _reported(self, batches: list[Batch]) -> Iterator[Batch]:
-        """The batches, with a line of progress after each."""
+        """Yields the batches and reports progress."""
         started, tokens = time.monotonic(), 0
         for done, batch in enumerate(batches, start=1):
             yield batch
@@ -241,17 +241,17 @@ class DistillationModule(ValidatedModule):
                 bar.report("calibrating", done, len(batches), tokens, started)
 
     def prepare_training(self) -> None:
-        """Registers what trains, in the subclasses."""
+        """Registers the modules that train; in the subclasses."""
         raise NotImplementedError
 
     def register_trained(self, attention: dict[int, Target]) -> None:
-        """Puts new attention modules by layer index into the module tree. They require gradients from the start: what a
-        callback holds back loses its gradient before the optimiser step, never its flag."""
+        """Puts new attention modules by layer index into the module tree. All require gradients from the start; a callback
+        that freezes a layer drops its gradients before the optimiser step, since DDP would never reduce it otherwise."""
         self.attention = nn.ModuleDict({str(index): module for index, module in attention.items()})
         self.attention.requires_grad_(True)
 
     def unshare(self) -> None:
-        """Makes the whole student trainable: it gets its own copy of the trunk, and joins the module tree."""
+        """Makes the whole student trainable: copies the trunk for it and puts the student into the module tree."""
         unshare_trunk(self.student)
         self.student.to(trained_dtype(self.frozen_dtype))
         self.student.requires_grad_(True)
@@ -270,7 +270,7 @@ class DistillationModule(ValidatedModule):
             rotary = model.model.rotary_emb.to(self.device)
             if not self.sharded:
                 model.to(self.device)
-            if rotary.inv_freq.dtype != torch.float32:  # `64-true` has converted it; the teacher's are float32
+            if rotary.inv_freq.dtype != torch.float32:  # converted by `64-true`; RoPE frequencies stay float32
                 model.model.rotary_emb = type(rotary)(config=model.config).to(self.device)
 
     def layer_modules(self) -> dict[int, Target]:
@@ -294,7 +294,7 @@ class DistillationModule(ValidatedModule):
             if found.get(name) != wanted:
                 raise UserError(f"checkpoint: was written for the {name} {found.get(name)!r}, this run has {wanted!r}")
         settings = checkpoint.get("hyper_parameters", {})
-        for name in OF_THE_OPTIMIZER:
+        for name in OPTIMIZER_SETTINGS:
             now = self.hparams.get(name)
             if name in settings and settings[name] != now:
                 other = f"was trained with {name} {settings[name]!r}, this run has {now!r}"

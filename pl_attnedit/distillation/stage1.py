@@ -21,28 +21,27 @@ def check_trained_layers(chosen: Sequence[int] | None, edited: Sequence[int]) ->
 
 
 class LayerwiseDistillation(DistillationModule):
-    """Every edited layer learns the teacher's activation at the supervised point from the teacher's own hidden state,
-    independently of all other layers. Loss: sum over layers of the normalised squared error.
+    """Each edited layer gets the teacher's hidden state and learns to reproduce the teacher's activation, independently of
+    all other layers. Loss: the squared error over the energy of the activation, summed over layers.
 
-    A batch's squared error is normalised by that batch's own energy; over the batches of an optimiser step, accumulated or
-    of several processes, the loss is the plain mean.
+    The energy is that of the same batch. Over the batches of an optimiser step (accumulated, or of several processes) the
+    loss is the plain mean.
 
-    One pass of the teacher feeds all layers. The gradients of a layer are taken as soon as its loss is known, so activations
-    of one layer exist at a time, however deep the model is.
+    One forward pass of the teacher serves all layers. A layer's gradients are computed as soon as its loss is known and its
+    activations are freed, so memory does not grow with depth.
 
     `teacher_share`, set by the callback `TeacherForcing`, is the share of the teacher's hidden state in a layer's input:
-    1 is full teacher forcing, 0 the student's own path. Targets are the teacher's activations throughout.
+    1 is full teacher forcing, 0 the student's own path. The reference is the teacher's activation in any case.
 
     All further arguments are `DistillationModule`'s.
 
     Args:
-        train_layers: edited layers to train, the others stay as they are; None = all. Where not even the optimiser states of
-            all layers fit, run the stage once for each group of layers, each run with the last one's student as `init_from`.
-        supervise: the supervised point. "attention" = the attention's output, after `o_proj` and before the residual, its
-            error over its energy. "block" = the block's output, behind residual, post-attention norm and MLP, which stay
-            frozen: an error counts by what they make of it. It is measured over the energy of the teacher's block update,
-            output minus input, because the residual stream itself is dominated by a few huge activations that no attention
-            made. `train/nmse` is the error at this point, `val/nmse` always the attention's.
+        train_layers: edited layers to train, the others stay as they are; None = all. If the optimiser states of all layers
+            do not fit, run the stage once per group of layers, each run with `init_from` the student of the one before.
+        supervise: the supervised point. "attention" = output of the attention, after `o_proj` and before the residual.
+            "block" = output of the decoder block, after residual, post-attention norm and MLP, which stay frozen. The error
+            is then relative to the energy of the teacher's block update, output minus input, because a few huge activations
+            dominate the residual stream itself. `train/nmse` is measured here, `val/nmse` always at the attention.
     """
 
     stage = "stage1"
@@ -95,16 +94,16 @@ class LayerwiseDistillation(DistillationModule):
             trains, at_end = index in self.trained_layers, index == last and not self._supervises_blocks
             taken: list[torch.Tensor] = []
             if share != 1:
-                hidden, own = pair.teach_on_own_path(
+                hidden, own = pair.distil_on_own_path(
                     hidden, own, call, teacher_share=share, take_loss=taken.append, last=at_end
                 )
             elif trains and self._supervises_blocks:
-                hidden = pair.teach_block(hidden, call, taken.append)
+                hidden = pair.distil_block(hidden, call, taken.append)
             else:
                 states = pair.run_teacher(hidden, call, last=at_end)
-                hidden = states.left
+                hidden = states.output
                 if trains:
-                    taken.append(pair.teach(states, call))
+                    taken.append(pair.distil(states, call))
             if trains:
                 [losses[index]] = taken
         return losses

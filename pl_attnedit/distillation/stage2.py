@@ -22,12 +22,12 @@ class ModelDistillation(DistillationModule):
     All further arguments are `DistillationModule`'s.
 
     Args:
-        train: "attention" = the new attention modules; the trunk stays shared with the teacher. "layers" = the decoder
-            layers with the last norm, "all" = embeddings and lm_head too; `ProgressiveUnfreezing` may hold parts back.
+        train: "attention" = the new attention modules; the trunk stays shared with the teacher. "layers" = all decoder
+            layers and the final norm, "all" = also embeddings and lm_head. `ProgressiveUnfreezing` can delay parts.
         feature_weight: weight of the feature matching term, the mean over layers of 1 - cosine between the hidden states
             of student and teacher; 0 = off.
-        activation_checkpointing: keep only each layer's input for the backward pass and run the layer again there: less
-            memory, a third more work.
+        activation_checkpointing: keep only each layer's input and recompute the layer in the backward pass: less memory, a
+            third more compute.
     """
 
     stage = "stage2"
@@ -63,7 +63,7 @@ class ModelDistillation(DistillationModule):
         )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Which tokens count is found out on the host: on a GPU it would have to wait for the answer."""
+        """Finds the positions that count on the host, where it needs no synchronisation with the GPU."""
         return {**batch, "rows": batch["loss_mask"].flatten().nonzero().flatten()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class ModelDistillation(DistillationModule):
         teacher, student, calls = self.pairs.begin(batch)
         for pair, call in self.pairs.with_calls(calls):
             states, student = pair(teacher, student, call)
-            teacher = states.left
+            teacher = states.output
             if weight > 0:
                 distances.append(cosine_distance(student, teacher, mask))
         kl = self.pairs.heads(teacher, student, partial(self.kl, rows=batch.get("rows"), mask=mask))

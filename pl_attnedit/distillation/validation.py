@@ -54,10 +54,10 @@ class ValidatedModule(OptimisedModule):
                 student = pair.run_student(student, call)
                 continue
             states, student = pair(teacher, student, call)
-            teacher = states.left
+            teacher = states.output
             if pair.attention is not None and batch_idx < self.hparams["nmse_batches"]:
-                output = pair.attention(states.normed, call)
-                self.layer_nmse.update(edited.index(index), output[:rows], states.reference[:rows])
+                output = pair.attention(states.attention_input, call)
+                self.layer_nmse.update(edited.index(index), output[:rows], states.attention_output[:rows])
         if known is not None:
             teacher = known.to(self.device)
         elif key is not None:

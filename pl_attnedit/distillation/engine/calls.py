@@ -1,4 +1,4 @@
-"""What a decoder hands each of its layers beside the hidden states."""
+"""The keyword arguments that a Hugging Face decoder passes to each of its layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Call = dict[str, Any]  # rotary embeddings and mask
 
 
 class _Recorder(nn.Module):
-    """Stands in for every layer of a model, and keeps what it is called with."""
+    """Replaces every layer of a model and records the arguments of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,9 +23,9 @@ class _Recorder(nn.Module):
 
 
 def layer_calls(model: Any, embedded: Tensor, position_ids: Tensor | None) -> list[Call]:
-    """What a Hugging Face decoder would hand each of its layers for these embeddings (batch, time, hidden).
+    """The arguments that a Hugging Face decoder would pass to each layer for these embeddings (batch, time, hidden).
 
-    The decoder itself makes it, on a copy of its shell whose layers do nothing, so every family's own masks are right.
+    The decoder itself makes them, in a shallow copy whose layers do nothing, so the masks are those of its family.
     """
     recorder = _Recorder()
     shell = copy.copy(model)

@@ -41,7 +41,7 @@ def check_forward(teacher: Any, student: Any) -> None:
             _compare(f"the embeddings of the {role}", share, ours, states[0])
         for index, (pair, call) in enumerate(pairs.with_calls(calls)):
             of_pair, left = pair(first[index], second[index], call)
-            for role, ours, states in (("teacher", of_pair.left, first), ("student", left, second)):
+            for role, ours, states in (("teacher", of_pair.output, first), ("student", left, second)):
                 _compare(f"layer {index} of the {role}", share, ours, states[index + 1], states[index])
 
         def logits(student: Tensor, teacher: Tensor, student_head: nn.Module, teacher_head: nn.Module) -> None:

@@ -15,12 +15,12 @@ from pl_attnedit.distillation.losses import nmse
 
 
 class BlockReference(NamedTuple):
-    """Stands in for the teacher's activation where a block's output is supervised; hidden states (batch, time, hidden)."""
+    """What the loss at a decoder block's output needs; hidden states are (batch, time, hidden)."""
 
-    entered: Tensor  # what enters the teacher's block, and
-    left: Tensor  # what leaves it
-    hidden: Tensor  # what enters the student's block
-    norm: nn.Module  # what there is behind the new attention: read, never trained
+    teacher_input: Tensor
+    teacher_output: Tensor
+    student_input: Tensor
+    norm: nn.Module  # the student's part of the block after the attention: used, never trained
     mlp: nn.Module
 
     @property
@@ -47,7 +47,7 @@ class Operations:
     def local_gradients(
         self, attention: Target, normed: Tensor, reference: Tensor | BlockReference, call: Call
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """What `local_loss` gives, and the gradients of the new attention's parameters."""
+        """Loss and activation as `local_loss` returns them, and the gradients of the new attention's parameters."""
         functional = attention.functional_gradients and (
             not isinstance(reference, BlockReference) or reference.functional
         )
@@ -55,7 +55,7 @@ class Operations:
 
 
 def teacher_layer(layer: Any, hidden: Tensor, call: Call, last: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """What leaves the layer (None where `last`), what its attention got and what that gave."""
+    """Output of the layer (None where `last`, which stops after the attention), input and output of its attention."""
     normed = layer.input_layernorm(hidden)
     attention = attend(layer.self_attn, normed, call)
     if last:
@@ -79,10 +79,10 @@ def feed_forward(norm: nn.Module, mlp: nn.Module, hidden: Tensor, attention: Ten
 def local_loss(
     attention: Callable[..., Any], normed: Tensor, reference: Tensor | BlockReference, call: Call
 ) -> tuple[Tensor, Tensor]:
-    """The loss at the supervised point, and what is there: the attention's output or the block's."""
+    """The loss at the supervised point, and the student's activation there: the output of the attention or of the block."""
     output = attend(attention, normed, call)
     if isinstance(reference, BlockReference):
-        output = feed_forward(reference.norm, reference.mlp, reference.hidden, output)
-        entered = reference.entered.float()
-        return nmse(output.float() - entered, reference.left.float() - entered), output
+        output = feed_forward(reference.norm, reference.mlp, reference.student_input, output)
+        before = reference.teacher_input.float()
+        return nmse(output.float() - before, reference.teacher_output.float() - before), output
     return nmse(output, reference), output

@@ -1,8 +1,8 @@
-"""Teacher and student side by side, a layer at a time: what both stages run instead of two whole forward passes.
+"""Teacher and student side by side, one layer at a time. Both stages run this instead of two whole forward passes.
 
-A pair holds the teacher's and the student's parts of one layer and runs both, so that nothing of the teacher is kept for
-longer than a layer and a sharded layer is gathered once for both. All parameters are read inside the forward pass of a pair
-(or of the two modules at the ends), which makes them the units that FSDP2 shards.
+A pair holds the teacher's and the student's modules of one layer and runs both. So the teacher's activations live for one
+layer only, and a sharded layer is gathered once for both models. Parameters are read only inside the forward methods of a
+pair, of `Embeddings` and of `Heads`: these are the units that FSDP2 shards.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Batch = dict[str, Tensor]
 
 
 class TeacherStates(NamedTuple):
-    """What a layer of the teacher made of its input; (batch, time, hidden) each."""
+    """Activations of one layer of the teacher, (batch, time, hidden) each."""
 
-    left: Any  # what leaves the layer; None where it was run no further than its attention
-    normed: Tensor  # what its attention got, and
-    reference: Tensor  # what that gave: after `o_proj`, before the residual
+    output: Any  # None where the layer was run no further than its attention
+    attention_input: Tensor  # after the input norm
+    attention_output: Tensor  # after `o_proj`, before the residual
 
 
 class EditedAttention(nn.Module):
-    """One new attention and its loss of stage 1; a unit of FSDP2 of its own, since it trains and the layer does not."""
+    """A new attention module with its stage-1 loss. An FSDP2 unit by itself: it trains, the rest of the layer does not."""
 
     def __init__(self, attention: Target, operations: Operations) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class EditedAttention(nn.Module):
         return self.operations.attend(self.attention, normed, call)
 
     def loss(self, normed: Tensor, call: Call, reference: Tensor | BlockReference) -> tuple[Tensor, Tensor]:
-        """What `local_loss` gives, its graph freed already. `normed` must require a gradient and gets none: `Anchor`."""
+        """`local_loss` with its gradients already computed and its graph freed. `normed` comes from `Anchor`."""
         trained = [p for p in self.attention.parameters() if p.requires_grad]
         if not (torch.is_grad_enabled() and trained):
             with torch.no_grad():
@@ -56,17 +56,17 @@ class EditedAttention(nn.Module):
 class LayerPair(nn.Module):
     """The layers of the same index. Where the trunk is shared the student's norms and MLP are the teacher's modules.
 
-    Hidden states are (batch, time, hidden). FSDP2 gathers a pair's weights for `forward` and for what `FORWARDS` names, so
-    none of these calls another.
+    Hidden states are (batch, time, hidden). FSDP2 gathers a pair's weights before `forward` and before each method in
+    `FORWARDS`, and frees them after it, so none of these methods may call another.
 
     Args:
         teacher: decoder layer of Hugging Face's model.
         student: the same with a new attention, or the very same module.
-        recompute: keep only the layer's input for the student's backward pass, and run the layer again there.
-        block_loss: the supervised point of stage 1 is the block's output.
+        recompute: activation checkpointing of the student's layer.
+        block_loss: stage 1 supervises the output of the decoder block instead of the attention's.
     """
 
-    FORWARDS = ("run_teacher", "run_student", "teach_block", "teach_on_own_path")
+    FORWARDS = ("run_teacher", "run_student", "distil_block", "distil_on_own_path")
 
     def __init__(
         self, teacher: Any, student: Any, operations: Operations, *, recompute: bool = False, block_loss: bool = False
@@ -82,31 +82,31 @@ class LayerPair(nn.Module):
             self.trunk = nn.ModuleDict(parts)
 
     def forward(self, teacher: Tensor, student: Tensor, call: Call) -> tuple[TeacherStates, Tensor]:
-        """Both layers on what enters each: what stage 2 and validation run."""
+        """Both layers, each on its own model's input, as stage 2 and validation need them."""
         return self._teacher(teacher, call), self._student(student, call)
 
     def run_teacher(self, hidden: Tensor, call: Call, *, last: bool = False) -> TeacherStates:
-        """The teacher's layer alone; where it is the `last` one that is needed no further than its attention."""
+        """The teacher's layer alone. last: stop after the attention, nothing later needs the layer's output."""
         return self._teacher(hidden, call, last=last)
 
     def run_student(self, hidden: Tensor, call: Call) -> Tensor:
         """The student's layer alone."""
         return self._student(hidden, call)
 
-    def teach(self, states: TeacherStates, call: Call) -> Tensor:
-        """The new attention's loss on what the teacher's attention got. Only the new attention's weights are read."""
-        return self._loss(states.normed, call, states.reference)[0]
+    def distil(self, states: TeacherStates, call: Call) -> Tensor:
+        """Loss of the new attention on the input of the teacher's. Reads no weights but the new attention's."""
+        return self._loss(states.attention_input, call, states.attention_output)[0]
 
-    def teach_block(self, hidden: Tensor, call: Call, take_loss: Callable[[Tensor], None]) -> Tensor:
-        """The teacher's layer; `take_loss` gets the student's loss at the block's output on the same input.
+    def distil_block(self, hidden: Tensor, call: Call, take_loss: Callable[[Tensor], None]) -> Tensor:
+        """Output of the teacher's layer; `take_loss` is called with the student's loss at the block's output.
 
-        A loss is not returned: FSDP2 would take it for an output whose backward pass needs the whole layer.
+        The loss is not returned, because FSDP2 would gather the whole layer again for the backward pass of an output.
         """
         states = self._teacher(hidden, call)
         self._own_path(hidden, call, self._block_reference(hidden, states, hidden), take_loss)
-        return states.left
+        return states.output
 
-    def teach_on_own_path(
+    def distil_on_own_path(
         self,
         teacher: Tensor,
         student: Tensor,
@@ -116,12 +116,12 @@ class LayerPair(nn.Module):
         take_loss: Callable[[Tensor], None],
         last: bool = False,
     ) -> tuple[Any, Tensor]:
-        """What leaves both layers, the student's run on its own input mixed with this share of the teacher's. `take_loss`
-        gets the loss of a new attention, whose gradients are local to it; see `teach_block`, `run_teacher`."""
+        """Outputs of both layers. The student's input is mixed with this share of the teacher's; `take_loss` is called with
+        the loss of the new attention, if the layer has one. For `take_loss` and `last` see `distil_block`, `run_teacher`."""
         states = self._teacher(teacher, call, last=last)
         mixed = teacher_share * teacher + (1 - teacher_share) * student.detach()
-        reference = self._block_reference(teacher, states, mixed) if self.block_loss else states.reference
-        return states.left, self._own_path(mixed, call, reference, take_loss)
+        reference = self._block_reference(teacher, states, mixed) if self.block_loss else states.attention_output
+        return states.output, self._own_path(mixed, call, reference, take_loss)
 
     @torch.no_grad()
     def _teacher(self, hidden: Tensor, call: Call, *, last: bool = False) -> TeacherStates:
@@ -141,10 +141,10 @@ class LayerPair(nn.Module):
         return self._feed_forward(hidden, output)
 
     def _block_reference(self, entered: Tensor, states: TeacherStates, hidden: Tensor) -> BlockReference:
-        return BlockReference(entered, states.left, hidden, self._part("post_attention_layernorm"), self._part("mlp"))
+        return BlockReference(entered, states.output, hidden, self._part("post_attention_layernorm"), self._part("mlp"))
 
     def _loss(self, normed: Tensor, call: Call, reference: Tensor | BlockReference) -> tuple[Tensor, Tensor]:
-        """The loss at the supervised point, and what is there, without a gradient."""
+        """The loss, and the student's activation at the supervised point, without a gradient."""
         assert self.attention is not None
         anchor = torch.empty((), device=normed.device, requires_grad=True)
         return self.attention.loss(Anchor.apply(anchor, normed), call, reference)
@@ -201,7 +201,7 @@ class Heads(nn.Module):
 
 
 class Pairs(nn.Module):
-    """All pairs of a model with what is before and behind them."""
+    """All layer pairs of two models, with their embeddings and heads."""
 
     def __init__(
         self, teacher: PreTrainedModel, student: PreTrainedModel, *, compiled: bool = False, **options: bool
@@ -212,13 +212,13 @@ class Pairs(nn.Module):
         layers = zip(teacher.model.layers, student.model.layers, strict=True)
         self.layers = nn.ModuleList(LayerPair(t, s, operations, **options) for t, s in layers)
         self.embeddings, self.heads = Embeddings(teacher, student), Heads(teacher, student)
-        self._model = (teacher.model,)  # only for its way of making masks and positions; not a child
+        self._model = (teacher.model,)  # makes masks and positions; in a tuple, so that it is no submodule
         self._calls: dict[
             Hashable, list[Call]
         ] = {}  # of batches without positions of their own; a CUDA graph reads them
 
     def forward(self, work: Callable[..., Any], *args: Any) -> Any:
-        """`work(*args)`. All that reads the pairs runs in here: for FSDP2 it is one forward pass."""
+        """`work(*args)`. Everything that reads the pairs runs inside this call: one forward pass of FSDP2's root module."""
         return work(*args)
 
     def begin(self, batch: Batch) -> tuple[Tensor, Tensor, list[Call]]:
