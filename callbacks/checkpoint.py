@@ -28,29 +28,29 @@ BEST = "best.ckpt"
 class ResumableCheckpoint(ModelCheckpoint):
     """Saves by wall time, at the end of the training, and when a signal ends it.
 
-    A checkpoint is begun ``every_seconds`` after the one before was complete; and not before the training has gone on for 19
-    times as long as that one has held it up, so that at most 5% of the time goes into checkpoints, on whatever disk. A large
-    one (64 MB) is copied to host memory and written from there while the training goes on, where half of what is free holds
-    a copy; then only the copying holds it up. So what a kill can cost is ``every_seconds`` (or those 19 times), the time of
-    two writes, and a step. The one at the end is waited for, as is every one with ``every_seconds`` 0.
+    The next checkpoint starts ``every_seconds`` after the last one was complete, and only once training has run 19 times
+    as long as that one blocked it: at most 5% of the time goes into checkpoints, however slow the disk. A checkpoint of
+    64 MB or more is copied to host memory and written in the background, if half of the free memory can hold the copy;
+    then only the copying blocks the training. So a kill costs at most ``every_seconds`` (or those 19 times), two writes and
+    a step of work. The write at the end is waited for, and so is every write with ``every_seconds`` 0.
 
     Files are ``last-<step>.ckpt``, so ``ckpt_path="last"`` finds them; under FSDP2 they are folders. A write that fails
-    (full disk) is a warning, leaves the earlier checkpoints alone, and is tried again after the interval. Validation counts
-    as work: before it begins, what was trained is saved if it is older than half the interval, in such a way that a run
-    killed during validation resumes with that validation (Lightning by itself would skip it). The random number generators
-    of every process go on where they were. A second training into the same folder at the same time is refused.
+    (full disk) is a warning; it leaves the earlier checkpoints alone and is tried again after the interval. Before a
+    validation begins, the training is saved if the last checkpoint is older than half the interval; a run killed during
+    validation resumes with that validation, which Lightning alone would skip. The state of all random number generators is
+    restored. A second training into the same folder at the same time is refused.
 
-    SIGTERM, SIGHUP, SIGINT (Ctrl-C) and the signal by which SLURM announces the end of a job (SIGUSR1 where Lightning's
-    `SLURMEnvironment` is to requeue) let the running optimizer step finish; then a checkpoint is written and
-    `Interrupted` raised. A SLURM job is queued again before that; where that fails, the training goes on.
+    SIGTERM, SIGHUP, SIGINT (Ctrl-C) and the signal by which SLURM announces the end of a job (SIGUSR1 if Lightning's
+    `SLURMEnvironment` requeues) let the running optimizer step finish; then a checkpoint is written and `Interrupted`
+    raised. A SLURM job is requeued first; if that fails, the training goes on.
 
     Args:
         dirpath: folder of the checkpoints; by default where Lightning puts them.
-        every_seconds: the time between the end of a write and the next one, apart from a step or validation that takes
-            longer; 0 = each step, whatever it costs.
-        keep: number of checkpoints that are kept, the newest ones.
+        every_seconds: the time between the end of a write and the next one, unless a step or validation takes longer;
+            0 = after each step, without the limit of 5%.
+        keep: how many of the newest checkpoints are kept.
         monitor: a value that validation logs, e.g. ``val/kl``: the checkpoint after the best validation is kept as
-            ``best.ckpt``, unless it would cost more than 5% of the time, which is a warning. None = no best checkpoint.
+            ``best.ckpt``, unless that would exceed 5% of the time, which is a warning. None = no best checkpoint.
         mode: whether the smallest (min) or the largest (max) value is best.
     """
 
@@ -76,15 +76,15 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._writer = CheckpointWriter(self)
         self.time = self._writer.time
         self._seen_step = 0
-        self._newest_lacks_validation = False  # it resumes with a validation
+        self._newest_lacks_validation = False  # the newest checkpoint resumes with a validation
         self._writing_before_validation = False
-        self._max_steps: int | None = None  # while it is lifted for a last validation
+        self._max_steps: int | None = None  # the real one, while the Trainer has one more for a last validation
         self._random_before_validation: dict[str, Any] = {}
         self._random_to_restore: dict[str, Any] | None = None
         self._ending = Ending()
         self._claim = FolderClaim()
 
-    # when
+    # when to save
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -126,7 +126,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         if _validates_in_training(trainer):
             self._restore_random_state(pl_module)
             self._random_before_validation = random_state(pl_module.device)
-            just_saved = self._last_global_step_saved == trainer.global_step  # as if validation were not to come
+            just_saved = self._last_global_step_saved == trainer.global_step  # without this validation being due
             self._save_if_older(0 if just_saved else self.every_seconds / 2, trainer, validation_is_due=True)
             self._ending.raise_if_decided()
 
@@ -146,7 +146,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             self._ending.raise_if_decided()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Epochs do not matter here."""
+        """Nothing: `ModelCheckpoint` would save at the end of each epoch."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._writer.complete(trainer)
@@ -159,14 +159,14 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._ending.end()
-        trainer.strategy.checkpoint_io.teardown()  # what this process writes becomes whole; one of all stays away
+        trainer.strategy.checkpoint_io.teardown()  # finishes what this process alone writes
         self._claim.leave()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
         self._claim.leave()
 
-    # what
+    # what a checkpoint holds
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         due = self._writing_before_validation
@@ -174,7 +174,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         checkpoint[_RANDOM_KEY] = of_all_processes(state, trainer)
         checkpoint[_VALIDATION_KEY] = due
         if due:
-            # A validation of which the first batch has begun and none is done: what Lightning resumes from its start.
+            # Counters of a validation that has begun its first batch: Lightning resumes that from its start.
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
             for counters in (progress["total"], progress["current"]):
                 counters.update(ready=1, started=1, processed=0, completed=0)
@@ -185,8 +185,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         max_steps = trainer.fit_loop.epoch_loop.max_steps
         self._newest_lacks_validation = bool(checkpoint.get(_VALIDATION_KEY, False))
         if self._newest_lacks_validation and 0 < max_steps <= checkpoint["global_step"]:
-            # Killed in the last validation. Lightning would see that all steps are done and end without it, so let it
-            # begin; `on_train_start` validates and takes the extra step back.
+            # Killed during the last validation. Lightning would end at once, since all steps are done. So it gets one more
+            # step to begin; `on_train_start` validates and takes that step back.
             self._max_steps = max_steps
             trainer.fit_loop.epoch_loop.max_steps = checkpoint["global_step"] + 1
         states = checkpoint.get(_RANDOM_KEY, [])
@@ -199,7 +199,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best}  # of the rest, the files in the folder are the state
+        return {"best": self._best}  # everything else follows from the files in the folder
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best = state_dict.get("best")
@@ -210,7 +210,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         if state is not None:
             restore_random_state(state, pl_module.device)
 
-    # how
+    # how to save
 
     @property
     def _folder(self) -> Path:
@@ -218,14 +218,14 @@ class ResumableCheckpoint(ModelCheckpoint):
         return Path(self.dirpath)
 
     def _save_if_older(self, seconds: float, trainer: Trainer, *, validation_is_due: bool = False) -> None:
-        """Saves if the newest checkpoint is older by the clock of rank 0, or if a signal has come to any rank."""
+        """Saves if the newest checkpoint is older than this by rank 0's clock, or if any rank has received a signal."""
         io = our_io(trainer)
         older = trainer.is_global_zero and self.time.is_due(seconds)
         mine = [self._ending.received, int(older), int(io is not None and io.writing)]
         signum, due, busy = highest(mine, trainer)
         if self._writer.begun and not busy:
             self._writer.complete(trainer)
-            due = 0  # the interval begins
+            due = 0  # the interval begins now
         if signum or not seconds or (due and not busy):
             self._save(trainer, validation_is_due=validation_is_due, wait=signum > 0)
             self._ending.decide(trainer, self.last_model_path or None)
@@ -280,7 +280,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             rank_zero_warn(f"{failure}. Training goes on; the best checkpoint is: {self.best_model_path or 'none'}.")
 
         self._writer.complete(trainer)
-        self._best = value  # is part of what is written
+        self._best = value  # goes into the checkpoint
         self._writer.write(trainer, self._folder / BEST, after, background=self.every_seconds > 0)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints found again, and checked before they are used."""
+"""Finds checkpoints, and checks them before they are used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PATTERN = "last-*.ckpt"
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint of `ResumableCheckpoint` in ``folder`` that can be read; None where there is none.
 
-    One that cannot be read is passed over with a warning.
+    Unreadable ones are skipped with a warning.
     """
     for path in newest_first(Path(folder)):
         try:
@@ -42,7 +42,7 @@ def check_checkpoint(
     teacher: str | None = None,
     plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Check that a checkpoint can be resumed here; what is None is not compared.
+    """Check that a checkpoint can be resumed here; arguments that are None are not compared.
 
     Args:
         path: the file, or the folder of a sharded one.
@@ -71,7 +71,7 @@ def check_checkpoint(
 
 
 def last_checkpoint(trainer: Trainer) -> str:
-    """The path of the last checkpoint of a running training, or that there is none; for messages."""
+    """For messages: the path of the last checkpoint of a running training, or that there is none."""
     paths = [c.last_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     return next((path for path in paths if path), "none has been written yet")
 

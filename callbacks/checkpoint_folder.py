@@ -1,4 +1,4 @@
-"""The folder that a training's checkpoints are in: one training at a time, and seen by all of its processes."""
+"""The folder of a training's checkpoints: used by one training at a time, and visible to all of its processes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pl_attnedit.locks import LOCK, claim
 
 
 class FolderClaim:
-    """That no other training writes into a folder."""
+    """The claim of this training on its folder."""
 
     def __init__(self) -> None:
         self._lock: IO[str] | None = None
 
     def take(self, folder: Path) -> bool:
-        """Whether no other training writes there. Where it cannot be locked, none is known to."""
+        """True if no other training writes there, or if that cannot be known because the folder cannot be locked."""
         self.leave()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ class FolderClaim:
         except OSError:
             return True
         if self._lock is not None:
-            os.register_at_fork(after_in_child=self._lock.close)  # those that load data may outlive a killed training
+            os.register_at_fork(after_in_child=self._lock.close)  # data workers may outlive a killed training
         return self._lock is not None
 
     def leave(self) -> None:
@@ -39,7 +39,7 @@ class FolderClaim:
 
 
 def is_shared(folder: Path, trainer: Trainer) -> bool:
-    """Whether each process sees what rank 0 has written there. Where that cannot write, nothing is known."""
+    """Whether every process sees a file that rank 0 writes there; True if rank 0 cannot write."""
     mark = folder / trainer.strategy.broadcast(f"{secrets.token_hex(8)}{PARTIAL}")
     written = False
     if trainer.is_global_zero:

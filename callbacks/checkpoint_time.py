@@ -1,4 +1,4 @@
-"""When a checkpoint may be written, so that no more than a share of the time goes into them."""
+"""When the next checkpoint may be written, so that checkpoints take no more than a share of the time."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from contextlib import contextmanager
 
 import torch
 
-SHARE = 0.05  # of the time that may go into checkpoints
-ADVANCE = 10.0  # seconds that a best checkpoint may cost before they are saved up
+SHARE = 0.05  # of the training time
+ADVANCE = 10.0  # seconds by which a best checkpoint may exceed the share for a while
 
 
 class CheckpointTime:
-    """What writes have cost, and whether it is paid for: training has gone on 19 times as long as they have held it up."""
+    """Keeps account of what writes have cost. A cost is paid once training has run 19 times as long as it was blocked."""
 
     def __init__(self) -> None:
         self.spent = 0.0  # seconds
         self.begin()
 
     def begin(self) -> None:
-        """At the start of a training."""
+        """To be called at the start of a training."""
         self._complete_at = self._paid_at = time.monotonic()
 
     def complete(self) -> None:
-        """A write is."""
+        """To be called when a write is complete."""
         self._complete_at = time.monotonic()
 
     def is_due(self, seconds: float) -> bool:
-        """Whether the last write was complete so many seconds ago, and all are paid for; 0 = whatever they cost."""
+        """Whether the last write was complete this long ago and all costs are paid; 0 = always."""
         now = time.monotonic()
         return not seconds or (now - self._complete_at >= seconds and now >= self._paid_at)
 
     def is_paid(self) -> bool:
-        """Whether one more could be afforded now, with the advance."""
+        """Whether one more write is affordable now, including the advance."""
         return time.monotonic() >= self._paid_at - ADVANCE / SHARE
 
     @contextmanager
     def at_a_cost(self, device: torch.device) -> Iterator[None]:
-        """What is done inside holds the training up."""
+        """Counts the time inside as time in which the training is blocked."""
         if device.type != "cpu":
-            torch.get_device_module(device).synchronize(device)  # the running step is no cost
+            torch.get_device_module(device).synchronize(device)  # do not count the running step
         began = time.monotonic()
         spent, paid_at = self.spent, max(self._paid_at, began)
         yield

@@ -1,4 +1,4 @@
-"""How a checkpoint gets written: one at a time, in the background where that is wanted, with the same end on all ranks."""
+"""Writes checkpoints one at a time, in the background where possible, with the same outcome on all ranks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pl_attnedit.checkpoints.io import AtomicCheckpointIO
 
 
 class CheckpointWriter:
-    """What `ResumableCheckpoint` writes with.
+    """The writer of `ResumableCheckpoint`.
 
     Args:
-        callback: which loggers hear of, when a checkpoint is complete.
+        callback: passed to the loggers when a checkpoint is complete.
     """
 
     def __init__(self, callback: ModelCheckpoint) -> None:
@@ -28,13 +28,13 @@ class CheckpointWriter:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a write that `complete` was not called for."""
+        """Whether a write has begun and `complete` has not been called since."""
         return self._after is not None
 
     def write(
         self, trainer: Trainer, path: Path, after: Callable[[str | None], None], *, background: bool = False
     ) -> None:
-        """Writes, or begins to; `after` gets what went wrong when it is complete, the same on all ranks."""
+        """Writes, or begins to. When it is complete, `after` gets the error message or None, the same on all ranks."""
         io, failure = our_io(trainer), None
         if io is not None:
             io.background = background
@@ -43,7 +43,7 @@ class CheckpointWriter:
                 trainer.save_checkpoint(path)
             except OSError as error:
                 failure = str(error)
-                trainer.strategy.barrier()  # the one that the other ranks are waiting at, inside save_checkpoint
+                trainer.strategy.barrier()  # the other ranks wait at this barrier inside save_checkpoint
             finally:
                 if io is not None:
                     io.background = False
@@ -52,7 +52,7 @@ class CheckpointWriter:
                 self.complete(trainer, failure)
 
     def complete(self, trainer: Trainer, failure: str | None = None) -> None:
-        """Waits for what was begun."""
+        """Waits for the write that has begun, if any."""
         if self._after is None:
             return
         io, after = our_io(trainer), self._after
@@ -72,13 +72,13 @@ class CheckpointWriter:
 
 
 def our_io(trainer: Trainer) -> AtomicCheckpointIO | None:
-    """What can write in the background, unless the user has chosen another writer."""
+    """Our writer, which can write in the background; None if the user has chosen another one."""
     io = trainer.strategy.checkpoint_io
     return io if isinstance(io, AtomicCheckpointIO) else None
 
 
 def highest(values: list[int], trainer: Trainer) -> list[int]:
-    """The highest of all processes' values, each for itself."""
+    """The maximum over all processes, for each of the values."""
     if trainer.world_size == 1:
         return values
     of_all: Any = trainer.strategy.reduce(torch.tensor(values, device=trainer.strategy.root_device), reduce_op="max")

@@ -1,4 +1,4 @@
-"""A training that a signal ends, once it is saved."""
+"""Ends a training after a signal, once a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pl_attnedit.interruption import Interrupted, SignalWatch, requeue_slurm_job
 
 
 class Ending:
-    """Waits for signals, lets all processes agree on them, and raises `Interrupted` when that is in order."""
+    """Receives signals, makes all processes agree on them, and raises `Interrupted` at a safe point."""
 
     def __init__(self) -> None:
         self._signals = SignalWatch()
         self._decided: Interrupted | None = None
 
     def begin(self, trainer: Trainer) -> None:
-        """In place of Lightning's handlers, which end a run between the batches of one optimizer step."""
+        """Replaces Lightning's handlers, which would end a run between two batches of one optimizer step."""
         self._decided = None
         self._signals.begin(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *_requeue_signals(trainer))
 
@@ -28,7 +28,7 @@ class Ending:
 
     @property
     def received(self) -> int:
-        """The signal that has come to this process; 0 = none."""
+        """The signal that this process has received; 0 = none."""
         return self._signals.received or 0
 
     @property
@@ -36,7 +36,7 @@ class Ending:
         return self._decided is not None
 
     def decide(self, trainer: Trainer, saved: str | None) -> None:
-        """Whether a signal that has come to any rank is to end the training, now that it is saved."""
+        """After a checkpoint: decides whether a signal received by any rank ends the training."""
         [signum] = highest([self.received], trainer)
         requeue = signum in _requeue_signals(trainer)
         if requeue and not trainer.strategy.broadcast(trainer.is_global_zero and requeue_slurm_job()):
@@ -50,7 +50,7 @@ class Ending:
 
 
 def _requeue_signals(trainer: Trainer) -> list[int]:
-    """The signal upon which a SLURM job is to be queued again, if this is one."""
+    """The signal after which SLURM's job is requeued; empty outside of SLURM."""
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
         return [environment.requeue_signal]

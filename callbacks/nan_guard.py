@@ -1,4 +1,4 @@
-"""Stops a training whose loss is no longer a number, while its parameters still are."""
+"""Stops a training as soon as loss or gradients are not finite, before they reach the parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NonFiniteLossError(UserError):
 
 
 class NaNGuard(Callback):
-    """Raises `NonFiniteLossError` before an optimizer step that has a non-finite loss or gradient behind it.
+    """Raises `NonFiniteLossError` before an optimizer step if a loss or gradient of that step is not finite.
 
     The loss is what ``training_step`` returns; where it returns a dict with ``layer_losses`` (name -> scalar), the
     first non-finite layer is named, else the first parameter with a non-finite gradient. All processes of a
@@ -36,7 +36,7 @@ class NaNGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            # No hook of Lightning sees what training_step returned before the optimizer has made its step.
+            # Lightning has no hook between training_step and the optimizer step that sees what training_step returned.
             pl_module.training_step = self._watch(pl_module.training_step)  # type: ignore[method-assign]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -90,11 +90,11 @@ def _first_bad(losses: list[tuple[str, Tensor]], module: LightningModule) -> str
 
 
 def _everywhere(found: str | None, trainer: Trainer) -> str:
-    """The first finding of all processes, the same message on each."""
+    """One finding out of all processes', the same on each."""
     findings: list[str | None] = [found]
     if trainer.world_size > 1:
         findings = [None] * trainer.world_size
         torch.distributed.all_gather_object(findings, found)
-    # Reducing has spread one process's bad loss over the gradients of all: the loss is where it came from.
+    # One process's bad loss spreads to all gradients by reduction, so a bad loss is reported before bad gradients.
     found_texts = [text for text in findings if text is not None]
     return min(found_texts, key=lambda text: not text.startswith(_LOSS))

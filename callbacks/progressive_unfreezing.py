@@ -17,17 +17,17 @@ ORDERS = ("all", "bottom_up", "top_down", "parts")
 
 
 class ProgressiveUnfreezing(Callback):
-    """Unfreezes a group every `steps_per_group` optimiser steps; what was unfrozen stays so.
+    """Unfreezes one more group every `steps_per_group` optimiser steps.
 
-    The state is a function of `global_step`, so a resumed run goes on as if it had never stopped. A parameter that is held
-    back keeps `requires_grad` and only loses its gradient before the optimiser step: under DDP a parameter that is
-    unfrozen after wrapping would never be reduced.
+    The state is a function of `global_step`, so a resumed run goes on as if it had never stopped. A frozen parameter
+    keeps `requires_grad`; its gradient is dropped before the optimiser step. (DDP never reduces parameters that are unfrozen
+    after wrapping.)
 
     Args:
         order: "bottom_up" or "top_down" over the edited layers, a list of layer indices in the order wanted, a .json file of
-            `pl-attnedit sensitivity` (the most sensitive layer first; of which teacher and target the scores are, is not
-            looked at), "parts" = the new attention, then all norms, then the rest of the trunk, "all" = no holding back.
-        layers_per_group: edited layers that are unfrozen together; "parts" has groups of its own.
+            `pl-attnedit sensitivity` (most sensitive layer first; it is not checked that the scores are of this teacher and
+            target), "parts" = new attention, then all norms, then the rest of the trunk, "all" = everything from the start.
+        layers_per_group: edited layers that are unfrozen together; not for "parts".
         steps_per_group: optimiser steps between two groups.
     """
 

@@ -1,4 +1,4 @@
-"""Where the random number generators of a process stand, as plain data for a checkpoint."""
+"""The state of a process's random number generators, as plain data for a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lightning.pytorch import Trainer
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """State of the generators of Python, NumPy, torch, and the device where it has one of its own.
+    """State of the generators of Python, NumPy, torch and, if it is no CPU, the device.
 
-    All of it is what `torch.load(weights_only=True)` takes.
+    `torch.load(weights_only=True)` can read it.
     """
     name, keys, *rest = np.random.get_state(legacy=True)
     numpy = (name, np.asarray(keys).tolist(), *rest)
@@ -24,10 +24,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts the generators back to where `random_state` found them.
-
-    A state without the device's generator, of a run on a CPU, leaves that one alone.
-    """
+    """Restores what `random_state` returned. A state from a CPU run leaves the device's generator alone."""
     name, keys, *rest = state["numpy"]
     version, inner, gauss = state["python"]
     random.setstate((version, tuple(inner), gauss))

@@ -1,4 +1,4 @@
-"""How fast training is, what it waits for, and how much memory it takes."""
+"""Logs speed, time spent waiting for data, and peak memory of a training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TokenMeter:
 
 
 def count_tokens(batch: Mapping[str, Tensor], trainer: Trainer) -> int:
-    """Tokens of this batch on all processes that have one of their own: ``input_ids`` (B, T), the same size everywhere."""
+    """Tokens of this batch over all data-parallel processes; ``input_ids`` (B, T) has the same size on each."""
     shards = trainer.distributed_sampler_kwargs or {"num_replicas": 1}
     return batch["input_ids"].numel() * shards["num_replicas"]
 
@@ -105,7 +105,7 @@ class Throughput(Callback):
 
 
 class _FetchTimer(Profiler):
-    """Stands in for the Trainer's profiler, and measures how long the Trainer waits for the next batch."""
+    """Wraps the Trainer's profiler to measure how long the Trainer waits for the next batch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: whole or not there, as one file or as shards."""
+"""Checkpoints on disk, as one file or as shards: complete or absent, never partial."""
 
 from pl_attnedit.moved import names_of
 

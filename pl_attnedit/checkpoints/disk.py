@@ -1,4 +1,4 @@
-"""How checkpoints get to the disk: beside their place, synced, then moved into it."""
+"""Writes checkpoints under a temporary name, syncs them, then renames them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REPLACED = ".replaced"  # of a folder, for the moment in which another takes its
 
 
 def clean(folder: Path) -> None:
-    """Removes what a write that was killed has left, and puts back what it was about to replace."""
+    """Removes the leftovers of a killed write, and restores the checkpoint that it was about to replace."""
     for replaced in folder.glob("*" + REPLACED):
         place = replaced.with_name(replaced.name.removesuffix(REPLACED))
         if not place.exists():
@@ -33,7 +33,7 @@ def remove(path: Path) -> None:
 
 
 def move_away(path: Path) -> None:
-    """Removes a checkpoint; at no time there is a folder of which a part is missing."""
+    """Removes a checkpoint, renaming a folder first so that no partial folder has its name."""
     partial = path.with_name(path.name + PARTIAL)
     os.replace(path, partial)
     remove(partial)
@@ -68,7 +68,7 @@ def could_not(path: Path, why: Any) -> OSError:
 
 
 def refuse_url(field: str, path: object) -> None:
-    """Raises `UserError` where a path is an address."""
+    """Raises `UserError` if a path is a URL."""
     if "://" in str(path):
         raise invalid(
             field,

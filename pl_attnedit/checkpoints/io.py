@@ -1,4 +1,4 @@
-"""A checkpoint on the disk: a file, or a folder of shards. Whole, or not there."""
+"""Reads and writes checkpoints: a file, or a folder of shards."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from pl_attnedit.checkpoints.shards import REST, ShardedWrite, ShardReader, of_a
 from pl_attnedit.errors import invalid
 from pl_attnedit.memory import available_bytes
 
-SMALL = 64 << 20  # bytes: what is written at once, without a thread and a copy
+SMALL = 64 << 20  # bytes; below, a background copy is not worth it
 
 
 def read_checkpoint(path: str | Path, *, tensors: bool = True) -> dict[str, Any]:
-    """What was saved, on the CPU; of a file, tensors are read when they are used.
+    """The content of a checkpoint, on the CPU. Tensors of a file are memory-mapped.
 
     Args:
         path: the file or folder.
-        tensors: False leaves those of a folder's model and optimizers out.
+        tensors: False = without the tensors of model and optimizers, if it is a folder.
 
     Raises:
         UserError: there is none; it is not one of ours, or not whole.
@@ -59,23 +59,23 @@ def read_checkpoint(path: str | Path, *, tensors: bool = True) -> dict[str, Any]
 
 
 class Write(Protocol):
-    """One checkpoint that is being written."""
+    """One checkpoint while it is being written."""
 
     def run(self) -> Any:
-        """This process's part of it, in whatever thread."""
+        """Writes this process's part; may run in another thread."""
 
     def finish(self, part: Future[Any]) -> None:
-        """All processes that began it wait for their parts, and see that they are one. Raises `OSError`, the same in all."""
+        """Collective: waits for all parts and makes them one checkpoint. Raises the same `OSError` in all processes."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there when it is complete and on the disk.
+    """Writes a checkpoint under a temporary name and renames it when it is complete and synced.
 
-    Lightning's own writer holds a second copy in memory, and may write through another file system.
+    (Lightning's own writer holds a second copy in memory, and may go through another file system.)
 
     Attributes:
-        background: whether the next write may go on while the caller does other things, until `finish`: if it is large, and
-            a copy fits into half of the host's free memory. All processes set it alike.
+        background: whether the next write may run in the background until `finish`, provided that it is large and a copy
+            fits into half of the host's free memory. Must be the same in all processes.
     """
 
     def __init__(self) -> None:
@@ -85,14 +85,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._begun: tuple[Write, Future[Any]] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` as a file; on failure an `OSError`, and whatever was at ``path`` is still there."""
+        """Write ``checkpoint`` as a file. Raises `OSError` and leaves what was at ``path`` if that fails."""
         if storage_options is not None:
             raise TypeError(f"storage_options = {storage_options!r}: {type(self).__name__} has none")
         background = self.background and _worth_a_copy(checkpoint, 1)
         self._begin(FileWrite(on_host(checkpoint) if background else checkpoint, Path(path)), background)
 
     def save_shards(self, checkpoint: dict[str, Any], path: str | Path, local_processes: int) -> None:
-        """The same as a folder, by all processes; `local_processes` share this host's memory."""
+        """Collective: the same as a folder of shards. `local_processes`: how many share this host's memory."""
         fits = self.background and _worth_a_copy(checkpoint, local_processes)
         background = all(of_all(fits))
         self._begin(ShardedWrite(on_host(checkpoint) if background else checkpoint, Path(path)), background)
@@ -105,7 +105,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @property
     def begun(self) -> bool:
-        """Whether there is a write that `finish` has not been called for."""
+        """Whether a write has begun and `finish` has not been called since."""
         return self._begun is not None
 
     @property
@@ -114,13 +114,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return self._begun is not None and not self._begun[1].done()
 
     def finish(self) -> None:
-        """Waits for what was begun in the background. Raises `OSError` as `save_checkpoint` does."""
+        """Waits for the background write. Raises `OSError` as `save_checkpoint` does."""
         if self._begun is not None:
             (write, part), self._begun = self._begun, None
             write.finish(part)
 
     def teardown(self) -> None:
-        """Waits until this process writes no more, whatever became of it."""
+        """Waits until this process writes no more, and ignores errors."""
         if self._begun is not None:
             self._begun[1].exception()
 
@@ -132,13 +132,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def use_atomic_files(strategy: Any) -> None:
-    """Gives a strategy our reader and writer; a plugin of the user's choice stays."""
+    """Gives a strategy this reader and writer, unless the user has chosen a plugin."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 class FileWrite:
-    """A file, by the one process that calls it."""
+    """A file, written by the calling process alone."""
 
     def __init__(self, checkpoint: dict[str, Any], path: Path) -> None:
         self.checkpoint, self.path = checkpoint, path
@@ -159,7 +159,7 @@ class FileWrite:
 
 
 def on_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A copy in host memory that no training changes. Tensors that are one stay one."""
+    """A copy in host memory. Tensors that share memory still do."""
     copies: dict[Any, Tensor] = {}
     memo: dict[int, Any] = {}
     for tensor in _tensors(checkpoint):

@@ -1,8 +1,8 @@
-"""A checkpoint as a folder of shards, that all processes write together and any number of them reads.
+"""A checkpoint as a folder of shards: all processes write it together, and any number of processes can read it.
 
-It holds what torch.distributed.checkpoint (DCP) makes of all tensors of model and optimizers, and `meta.pt`, the rest. DCP's
-own `async_save` wants a second process group, of gloo; here only the writing itself is in the background, and processes
-agree in the training's own group, at moments that are the caller's.
+The folder holds the tensors of model and optimizers in the format of torch.distributed.checkpoint (DCP), and everything else
+in `meta.pt`. DCP's own `async_save` needs a second process group (gloo). Here only the writing runs in the background; all
+communication uses the training's process group, when the caller asks for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from pl_attnedit.checkpoints.disk import PARTIAL, could_not, fsync_folder, move, remove, save
 
-REST = "meta.pt"  # as Lightning calls it
+REST = "meta.pt"  # Lightning's name for it
 _DCP = "torch.distributed.checkpoint"
 _KNOWN = {
     "pathlib": {"PosixPath"},
@@ -44,12 +44,12 @@ class ShardReader(dcp.FileSystemReader):
         self.forms: dict[str, TensorStorageMetadata] = self.read_metadata().state_dict_metadata  # type: ignore[assignment]
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """DCP's own takes any pickle, which can run any code."""
+        """Without unpickling arbitrary objects, which DCP's own method does."""
         with (Path(self.path) / ".metadata").open("rb") as file:
             return _MetadataUnpickler(file).load()
 
     def check(self) -> None:
-        """Raises `OSError` where a process's file is missing or too short."""
+        """Raises `OSError` if a process's file is missing or too short."""
         ends: dict[str, int] = {}
         for info in self.read_metadata().storage_data.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -58,13 +58,13 @@ class ShardReader(dcp.FileSystemReader):
                 raise OSError(f"{name} is too short")
 
     def load(self, into: Mapping[str, Tensor]) -> None:
-        """Fills tensors, sharded ones with this process's part; processes need not agree."""
+        """Fills tensors, sharded ones with this process's part; not a collective."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is done without the other processes
+            warnings.simplefilter("ignore")  # DCP warns that this is not collective
             dcp.load(dict(into), storage_reader=self, no_dist=True)
 
     def fill(self, checkpoint: dict[str, Any]) -> None:
-        """Puts whole tensors where a checkpoint of one file has them."""
+        """Adds whole tensors, in the places that they have in a checkpoint of one file."""
         found = {key: torch.empty(form.size, dtype=form.properties.dtype) for key, form in self.forms.items()}
         self.load(found)
         checkpoint["state_dict"] = {}
@@ -89,7 +89,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class ShardedWrite:
-    """A folder, by all processes; on a file system that they share."""
+    """A folder, written by all processes on a file system that they share."""
 
     def __init__(self, checkpoint: dict[str, Any], path: Path) -> None:
         self.path, self.partial = path, path.with_name(path.name + PARTIAL)
@@ -136,7 +136,7 @@ class ShardedWrite:
 
 
 def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of model and optimizers by their names in a folder, and what is left."""
+    """All tensors of model and optimizers by their names in the folder, and everything else."""
     rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
     tensors = {f"state_dict/{name}": value for name, value in checkpoint["state_dict"].items()}
     rest["optimizer_states"] = []
@@ -156,14 +156,14 @@ def _new_folder(path: Path) -> None:
 
 
 def of_all(value: Any) -> list[Any]:
-    """The values of all processes, by rank."""
+    """Collective: the values of all processes, by rank."""
     values: list[Any] = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def _attempt(action: Callable[[], Any]) -> str | None:
-    """What went wrong; the other processes wait to hear of it."""
+    """The error, if any, as a value: it must reach the other processes instead of being raised."""
     try:
         action()
     except Exception as error:

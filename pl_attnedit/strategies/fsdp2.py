@@ -20,10 +20,10 @@ from pl_attnedit.errors import invalid
 class FSDP2Strategy(ModelParallelStrategy):
     """`ModelParallelStrategy` that shards over all processes. In YAML: `strategy: fsdp2`.
 
-    A checkpoint is a folder into which each process writes its shards, and that any number of processes can read under
-    every strategy; as this one reads the files of the others. Optimizers are in it as the others save them, parameters by
-    number. (Lightning's own numbers them in another order than an optimizer with several groups does, and begins those
-    that were still held back with a state as if they had made a step.)
+    A checkpoint is a folder into which each process writes its shards. Any number of processes can read it under every
+    strategy, and this strategy reads the checkpoint files of the others. Optimizer states are keyed by parameter number, as
+    everywhere in torch. (Lightning's own numbering differs for an optimizer with several groups, and it gives parameters
+    that have not made a step yet a state as if they had.)
 
     Args:
         process_group_backend: as in Lightning's strategies: nccl, gloo ...; by default what suits the device.
@@ -61,7 +61,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             self.checkpoint_io.remove_checkpoint(filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Model and optimizers take their shards, and each process reads no more than that."""
+        """Each process reads only its shards of model and optimizers."""
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = read_checkpoint(path, tensors=False)
         assert self.model is not None
@@ -88,7 +88,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def _read_state(reader: ShardReader, index: int, state: dict[int, Any], parameters: dict[int, Tensor]) -> None:
-    """Adds the tensors of an optimizer's state, sharded as its parameters are."""
+    """Reads an optimizer's state tensors, sharded like its parameters."""
     tensors: dict[str, Tensor] = {}
     for key, form in reader.forms.items():
         kind, *where = key.split("/")
@@ -102,7 +102,7 @@ def _read_state(reader: ShardReader, index: int, state: dict[int, Any], paramete
 
 
 def _shard_like(value: Any, like: Any) -> Any:
-    """A whole tensor, sharded as another one of its shape is; anything else as it is."""
+    """A whole tensor, sharded like `like` if that is a sharded tensor of the same shape; anything else unchanged."""
     if not (isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape):
         return value
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
