@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Writes files atomically, and turns a full disk into a message."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _NO_ROOM = {
     errno.EROFS: "the file system is read-only",
     errno.EIO: "the disk does not work",
 }
-# what libraries say that hand on no number: safetensors, Arrow, SQLite
+# messages of libraries that do not pass on the errno: safetensors, Arrow, SQLite
 _IN_WORDS = {os.strerror(number): number for number in _NO_ROOM} | {"database or disk is full": errno.ENOSPC}
 _STAYS = "what was whole there still is, nothing half-written is left; with room again, the same command goes on"
 
 
 def no_room(error: BaseException, path: str | Path | None = None) -> str | None:
-    """What to tell the user where a write failed for want of room; None for any other error.
+    """The message for the user if a write failed because the disk is full (or the like); None for any other error.
 
     Args:
-        path: what was written, where the error does not say it.
+        path: what was written, if the error does not name it.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -44,7 +44,7 @@ def no_room(error: BaseException, path: str | Path | None = None) -> str | None:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """A write that fails for want of room is a `UserError` that names `path`."""
+    """Turns a failure for lack of disk space into a `UserError` that names `path`."""
     try:
         yield
     except Exception as error:
@@ -57,8 +57,8 @@ TOO_LARGE = 1e300  # MLflow's databases keep infinity as the largest float
 
 
 def json_text(content: Any, *, indent: int | None = 2, default: Callable[[Any], Any] | None = None) -> str:
-    """As JSON, a line at least; numbers that are not finite, such as the KL of a student that diverged, are null. All JSON
-    that others may read is written by this function.
+    """Content as JSON with a final newline. Numbers that are not finite, such as the KL of a diverged student, are null. All
+    JSON for other programs is written by this function.
 
     default: as in `json.dumps`.
     """
@@ -66,7 +66,7 @@ def json_text(content: Any, *, indent: int | None = 2, default: Callable[[Any], 
 
 
 def _finite(content: Any) -> Any:
-    """The same with None for each number that JSON has no word for."""
+    """The same with None for each number that JSON cannot express."""
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -75,7 +75,7 @@ def _finite(content: Any) -> Any:
 
 
 def check_output(field: str, path: str | Path) -> None:
-    """Raises `UserError` where no file can be written to `path`, before work whose result goes there. Leaves nothing."""
+    """Raises `UserError` if no file can be written to `path`, to be called before long work. Leaves no file."""
     path = _no_folder(field, path)
     there = next(parent for parent in path.absolute().parents if parent.exists())
     try:

@@ -1,6 +1,6 @@
-"""One process at a time, on one machine or on all that share a file system.
+"""Locks between processes, on one machine or on all machines that share a file system.
 
-By `flock` itself and not by a library: children inherit a lock, and several processes may share one.
+They use `flock` directly: libraries such as filelock have no lock that children inherit, and none that processes share.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 from typing import IO
 
-LOCK = ".lock"  # what the file is called in a folder that belongs to one process at a time
+LOCK = ".lock"  # name of the file in a folder that one process at a time may use
 
 
 def claim(path: Path) -> IO[str] | None:
-    """The locked file, or None where another process holds it.
+    """The locked file, or None if another process holds it.
 
-    The lock (flock) lives as long as any process has the open file: whoever called this, and its children that inherit the
-    descriptor. The kernel drops it when they are dead, so nothing is ever left locked. The file itself stays, with the
-    last holder's host and process id for people to read.
+    The lock lives as long as any process has the file open: the caller, and children that inherit the descriptor. The
+    kernel releases it when they are dead, so nothing stays locked. The file itself stays, with host and process id of its
+    last holder for people to read.
 
     Raises:
         OSError: the file cannot be written, or its file system has no locks.
@@ -28,7 +28,7 @@ def claim(path: Path) -> IO[str] | None:
     file = path.open("a+")
     try:
         if not _take(file, fcntl.LOCK_EX):
-            time.sleep(0.05)  # whoever only looks whether it is held, holds it for a moment
+            time.sleep(0.05)  # `is_claimed` in another process holds it for a moment
             if not _take(file, fcntl.LOCK_EX):
                 file.close()
                 return None
@@ -42,7 +42,7 @@ def claim(path: Path) -> IO[str] | None:
 
 
 def wait(path: Path) -> IO[str]:
-    """The locked file, as soon as no other process holds it. Raises `OSError` as `claim`."""
+    """Waits until no other process holds the file, and returns it locked. Raises `OSError` as `claim`."""
     file = path.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -53,7 +53,7 @@ def wait(path: Path) -> IO[str]:
 
 
 def use(path: Path) -> IO[str] | None:
-    """The file, as one that several processes use; None where it cannot be opened, or its file system has no locks."""
+    """The file with a shared lock; None if it cannot be opened, or its file system has no locks."""
     try:
         file = path.open("a+")
     except OSError:
@@ -67,13 +67,13 @@ def use(path: Path) -> IO[str] | None:
 
 
 def is_claimed(path: Path) -> bool:
-    """Whether a process holds the file by `claim`."""
+    """Whether a process holds the file's exclusive lock (`claim`, `wait`)."""
     return _is_locked(path, fcntl.LOCK_SH)
 
 
 def is_used(path: Path) -> bool:
-    """Whether a process holds the file by `use`, this one or another. What cannot be opened is somebody else's; where the
-    file system has no locks nobody is known to."""
+    """Whether any process, this one included, holds the file's shared lock (`use`). True if the file may not be opened,
+    False if its file system has no locks."""
     try:
         return _is_locked(path, fcntl.LOCK_EX)
     except PermissionError:

@@ -1,4 +1,4 @@
-"""Memory: what a device holds now and at most, what the host has left, and what goes back between one use and the next."""
+"""Memory: current and peak use of a device, free host memory, and releasing what is cached."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def release_memory() -> None:
-    """Gives what a phase has held of an accelerator's memory back: a training's is large, what follows needs little."""
-    gc.collect()  # Lightning's trainer and module refer to each other
+    """Returns the accelerator memory that a phase has left cached."""
+    gc.collect()  # Lightning's trainer and module are a reference cycle
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         torch.get_device_module(device).empty_cache()
 
 
 def available_bytes() -> int:
-    """Host memory that this process could use: of the machine, or of its container where that has less."""
+    """Free host memory: of the machine, or of its container if that has less."""
     free: int = psutil.virtual_memory().available
     try:
         limit = int((_CGROUP / "memory.max").read_text())
@@ -35,11 +35,11 @@ def available_bytes() -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start the count of the highest memory anew: of tensors on an accelerator, of the process on a Linux CPU."""
+    """Restarts the measurement of `peak_bytes`."""
     if device.type != "cpu":
         torch.get_device_module(device).reset_peak_memory_stats(device)
     else:
-        with suppress(OSError):  # not everywhere allowed: the peak is then the process's whole one
+        with suppress(OSError):  # not allowed everywhere: then the peak is that of the whole process
             Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -57,5 +57,5 @@ def peak_bytes(device: torch.device) -> int:
     try:
         [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
         return int(line.split()[1]) * 1024
-    except (OSError, ValueError):  # not Linux, or a sandbox; of a process that was forked this may be its parent's
+    except (OSError, ValueError):  # not Linux, or a sandbox. This may include the memory of a parent process
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

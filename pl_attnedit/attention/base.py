@@ -71,8 +71,8 @@ class Init:
     """One way to set all weights of a target before training.
 
     Attributes:
-        fill: called with the target, the teacher's attention in whose place it is, and that layer's `LayerStatistics`.
-        needs_text: whether `fill` looks at the statistics; else it gets None.
+        fill: called with the target module, the teacher's attention that it replaces, and the layer's `LayerStatistics`.
+        needs_text: whether `fill` uses the statistics; if not, it may get None.
         check: called with the target's config and the teacher's `AttentionSpec`; `UserError` where these do not allow it.
     """
 
@@ -82,7 +82,7 @@ class Init:
 
 
 def positive(field: str, value: Any, *, optional: bool = False) -> None:
-    """Checks that a config field is a whole number of at least 1 (or None where `optional`)."""
+    """Checks that a config field is a whole number of at least 1 (or None if `optional`)."""
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -125,9 +125,8 @@ def attend(
     """Scaled dot-product attention with grouped key and value heads.
 
     query (batch, heads, queries, width), key and value (batch, kv_heads, keys, width), mask boolean and broadcastable
-    to (batch, heads, queries, keys) or None = causal: query t sees the keys up to t (one query alone sees all keys), as HF
-    means it for a text's first tokens, where a `StaticCache` has room behind them. sink_logit (heads,): a logit that takes
-    part in each query's softmax and has no value, as in gpt-oss; None = none.
+    to (batch, heads, queries, keys) or None = causal: query t sees the keys up to t, a single query sees all keys.
+    sink_logit (heads,): an extra logit in each query's softmax that has no value, as in gpt-oss; None = none.
     Returns (batch, queries, heads * value width).
     """
     return attention(query, key, value, mask, scale, sink_logit).transpose(1, 2).flatten(2)
@@ -141,7 +140,7 @@ def attention(
     scale: float,
     sink_logit: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What `attend` computes, as (batch, heads, queries, value width), by the kernel that suits the device."""
+    """`attend` before the heads are joined, (batch, heads, queries, value width), by the kernel that suits the device."""
     queries, width = query.shape[2], value.shape[-1]
     if sink_logit is not None:
         query, key, value, mask = with_sink(query, key, value, mask, sink_logit / scale)
@@ -154,10 +153,10 @@ def attention(
     groups = query.shape[1] // key.shape[1]
     causal = mask is None and query.shape[2] > 1
     single = bool(query.shape[2] == 1)  # a plain one in torch.export too
-    # flash attention itself lets a group share its keys, and divides these among a GPU's processors
+    # flash attention shares keys within a group itself, and splits them over the GPU's processors
     grouped = single and groups > 1 and mask is None and query.is_cuda and query.dtype.itemsize == 2
     if single and not grouped:
-        # the heads of a group take the place of query positions: no key is copied for each of them
+        # heads of a group become query positions, so that no key is copied per head
         query = query.unflatten(1, (-1, groups)).squeeze(3)
     elif groups > 1 and not grouped:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -171,11 +170,10 @@ def attention(
 def with_sink(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, product: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """One more key, before the others, that every query sees: its product with a query is the head's `product` (heads,)
-    and its value is zero.
+    """Adds a first key that every query sees, whose product with each query is `product` (heads,) and whose value is zero.
 
-    An additional entry of queries and keys carries the product, so that masks stay boolean and the same for all heads. A
-    causal text gets an additional first query as well, whose output is to be dropped: so it stays causal, without a mask.
+    One more entry in queries and keys carries the product, so masks stay boolean and equal for all heads. Without a mask a
+    first query is added too, to keep the attention causal; drop its output.
     """
     width = query.shape[-1]
     more = 8  # kernels of GPUs want widths in eights

@@ -1,7 +1,7 @@
-"""What the calibrated init knows of a teacher's attention: second moments, streamed over the calibration text.
+"""Statistics of a teacher's attention for the calibrated init: second moments, accumulated over the calibration text.
 
-Beside the moments only a fixed number of inputs is kept, drawn evenly from all tokens, for the one thing that moments cannot
-tell: what a norm does to a latent. So the memory depends on the model's width only, not on the number of tokens.
+A fixed number of inputs, sampled uniformly from all tokens, is kept as well, because the effect of a norm on the latent does
+not follow from moments. So the memory depends on the model's width only, not on the number of tokens.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from torch import nn
 
 from pl_attnedit.teachers import AttentionSpec, apply_rotary, project_qkv
 
-SINK_COLUMNS = 4  # first tokens, left out of the distances: they are attended from everywhere for no positional reason
+SINK_COLUMNS = 4  # first tokens, left out of the distances: attention to them does not depend on the distance
 WEIGHT_FLOOR = 0.1  # share of the plain mean in the weighted moments, so that no token is ignored
 SAMPLES = 4096  # inputs kept; several times the rank of any latent in use
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """Where float64 and linear algebra are done for a model on `device`: NPUs do neither, so the CPU there."""
+    """The device for float64 and linear algebra: the model's, or the CPU for NPUs, which have neither."""
     return torch.device("cpu") if device.type == "npu" else device
 
 
@@ -49,7 +49,7 @@ class LayerStatistics:
         self._distance = zeros(context)
         self._sample = torch.zeros(SAMPLES, width, device=frequencies.device)
         self._sample_weight = torch.zeros(SAMPLES, device=frequencies.device)  # attention received
-        # The largest of one random number per token are kept. On the CPU, where their generator is.
+        # Reservoir sampling: the tokens with the largest random keys. On the CPU, where the generator is.
         self._sample_key = torch.full((SAMPLES,), -1.0, device="cpu")
         self._random = torch.Generator().manual_seed(0)
 

@@ -43,13 +43,13 @@ def edit_model(
         pattern: letters repeated over the layers, F = full layer. Default "S" for MLA, "SSSF" for GateSWA.
         layers: explicit indices of the layers to edit instead of a pattern.
         init: "random" as in the paper (`o_proj` inherited), "copy" of the teacher's weights where shapes allow,
-            "calibrated": what fits the calibration text best (for GateSWA this is the copy). "plain_svd", for MLA
-            alone: the plain conversion of the literature, a baseline to compare with.
-        calibration: input ids, an iterable of (batch, time) int64 tensors, or of dicts as
-            `collect_statistics` takes them; MLA needs it for the last two.
+            "calibrated": the best fit on the calibration text (for GateSWA, the copy), "plain_svd" (MLA only): a plain
+            conversion from the literature, as a baseline.
+        calibration: the calibration text, an iterable of input ids (batch, time) int64, or of dicts as `collect_statistics`
+            takes them. MLA needs it for "calibrated" and "plain_svd".
 
     Raises:
-        UserError: for anything above that does not fit the teacher.
+        UserError: an argument does not fit the teacher.
     """
     check_teacher(teacher)
     plan = EditPlan.build(teacher.config.num_hidden_layers, targets, pattern, layers)
@@ -113,14 +113,14 @@ def initialise(
 
 
 def layers_that_need_text(student: PreTrainedModel, init: str) -> list[int]:
-    """The layers whose init looks at statistics of text."""
+    """The layers whose init uses statistics of text."""
     return [index for index, module in edited_attention(student).items() if init_of(module.target, init).needs_text]
 
 
 def initialise_from(
     student: PreTrainedModel, teacher: PreTrainedModel, init: str, statistics: Mapping[int, LayerStatistics]
 ) -> None:
-    """The same where statistics are there already, by layer index."""
+    """`initialise` with statistics that exist already, by layer index."""
     for index, module in edited_attention(student).items():
         init_of(module.target, init).fill(module, teacher.model.layers[index].self_attn, statistics.get(index))
 
@@ -142,7 +142,7 @@ def unshare_trunk(student: PreTrainedModel) -> None:
 
 
 def read_config(path: Path, *, stock: bool = False) -> Any:
-    """The config of a converted model, or with `stock` of any. Raises `UserError` for anything else."""
+    """The config of a converted model, or with `stock` of any model. Raises `UserError` if there is none."""
     check_adapter("path", path)
     if not (path / "config.json").is_file():
         raise invalid("path", str(path), "must be the folder of a converted model (it has no config.json)")
@@ -157,10 +157,10 @@ def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedM
     """A converted model from its folder, in eval mode. `kwargs` go to `from_pretrained` (dtype, device_map ...).
 
     Args:
-        stock: take causal language models of Hugging Face's own classes too, such as `pl_attnedit.export` writes.
+        stock: also load causal language models of Hugging Face's own classes, such as `pl_attnedit.export` writes.
 
     Raises:
-        UserError: where the folder holds no converted model, or its weights are broken or not all there.
+        UserError: the folder holds no converted model, or its weights are broken or incomplete.
     """
     path = Path(path).expanduser()
     config = read_config(path, stock=stock)

@@ -1,4 +1,4 @@
-"""KV budget: how many bytes a model caches, read off the real cache objects."""
+"""KV budget: how many bytes a model caches, measured on real cache objects."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ DEFAULT_CONTEXT = 32768  # tokens, where none is stated
 
 
 def layer_bytes(cache: Cache) -> list[int]:
-    """Bytes of memory that each layer of a cache holds: whole storages, also where its tensors view only a part of one."""
+    """Bytes of memory that each layer of a cache holds: whole storages, even if its tensors are views of a part."""
     return [sum(_storages(layer).values()) for layer in cache.layers]
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of memory that a cache holds, each storage once. Integers (which token a slot holds) are not counted."""
+    """Bytes of memory that a cache holds, each storage once. Integer tensors (positions) are not counted."""
     return sum({key: size for layer in cache.layers for key, size in _storages(layer).items()}.values())
 
 
@@ -32,7 +32,7 @@ def _storages(layer: Any) -> dict[int, int]:
 
 
 def promised_bytes(model: PreTrainedModel, context: int) -> list[int]:
-    """Bytes that each layer promises to cache for one sequence of `context` tokens: values by formula times dtype."""
+    """Bytes that each layer should cache for one sequence of `context` tokens, by its formula and the dtype."""
     full = attention_spec(model.config).cached_values_per_token
     values = [
         layer.self_attn.cached_values_per_token(context) if isinstance(layer.self_attn, Target) else full
@@ -45,10 +45,9 @@ def promised_bytes(model: PreTrainedModel, context: int) -> list[int]:
 def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator[list[int]]:
     """Real bytes of each layer, right after a prefill of `context` tokens and after each of `steps` decoded ones.
 
-    Every attention module of the model runs as in its forward, on random input, with the cache that the model makes for
-    itself; only the products of queries and keys are left out, which never reach a cache and take almost all of the time.
-    On the meta device (`on_meta`) it is exact at any context, in no time. Feed-forward parts do not run: a mixture of
-    experts cannot route tokens without content.
+    Each attention module runs its forward on random input, with the model's own cache. Attention scores are skipped: they
+    never reach a cache and take almost all of the time. On the meta device (`on_meta`) this is exact and instant at any
+    context. MLPs do not run, since a mixture of experts cannot route tokens without content.
     """
     cache = DynamicCache(config=model.config)
     past = 0

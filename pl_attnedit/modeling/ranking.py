@@ -43,11 +43,11 @@ class Sensitivity:
         return sorted(edited, key=lambda index: -self.cost[letters[index]][index])
 
     def plan(self, cached: Mapping[str, Sequence[int]], budget: float) -> str:
-        """Letters of an edit plan that keeps to a KV budget.
+        """Letters of an edit plan within a KV budget.
 
-        Every layer begins with the letter that caches least, of equals with the one of the lowest score. Then, as long as it
-        fits, the layer and letter are exchanged that lower the sum of the scores most per byte. The sum takes layers as
-        independent, which they are not quite.
+        Every layer starts with the letter that caches least (among equals, the lowest score). Then, as long as the budget
+        allows, the change of one layer's letter is made that lowers the sum of the scores most per byte. The sum treats
+        layers as independent, which holds only roughly.
 
         Args:
             cached: bytes that each layer caches with each letter, `F` among them, at the context of the budget.

@@ -1,7 +1,7 @@
-"""Which documents a student was trained on: it carries them, so that it is judged on others.
+"""Which documents a student was trained on. It is saved with the student, so that the student is evaluated on others.
 
-A document is known by the 64-bit hash of its whole text (`pl_attnedit.data.sources.document_hash`), whatever file it comes
-from; one that was changed is another document. Calibration reads the training text, so it counts.
+A document is identified by the 64-bit hash of its text (`pl_attnedit.data.sources.document_hash`). The calibration text is
+part of the training text.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def _none() -> np.ndarray:
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """Hashes of documents, (D,) uint64, sorted, 8 bytes each; and whether these are all: a student whose training began
-    with one that carried nothing may know others."""
+    """Hashes of documents, (D,) uint64, sorted; and whether they are all: a student that started from one without this
+    record may know other documents."""
 
     documents: np.ndarray = field(default_factory=_none)
     complete: bool = True
@@ -40,14 +40,14 @@ class TrainedOn:
         return TrainedOn(documents, self.complete and other.complete)
 
     def has(self, hashes: np.ndarray) -> np.ndarray:
-        """Which of these documents are among them, bool."""
+        """For each of these documents whether it is in the record, bool."""
         if not len(self.documents):
             return np.zeros(len(hashes), bool)
         place = np.searchsorted(self.documents, hashes).clip(max=len(self.documents) - 1)
         return self.documents[place] == hashes
 
     def save(self, folder: Path) -> None:
-        """Beside the student's weights."""
+        """Saves it next to the student's weights."""
         np.savez(folder / FILE, documents=self.documents, complete=self.complete)
 
     def to_checkpoint(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class TrainedOn:
 
     @classmethod
     def of_folder(cls, folder: str | Path) -> TrainedOn:
-        """What a saved student says; where it says nothing, that is said.
+        """The record of a saved student; without one, an incomplete record and a warning.
 
         Raises:
             UserError: the file is broken.
@@ -71,7 +71,7 @@ class TrainedOn:
 
     @classmethod
     def of_checkpoint(cls, content: dict[str, Any], where: str = "the checkpoint") -> TrainedOn:
-        """What a checkpoint's own part says, likewise."""
+        """The record in a checkpoint, likewise."""
         if (found := content.get(KEY)) is None:
             return cls._unknown(where)
         return cls(found["documents"].numpy().view(np.uint64), bool(found["complete"]))

@@ -1,4 +1,4 @@
-"""Weights: of a saved student in one that is being built, of two models held once, and the dtype of what is built."""
+"""Loads a saved student's weights, shares equal weights of two models, sets the default dtype."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def share_weights(model: nn.Module, other: nn.Module) -> None:
-    """Lets `model` hold the parameters of `other` that have the same name and the same bits, wherever both are moved to: of
-    a student whose trunk was frozen, all but the attention."""
+    """Replaces parameters of `model` by those of `other` with the same name and the same bits, so that they are in memory
+    once. For a student whose trunk was frozen these are all but the attention's."""
     theirs = dict(other.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -41,11 +41,11 @@ def share_weights(model: nn.Module, other: nn.Module) -> None:
 
 @torch.no_grad()
 def copy_weights(student: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Weights of a saved converted model into an assembled student; its trunk is taken over only where it differs, and is
-    its own and of `dtype` then.
+    """Copies the weights of a saved converted model into an assembled student. If the saved trunk differs from the
+    teacher's, the student gets a trunk of its own, of `dtype`.
 
     Raises:
-        UserError: `folder` holds no converted model of the same edit plan, or its weights are broken or not all there.
+        UserError: `folder` holds no converted model of the same edit plan, or its weights are broken or incomplete.
     """
     plan = EditPlan.from_dict(read_config(folder).attention_edit)
     if plan != student.edit_plan:

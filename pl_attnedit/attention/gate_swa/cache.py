@@ -1,4 +1,4 @@
-"""The rolling cache of a window layer: the sinks and the last `window - 1` tokens, whatever came before is freed."""
+"""The rolling cache of a window layer: it holds the sinks and the last `window - 1` tokens and frees all others."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pl_attnedit.errors import UserError
 class SinkWindowLayer(DynamicLayer):
     """A layer of HF's `DynamicCache` that keeps `sinks + window - 1` tokens.
 
-    keys and values are (batch, kv_heads, kept, head_dim); `columns` (batch or 1, kept) says which place in the text each
-    slot holds, -1 for an empty one. While nothing had to be dropped, all tokens are kept in order. Afterwards the first
-    `sinks` slots are the sinks, the others the last `window - 1` tokens. `get_seq_length` counts the whole text.
+    keys and values are (batch, kv_heads, kept, head_dim); `columns` (batch or 1, kept) is the position in the text of
+    each slot, -1 for an empty one. Until a token has to be dropped, all tokens are kept in order. Then the first `sinks`
+    slots are the sinks and the others the last `window - 1` tokens. `get_seq_length` counts the whole text.
     """
 
     is_sliding = True

@@ -1,4 +1,4 @@
-"""What GateSWA can begin with: the teacher's own weights, or random ones."""
+"""Inits of GateSWA: the teacher's own weights, or random ones."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def _inherit_output(target: GateSWA, source: Any) -> None:
     copy_linear(target.o_proj, source.o_proj)
     if target.target.gate != "none":
         nn.init.zeros_(target.gate_proj.weight)
-        target.o_proj.weight.mul_(2.0)  # the bias is behind the gate and stays
+        target.o_proj.weight.mul_(2.0)  # the gate is 1/2; it does not scale the bias
     if target.sink is not None:
         # SmolLM2, window 64, SSSF, the teacher's weights, 6 x 512 tokens, KL before training: 1.11 without a sink,
-        # with -2, 0, 2, 4: 0.92, 0.77, 0.79, 1.26. Perhaps since heads that laid their weight
-        # on first tokens, now out of sight, need another place for it.
+        # with -2, 0, 2, 4: 0.92, 0.77, 0.79, 1.26. Perhaps because heads that attended to the
+        # first tokens, which are out of the window now, need another place for that weight.
         nn.init.zeros_(target.sink)
 
 
 INITS = {
     "random": Init(init_random),
     "copy": Init(init_copy),
-    "calibrated": Init(init_copy),  # the copy is the best start there is; text does not change it
+    "calibrated": Init(init_copy),  # nothing found in text improves on the copy
 }

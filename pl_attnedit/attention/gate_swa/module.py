@@ -29,9 +29,9 @@ class GateSWAConfig(TargetConfig):
         window: tokens that a query sees, itself included; None = the whole context.
         gate: "head" = one gate per head, "element" = one per value, "none" = no gate.
         sinks: number of first tokens of the text that stay visible to every query, their positions unchanged.
-        learned_sink: one trained logit per head that takes part in each softmax and has no value, as in gpt-oss, so that a
-            head may look at nothing. It takes its share from the first step on: with it, a window longer than the text
-            does not equal the teacher exactly before training.
+        learned_sink: one trained logit per head in each softmax, without a value, as in gpt-oss, so that a head can attend
+            to nothing. It takes some weight from the start: with it, a window longer than the text does not equal the
+            teacher exactly before training.
     """
 
     window: int | None
@@ -56,7 +56,7 @@ class GateSWA(Target):
     """See the module's text. Parameters: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`, `gate_proj`, `sink`."""
 
     config_class = GateSWAConfig
-    functional_gradients = False  # flex_attention stands in its way
+    functional_gradients = False  # flex_attention does not support torch.func
     target: GateSWAConfig
 
     def __init__(self, target: GateSWAConfig, model_config: PreTrainedConfig, layer_idx: int) -> None:

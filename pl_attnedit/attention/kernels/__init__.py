@@ -1,1 +1,1 @@
-"""How attention is computed where PyTorch's own function is not the best way."""
+"""Attention kernels for the cases in which PyTorch's own function is not the best choice."""

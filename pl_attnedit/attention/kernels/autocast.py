@@ -1,4 +1,4 @@
-"""What autocast does for its own operations, for those that it does not know."""
+"""Autocast for operations that torch's autocast does not know."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_autocast(*states: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, all on one device, in the dtype of autocast there; as they are where it is off."""
+    """Casts tensors, all on one device, to its autocast dtype; returns them unchanged if autocast is off."""
     device = states[0].device.type
     if not torch.is_autocast_enabled(device):
         return states

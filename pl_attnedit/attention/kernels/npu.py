@@ -3,7 +3,7 @@
 What `torch_npu.npu_fusion_attention` takes, from its documentation (Ascend op-plugin, torch_npu-npu_fusion_attention.md):
 - `input_layout="BNSD"`: (batch, heads, time, width), all of one dtype; the number of key heads divides that of query heads;
   keys and values have one shape, at most 768 wide. It is meant for training.
-- `atten_mask`: True = hidden, the opposite of PyTorch's. None = every key is seen, whatever else is said.
+- `atten_mask`: True = hidden, the opposite of PyTorch's. None = all keys are visible, for every `sparse_mode`.
 - `sparse_mode` says what the mask is. 1: the whole mask, (batch or 1, heads or 1, queries, keys). 2: causal from the upper
   left corner. 4: a band from `pre_tockens` before the diagonal, which ends in the lower right corner, to `next_tockens`
   behind it. 2 and 4 do not take the mask itself but the upper triangle of 2048 x 2048, at any length.

@@ -1,4 +1,4 @@
-"""What MLA can begin with."""
+"""Inits of MLA."""
 
 from __future__ import annotations
 

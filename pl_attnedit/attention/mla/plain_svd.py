@@ -1,8 +1,8 @@
-"""The plain conversion to MLA that published inits are improvements of, as a baseline.
+"""A plain SVD conversion to MLA, the baseline that published inits improve on.
 
 RoPE key: the mean over the key heads, at the pairs whose frequencies it has. All other pairs: no rotation. Those keys and
-the values share the latent by an activation-aware SVD of the stacked projections. QK-norm, the attention a token gets, and
-the norm of the latent are ignored: there to measure other inits against, not to start a conversion that one means to keep.
+the values share the latent by an activation-aware SVD of the stacked projections. QK-norm, attention weights and the norm
+of the latent are ignored. Use it to compare other inits with, not for a conversion to keep.
 """
 
 from __future__ import annotations
