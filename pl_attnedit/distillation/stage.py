@@ -99,8 +99,6 @@ class DistillationModule(ValidatedModule):
         self.resuming = False  # set by the caller: the Trainer looks for a checkpoint only after the models are built
         self.sharded = False  # by FSDP2, which has put the parameters on the devices
 
-    # building
-
     @property
     def teacher(self) -> Any:
         assert self._held is not None, "configure_model has not run"
@@ -155,9 +153,8 @@ class DistillationModule(ValidatedModule):
         teacher, self.tokenizer, self.fingerprint = self.find_teacher(self.frozen_dtype)
         teacher.requires_grad_(False)
         check_teacher(teacher)
-        plan = EditPlan.build(
-            teacher.config.num_hidden_layers, self.target_configs, hparams["pattern"], hparams["layers"]
-        )
+        layers = teacher.config.num_hidden_layers
+        plan = EditPlan.build(layers, self.target_configs, hparams["pattern"], hparams["layers"])
         plan.require_edits()
         student = assemble(teacher, plan)
         student.requires_grad_(False)

@@ -71,36 +71,16 @@ def init_calibrated(mla: MLA, source: nn.Module, statistics: LayerStatistics) ->
     nope_query = from_complex(query_complex * static[:, None]) * statistics.rope_scale  # (heads, head_dim, width)
     nope_key = from_complex(remaining.transpose(0, 1))  # (kv_heads, head_dim, width)
 
-    mean, total = statistics.weighted_xx[:width, -1], statistics.weighted_xx[-1, -1]
-    centred = weighted - torch.outer(mean, mean) / total
-    metric = output_metric(
-        source.get_parameter("o_proj.weight").to(theta.device).double(),
-        nope_query,
-        value_map,
-        plain,
-        centred,
-        spec.scaling,
-    )
-    root, inverse_root = matrix_roots(metric.flatten(0, 1))
-    stacked = torch.cat([nope_key, value_map])  # (2 * kv_heads, head_dim, width)
-    sample, weight = statistics.sample
-    sample = sample[:, :width]
-    maps = (root @ stacked).flatten(0, 1)
-    if target.latent_norm:
-        down, up = normed_low_rank(maps, weighted, mean, mla.rank, sample, weight)
-    else:
-        down, up = low_rank(maps, weighted, mla.rank)
-    up = inverse_root @ up.unflatten(0, (2 * spec.num_kv_heads, -1))  # (2 * kv_heads, head_dim, rank)
-    nope_up, value_up = up.unflatten(0, (2, -1)).repeat_interleave(groups, dim=1)
-
+    down, nope_up, value_up = latent_part(mla, source, statistics, nope_query, nope_key, value_map)
     nope_query, nope_up = fit_width(nope_query, nope_up, mla.nope_dim, plain, down @ weighted @ down.T)
     query = torch.cat([nope_query, rope_query], dim=1).flatten(0, 1)
     query = query * (spec.scaling / mla.scaling)  # the student's softmax divides by the root of another width
     if target.q_lora_rank is None:
         set_linear(mla.q_proj, query)
     else:
-        plain_mean, even = statistics.plain_xx[:width, -1], torch.ones_like(weight)
-        query_down, query_up = normed_low_rank(query, plain, plain_mean, target.q_lora_rank, sample, even)
+        plain_mean, (sample, weight) = statistics.plain_xx[:width, -1], statistics.sample
+        even = torch.ones_like(weight)
+        query_down, query_up = normed_low_rank(query, plain, plain_mean, target.q_lora_rank, sample[:, :width], even)
         set_linear(mla.q_a_proj, query_down)
         mla.q_a_layernorm.weight.fill_(1.0)
         mla.q_b_proj.weight.copy_(query_up)
@@ -152,6 +132,46 @@ def rope_part(
         return torch.stack([maps.real, maps.imag], dim=-2).flatten(-3, -2)
 
     return interleave(shared), interleave(rope_query), remaining
+
+
+def latent_part(
+    mla: MLA,
+    source: nn.Module,
+    statistics: LayerStatistics,
+    nope_query: torch.Tensor,
+    nope_key: torch.Tensor,
+    value_map: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Steps 3 and 4: the latent of what is left of the keys, and of the values.
+
+    nope_query (heads, head_dim, width), nope_key and value_map (kv_heads, head_dim, width): maps from the input. Returns the
+    down-projection (rank, width) and the up-projections of keys and values (heads, head_dim, rank).
+    """
+    spec, target, width = mla.spec, mla.target, nope_query.shape[-1]
+    plain, weighted = statistics.plain_xx[:width, :width], statistics.weighted_xx[:width, :width]
+    groups = spec.num_heads // spec.num_kv_heads
+    mean, total = statistics.weighted_xx[:width, -1], statistics.weighted_xx[-1, -1]
+    centred = weighted - torch.outer(mean, mean) / total
+    metric = output_metric(
+        source.get_parameter("o_proj.weight").to(plain.device).double(),
+        nope_query,
+        value_map,
+        plain,
+        centred,
+        spec.scaling,
+    )
+    root, inverse_root = matrix_roots(metric.flatten(0, 1))
+    stacked = torch.cat([nope_key, value_map])  # (2 * kv_heads, head_dim, width)
+    sample, weight = statistics.sample
+    sample = sample[:, :width]
+    maps = (root @ stacked).flatten(0, 1)
+    if target.latent_norm:
+        down, up = normed_low_rank(maps, weighted, mean, mla.rank, sample, weight)
+    else:
+        down, up = low_rank(maps, weighted, mla.rank)
+    up = inverse_root @ up.unflatten(0, (2 * spec.num_kv_heads, -1))  # (2 * kv_heads, head_dim, rank)
+    nope_up, value_up = up.unflatten(0, (2, -1)).repeat_interleave(groups, dim=1)
+    return down, nope_up, value_up
 
 
 def output_metric(
