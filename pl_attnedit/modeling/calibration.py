@@ -1,4 +1,4 @@
-"""One teacher pass over the calibration text for the statistics of all layers."""
+"""Collects the statistics of all layers in one pass of the teacher over the calibration text."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def collect_statistics(
     """Statistics of the attention in `layers` by layer index.
 
     calibration: batches of input ids (batch, time) int64, unpadded, all of the same time; or dicts of `input_ids` and
-    `position_ids`, of the same shape, which begin at 0 with each document: then documents do not see each other. The
-    context that the init is good for is this time: what attends farther than it is extrapolated.
+    `position_ids` of this shape, starting at 0 with each document, so that documents do not attend to each other. The
+    statistics cover distances up to this time; the init extrapolates beyond it.
     """
     statistics: dict[int, LayerStatistics] = {}
     spec = attention_spec(teacher.config)

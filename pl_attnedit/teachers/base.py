@@ -1,4 +1,4 @@
-"""What we need to know of a teacher family: the shape of its attention and where it keeps it."""
+"""Teacher families: the shape of their attention, and which variants can be converted."""
 
 from __future__ import annotations
 

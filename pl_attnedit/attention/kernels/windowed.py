@@ -1,4 +1,4 @@
-"""Attention to a window and sinks at the cost of a window: for whole texts without a mask of their own."""
+"""Sliding-window attention with sinks, at the cost of the window: for whole texts without a mask."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def attend_window(
 
     query (batch, heads, time, width), key and value (batch, kv_heads, time, width). sink_logit (heads,) or None: as in
     `attend`. Returns (batch, time, heads * width).
-    In what torch.compile makes for a GPU flex_attention skips what is invisible, on an NPU the fused operator does so where
-    there are no sinks of either kind, elsewhere blocks of queries meet their own and the last block of keys. Uncompiled,
-    flex_attention would make all scores; an evaluation, whose texts are of many lengths, would compile for each.
+    Compiled for a GPU this is flex_attention, which skips invisible blocks. On an NPU it is the fused operator, if there
+    are no sinks of either kind. Elsewhere each block of queries attends to its own and the previous block of keys.
+    (flex_attention computes all scores when it is not compiled, and would be compiled for each text length of an evaluation.)
     """
     if _takes_flex(query):
         output = _flex(query, key, value, window, sinks, scale, sink_logit)
@@ -96,7 +96,7 @@ def _flex(
     if sink_logit is None:
         return flex_attention(query, key, value, **options)
     output, found = flex_attention(query, key, value, **options, return_aux=AuxRequest(lse=True))
-    share = torch.sigmoid(found.lse - sink_logit[:, None])  # of the softmax, that the keys keep beside the sink
+    share = torch.sigmoid(found.lse - sink_logit[:, None])  # of the softmax weight that is left to the keys
     return (output * share[..., None]).to(output.dtype)
 
 

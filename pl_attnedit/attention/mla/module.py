@@ -31,15 +31,14 @@ class MLAConfig(TargetConfig):
         kv_lora_rank: width of the latent that is cached for each token.
         qk_rope_head_dim: width of the RoPE key that all heads share; even, cached beside the latent.
         qk_nope_head_dim: width of the part of each query and key head that carries no position.
-        v_head_dim: width of a value head. The number of heads is what makes `o_proj` fit.
+        v_head_dim: width of a value head. The number of heads follows, since `o_proj` is inherited.
         q_lora_rank: rank of a low-rank query projection; None = full rank.
         latent_norm: RMSNorm on the latent, as in DeepSeek. Needed for export.
-        rope_frequencies: which of the teacher's frequencies the RoPE key has. "high" = the fastest ones; what turns
-            slower is treated as not turning, and where the slowest one turns half round within the context to be served,
-            the student must be trained at that length. "spread" = every n-th over the whole range. "graded" = the fastest
-            ones, then in growing steps down to one that turns less than half round within the teacher's context:
-            nearer to the teacher than "spread", and of use beyond the length of training, though less good there; its
-            export is for transformers alone.
+        rope_frequencies: which of the teacher's frequencies the RoPE key has. "high" = the highest ones; lower ones get no
+            rotation, and if the lowest one kept makes half a turn within the context to be served, the student must be
+            trained at that length. "spread" = every n-th of all frequencies. "graded" = the highest ones, then in growing
+            steps down to one that makes less than half a turn within the teacher's context: closer to the teacher than
+            "spread", and usable beyond the training length, with some loss; can be exported for transformers only.
     """
 
     kv_lora_rank: int
@@ -126,10 +125,10 @@ class MLA(Target):
         if isinstance(past_key_values, QuantizedCache):
             raise UserError("cache of type QuantizedCache: mla needs a DynamicCache (the default of `generate`)")
         if past_key_values is not None:
-            # in one tensor, which decoding can use as it is; values of width 0 take no room
+            # one tensor, which decoding uses as it is; the cache's values have width 0
             cached = torch.cat([latent, key_rope], dim=-1)
             cached, _ = past_key_values.update(cached, cached[..., :0], self.layer_idx)
-            # of a quantised kv_b_proj the weight is packed: there is nothing to absorb
+            # the weight of a quantised kv_b_proj is packed and cannot be absorbed
             if hidden_states.shape[1] == 1 and type(self.kv_b_proj) is nn.Linear:
                 return self.o_proj(self.absorbed(query_nope, query_rope, cached, mask)), None
             latent, key_rope = cached.split([self.rank, self.rope_dim], dim=-1)
@@ -148,15 +147,15 @@ class MLA(Target):
         """Which of the teacher's head_dim / 2 frequencies the rope / 2 pairs of the RoPE key have.
 
         "high" gives the plain frequencies of a model of this RoPE width with base theta^(rope / head_dim), "spread" those
-        with base theta where the width divides the head dim. "graded" leaves out `skipped` in all: before pair i so
-        many as the fifth power of its place allows, which keeps the first half whole.
+        with base theta where the width divides the head dim. "graded" skips `skipped` frequencies in all; how many
+        before pair i grows with the fifth power of i, so that hardly any is skipped in the first half.
         """
         pairs = self.rope_dim // 2
         index = torch.arange(pairs, device=device)
         if self.target.rope_frequencies == "spread":
             return index * self.spec.head_dim // self.rope_dim
         last = max(pairs - 1, 1) ** 5
-        return index + (2 * self.skipped * index**5 + last) // (2 * last)  # in integers: everywhere the same
+        return index + (2 * self.skipped * index**5 + last) // (2 * last)  # integers: the same on every device
 
     def _frequencies_to_skip(self, config: Any) -> int:
         """As many as bring the slowest pair to half a turn within the teacher's context."""
@@ -197,7 +196,7 @@ class MLA(Target):
         key_up, value_up = up.split([self.nope_dim, self.v_dim], dim=1)
         query_latent = torch.einsum("bhtn,hnr->bhtr", query_nope, key_up)
         query = torch.cat([query_latent, query_rope], dim=-1)
-        # the cache is key and value at once; of the output the latents' part is of use
+        # the cache serves as key and value; only the latents' part of the output is used
         output = attend_cached(query, cached, mask, self.scaling)[..., : self.rank]
         return torch.einsum("bhr,hvr->bhv", output, value_up).flatten(1)[:, None]
 
@@ -206,10 +205,10 @@ class MLA(Target):
 
 
 def attend_cached(query: torch.Tensor, cached: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """One query token of each head, (batch, heads, 1, width), over (batch, 1, keys, width): (batch, heads, width).
+    """Attention of one query token per head (batch, heads, 1, width) over (batch, 1, keys, width): (batch, heads, width).
 
-    The keys are not copied. Where heads are too wide for flash attention plain products are the fastest, made so that no row
-    of keys' scores is stored with a stride that is not a multiple of 8: tensor cores would run at a quarter of their speed.
+    The keys are not copied. If heads are too wide for flash attention, plain matrix products are fastest, with scores stored
+    at a stride that is a multiple of 8; otherwise tensor cores run at a quarter of their speed.
     """
     batch, heads, _, width = query.shape
     if width <= FUSED_WIDTH:

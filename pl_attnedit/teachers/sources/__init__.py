@@ -1,1 +1,1 @@
-"""Where a teacher comes from: the hub, a folder, a GGUF file, an installed package; and what is no teacher."""
+"""Sources of teachers: the hub, a folder, a GGUF file, an installed package; and checks of what they hold."""

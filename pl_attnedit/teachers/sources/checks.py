@@ -1,4 +1,4 @@
-"""What is no teacher, found from its config and the heads of its files: not one weight is read."""
+"""Refuses models that cannot be teachers, by their config and file headers; no weights are read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def check_adapter(field: str, path: Path) -> None:
-    """Hugging Face would put an adapter on top of the weights beside it, or fetch others to put it on."""
+    """`UserError` for a folder with an adapter: Hugging Face would apply it to the weights beside it, or download others."""
     for name in _ADAPTER_FILES:
         if (path / name).is_file():
             merged = (
@@ -41,7 +41,7 @@ def check_adapter(field: str, path: Path) -> None:
 
 @contextmanager
 def reading_config(field: str, name: str) -> Iterator[None]:
-    """Whatever is wrong with a config.json that is read inside is a `UserError`."""
+    """Turns any error while config.json is read into a `UserError`."""
     try:
         yield
     except UserError:
@@ -64,7 +64,7 @@ def check_fields(name: str, path: Path) -> None:
 
 
 def _quantisation(fields: Any) -> Iterator[Any]:
-    """What a config says about it, also that of a part, such as text_config."""
+    """The quantisation settings in a config, and in its parts such as text_config."""
     for name, value in fields.items() if isinstance(fields, dict) else ():
         if name in _QUANTISATION_FIELDS and value:
             yield value
@@ -101,8 +101,8 @@ def check_model(name: str, config: PreTrainedConfig) -> None:
 
 
 def check_weights(name: str, path: Path) -> None:
-    """`UserError` unless the safetensors of a folder are exactly the tensors of its model: none missing, none unread, all of
-    the right shape, and none quantised."""
+    """`UserError` unless the safetensors of a folder are exactly the tensors of its model: none missing, none left over, all
+    of the right shape, none quantised."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise invalid("teacher", name, "no *.safetensors there; pickled weights (*.bin) are not read")
@@ -114,8 +114,8 @@ def check_weights(name: str, path: Path) -> None:
 
 @lru_cache(maxsize=16)
 def _check_tensors(name: str, path: Path, stamp: tuple[Any, ...]) -> None:
-    """Hugging Face itself says which tensors it would load, with all renamings of its own; on the meta device it loads
-    none. stamp: what the answer stands for."""
+    """Asks Hugging Face, on the meta device, which tensors it would load after its renamings. stamp: part of the cache key,
+    it changes with the files."""
     try:
         with without_reports():
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, device_map="meta", use_safetensors=True, **LOADING)
@@ -129,7 +129,7 @@ def _check_tensors(name: str, path: Path, stamp: tuple[Any, ...]) -> None:
 
 @contextmanager
 def without_reports() -> Iterator[None]:
-    """Hugging Face's warnings about tensors have many lines; what is wrong is said in one."""
+    """Silences Hugging Face's long warnings about tensors; the error message here is one line."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -139,7 +139,7 @@ def without_reports() -> Iterator[None]:
 
 
 def tensor_problem(info: Mapping[str, Any]) -> str | None:
-    """What Hugging Face says of tensors that do not fit the model; None where all do."""
+    """Which tensors do not fit the model, according to Hugging Face; None if all do."""
     mismatched = [each if isinstance(each, str) else each[0] for each in info["mismatched_keys"]]
     return _first(
         {

@@ -1,4 +1,4 @@
-"""What identifies a model: the content of its files, wherever they lie."""
+"""Fingerprints of models: hashes of the content of their files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _CONFIG_NOISE = {"transformers_version", "_name_or_path", "_model_name_or_path"}
 
 
 def model_fingerprint(path: str | Path) -> str:
-    """Hex SHA-256 that identifies a teacher or a student: of a folder, its weights' content and its config; of a checkpoint
-    (a .ckpt file, or a folder of shards), what its files hold."""
+    """Hex SHA-256 that identifies a teacher or a student. For a folder it covers weights and config, for a checkpoint (.ckpt,
+    a file or a folder of shards) the content of its files."""
     path = Path(path)
     if path.suffix == ".ckpt" and not path.is_dir():
         return file_sha256(path)
@@ -36,7 +36,7 @@ def file_sha256(path: str | Path) -> str:
     status = path.stat()
     if status.st_size < _DIGEST_CACHED_FROM:
         return _sha256(path)
-    changed = f"{status.st_mtime_ns}|{status.st_ctime_ns}"  # a copy may bring the old modification time along
+    changed = f"{status.st_mtime_ns}|{status.st_ctime_ns}"  # a copied file may keep the old modification time
     key = hashlib.sha256(f"{path}|{status.st_size}|{changed}".encode()).hexdigest()
     cached = build_once(cache_root() / "digests" / key, lambda part: _write(part / "sha256", _sha256(path)))
     return (cached / "sha256").read_text("ascii")

@@ -1,7 +1,7 @@
-"""A GGUF file as a folder of Hugging Face's: all that it says is honoured, or refused by name.
+"""Converts a GGUF file to a Hugging Face folder. Every setting of the file is applied, or refused by name.
 
-transformers reads the tensors and most of the head of a file; what else there is it passes over without a word. What a key
-means is llama.cpp's to say: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and its `llama-model.cpp`.
+transformers reads the tensors and most keys of a file and silently ignores the others. llama.cpp defines what a key means:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and its `llama-model.cpp`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers.sources.checks import LOADING, check_model, tensor_problem, without_reports
 from pl_attnedit.teachers.sources.gguf_tokenizer import exact_tokenizer
 
-CONVERTER = 3  # counts up with every change of what is made of a file
+CONVERTER = 3  # version of the conversion, part of the cache key
 FREQUENCIES = "rope_freqs.weight"  # by what RoPE's frequencies are divided: Llama 3.1's scaling
 
 # keys of an architecture: the field of Hugging Face's config that has this value
@@ -61,7 +61,7 @@ _DESCRIPTIVE = {"tensor_data_layout", "rope.scaling.finetuned"}
 
 
 def made_by() -> str:
-    """What decides, beside the file, what `convert` makes of it."""
+    """The versions that the result of `convert` depends on."""
     return f"{CONVERTER} transformers {transformers.__version__} gguf {metadata.version('gguf')}"
 
 
@@ -69,7 +69,7 @@ def convert(file: Path, target: Path) -> None:
     """Writes the model of a GGUF, in float32, and its tokenizer into the folder `target`.
 
     Raises:
-        UserError: no causal language model, or something in it that cannot be honoured.
+        UserError: no causal language model, or a setting that cannot be applied.
     """
     try:
         reader = gguf.GGUFReader(file)
@@ -84,7 +84,7 @@ def convert(file: Path, target: Path) -> None:
         tokenizer = exact_tokenizer(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), reader)
     except UserError as error:
         raise UserError(f"teacher = {str(file)!r}: {error}") from error
-    except Exception as error:  # the readers raise whatever a broken or unknown file leads them to
+    except Exception as error:  # broken or unknown files raise errors of many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise invalid("teacher", str(file), f"cannot be read as a GGUF causal language model: {reason}") from error
     check_model(str(file), model.config)
@@ -118,7 +118,7 @@ def _check_file(reader: gguf.GGUFReader) -> None:
 
 
 def _exact_config(file: Path, reader: gguf.GGUFReader) -> PreTrainedConfig:
-    """transformers' config of the file, with what it passes over."""
+    """transformers' config of the file, corrected by the keys that transformers ignores."""
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     fields, names = _fields(reader), {tensor.name for tensor in reader.tensors}
     given = config.to_dict()

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file: what its keys say is honoured, or refused by name."""
+"""The tokenizer of a GGUF file. Every setting of the file is applied, or refused by name."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _NEUTRAL = {"add_sep_token": False, "remove_extra_whitespaces": False}
 
 
 def exact_tokenizer(tokenizer: Any, reader: GGUFReader) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer of the file, changed where the file says otherwise.
+    """transformers' tokenizer of the file, corrected by the keys that transformers ignores.
 
     Raises:
-        UserError: something in the file that cannot be honoured.
+        UserError: a setting in the file that cannot be applied.
     """
     fields = {
         key.removeprefix("tokenizer.ggml."): field.contents() if len(field.data) == 1 else None

@@ -48,9 +48,9 @@ def resolve_teacher(name: str) -> Path:
             hub in the hub's own cache.
 
     Raises:
-        UserError: nothing there, a package that is not installed, or no teacher: what `checks.py` refuses.
+        UserError: nothing is there, a package is not installed, or `checks.py` refuses the model.
     """
-    teacher_config(name)  # of the hub that alone: an encoder is refused before gigabytes of it arrive
+    teacher_config(name)  # refuses e.g. an encoder of the hub before its weights are downloaded
     path = _local_folder(name)
     if path is None:
         path = hub_snapshot("teacher", name, [*TOKENIZER_FILES, "*.safetensors"], TEACHER_SOURCES)
@@ -59,11 +59,10 @@ def resolve_teacher(name: str) -> Path:
 
 
 def teacher_config(name: str) -> PreTrainedConfig:
-    """The config of a teacher. Its weights need not be there: a folder with config.json alone will do, and of a model on
-    the hub nothing else is fetched.
+    """The config of a teacher. Needs only its config.json; of a model on the hub nothing else is downloaded.
 
     Raises:
-        UserError: nothing there, or no teacher: not a causal language model, converted, quantised, an adapter.
+        UserError: nothing is there, or it is no plain causal language model (an encoder, converted, quantised, an adapter).
     """
     path = _local_folder(name) or hub_snapshot("teacher", name, ["config.json", ADAPTER_FILE], TEACHER_SOURCES)
     check_adapter("teacher", path)
@@ -75,7 +74,7 @@ def teacher_config(name: str) -> PreTrainedConfig:
 
 
 def _local_folder(name: str) -> Path | None:
-    """The folder of a teacher that is on this machine, a GGUF converted; None where it can only be on the hub."""
+    """The folder of a teacher on this machine, converted if it is a GGUF; None if the name can only be one of the hub."""
     path = Path(name).expanduser()
     if name.startswith(PACKAGE_PREFIX):
         return _converted(gguf_parts.files_in_package(name))
@@ -99,7 +98,7 @@ def load_teacher(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any
         dtype: of the weights; "auto" is the one they are stored in.
 
     Raises:
-        UserError: as in `resolve_teacher`, and for weights that are broken or do not belong to the config.
+        UserError: as in `resolve_teacher`; or the weights are broken, or do not fit the config.
     """
     path = resolve_teacher(name)
     known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -114,14 +113,14 @@ def load_teacher(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any
     if None not in (stored, used) and stored != used:
         raise invalid("teacher", name, f"config.json says rope_theta {stored}, this transformers reads {used}")
     if (tokenizer.pad_token_id or 0) >= model.config.get_text_config().vocab_size:
-        tokenizer.pad_token = tokenizer.eos_token  # only fills up; the model has no embedding for the other
+        tokenizer.pad_token = tokenizer.eos_token  # padding only; the model has no embedding for the other token
     return model.eval(), tokenizer
 
 
 def hub_snapshot(field: str, name: str, patterns: Sequence[str], allowed: str, repo_type: str | None = None) -> Path:
     """The local copy of the files of a hub repository that match `patterns`, downloaded where needed.
 
-    Without a connection the hub's own cache serves. Fails at once where neither has it.
+    Without a connection they come from the hub's local cache.
 
     Raises:
         UserError: named after `field`, with what was tried and what is `allowed`.
