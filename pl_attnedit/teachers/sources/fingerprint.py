@@ -14,8 +14,8 @@ _CONFIG_NOISE = {"transformers_version", "_name_or_path", "_model_name_or_path"}
 
 
 def model_fingerprint(path: str | Path) -> str:
-    """Hex SHA-256 that identifies a teacher or a student. For a folder it covers weights and config, for a checkpoint (.ckpt,
-    a file or a folder of shards) the content of its files."""
+    """Hex SHA-256 that identifies a teacher or a student. For a folder it covers weights and config, for a checkpoint
+    (.ckpt, a file or a folder of shards) the content of its files."""
     path = Path(path)
     if path.suffix == ".ckpt" and not path.is_dir():
         return file_sha256(path)
