@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from pl_attnedit.attention import MLAConfig
 from pl_attnedit.eval.bench.stages import RandomTokens, StepBench, make_module
-from pl_attnedit.memory import peak_bytes, reset_peak
+from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
 
 CPU = torch.device("cpu")
 LEARNING_RATE = 1e-3  # constant; so high that a wrong gradient shows in the losses of a few steps
@@ -66,7 +64,7 @@ def measure(name: str, bench: TrlBench) -> dict[str, Any]:
     """
     side, *options = name.split("+")
     fit: Callable[..., Steps] = OurRun() if side == "ours" else TrlRun(side, options)
-    libraries = resident_bytes()
+    libraries = current_bytes(CPU)
     torch.manual_seed(0)
     module = make_module(
         random_teacher(bench),
@@ -82,7 +80,7 @@ def measure(name: str, bench: TrlBench) -> dict[str, Any]:
     count = bench.warmup + bench.steps
     batches = RandomTokens(bench.vocabulary, bench.seq, count * bench.batch).ids.split(bench.batch)
     gc.collect()
-    made = resident_bytes()
+    made = current_bytes(CPU)
     reset_peak(CPU)
     steps = fit(module, list(batches))
     return {
@@ -111,11 +109,6 @@ def random_teacher(bench: TrlBench) -> Any:
         eos_token_id=None,
     )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-
-
-def resident_bytes() -> int:
-    """Memory of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class OurRun:
