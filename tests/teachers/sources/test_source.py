@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,9 @@ from transformers import (
     T5Config,
 )
 
-from pl_attnedit.cache import build_once, cache_root
 from pl_attnedit.errors import UserError
-from pl_attnedit.teachers.sources import fingerprint
 from pl_attnedit.teachers.sources import gguf as gguf_file_module
 from pl_attnedit.teachers.sources import resolve as source
-from pl_attnedit.teachers.sources.fingerprint import file_sha256, model_fingerprint
 from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher, teacher_config
 
 
@@ -205,80 +200,6 @@ def test_rope_theta_that_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(source, "_rope_theta", lambda config: 10000.0)  # what older versions of transformers take
     with pytest.raises(UserError, match=r"config\.json says rope_theta 54321\.0, this transformers reads 10000\.0"):
         load_teacher(str(folder))
-
-
-def test_fingerprint(folder: Path, tmp_path: Path) -> None:
-    before = model_fingerprint(folder)
-    assert len(before) == 64
-    moved = folder.rename(tmp_path / "elsewhere")
-    config = json.loads((moved / "config.json").read_text())
-    (moved / "config.json").write_text(json.dumps(config | {"transformers_version": "9.9"}))
-    assert model_fingerprint(moved) == before
-    (moved / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    assert model_fingerprint(moved) != before
-    (moved / "config.json").write_text(json.dumps(config))
-    weights = bytearray((moved / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (moved / "model.safetensors").write_bytes(weights)
-    assert model_fingerprint(moved) != before
-
-
-def test_digest_of_a_large_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "_DIGEST_CACHED_FROM", 1)
-    file = tmp_path / "weights"
-    file.write_bytes(b"one")
-    first = file_sha256(file)
-    with monkeypatch.context() as patch:
-        patch.setattr(fingerprint, "_sha256", lambda path: pytest.fail("hashed again"))
-        assert file_sha256(file) == first
-    file.write_bytes(b"other")
-    assert file_sha256(file) != first
-
-
-def _build(folder: Path, log: Path, start: Any) -> None:
-    def build(part: Path) -> None:
-        with log.open("a") as file:
-            file.write("built\n")
-        (part / "one").write_text("1")
-        time.sleep(0.3)  # keeps the folder half-made for a while
-        (part / "two").write_text("2")
-
-    start.wait()
-    assert sorted(file.name for file in build_once(folder, build).iterdir()) == ["one", "two"]
-
-
-def test_processes_at_once_build_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    start = context.Event()
-    arguments = (tmp_path / "made", tmp_path / "log", start)
-    processes = [context.Process(target=_build, args=arguments) for _ in range(4)]
-    for process in processes:
-        process.start()
-    start.set()
-    for process in processes:
-        process.join(30)
-    assert [process.exitcode for process in processes] == [0] * 4
-    assert (tmp_path / "log").read_text() == "built\n"
-
-
-def test_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
-    killed = tmp_path / "made.part-0123"  # as a process that was killed leaves it
-    killed.mkdir()
-
-    def build(part: Path) -> None:
-        (part / "one").write_text("1")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_once(tmp_path / "made", build)
-    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir() and entry.name != "cache"] == []
-
-
-def test_cache_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("PL_ATTNEDIT_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match=r"PL_ATTNEDIT_CACHE = .*must be a folder that can be written to"):
-        cache_root()
 
 
 @pytest.mark.slow
