@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pl_attnedit.attention import TargetConfig, target_from_dict
+from pl_attnedit.attention import TargetConfig, init_of, target_from_dict
 from pl_attnedit.errors import invalid
 
 
@@ -47,6 +47,9 @@ def check_least(name: str, value: float, least: float) -> None:
 
 def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
     """`UserError` for a value that cannot work with any teacher."""
+    targets = parse_targets(hparams["targets"])
+    for target in [targets] if isinstance(targets, TargetConfig) else targets.values():
+        init_of(target, hparams["init"])
     if hparams["dtype"] not in DTYPES:
         raise invalid("dtype", hparams["dtype"], f"must be one of {', '.join(DTYPES)}")
     if not 0 < hparams["learning_rate"] < math.inf:

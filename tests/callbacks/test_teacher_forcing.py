@@ -67,8 +67,8 @@ def test_share_zero_is_the_students_own_path(module: Any, batch: Any) -> None:
         hook.remove()
     losses, gradients = losses_and_gradients(module, batch, 0.0)
     for index, loss in losses.items():
-        torch.testing.assert_close(loss.detach(), nmse(own[index], forced.target(index)))
-    alone = [nmse(m(**inputs[i])[0], forced.target(i)) for i, m in module.layer_modules().items()]
+        torch.testing.assert_close(loss.detach(), nmse(own[index], forced.teacher_output(index)))
+    alone = [nmse(m(**inputs[i])[0], forced.teacher_output(i)) for i, m in module.layer_modules().items()]
     expected = torch.autograd.grad(torch.stack(alone).sum(), list(module.attention.parameters()))
     for ours, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)

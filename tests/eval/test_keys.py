@@ -27,7 +27,7 @@ from pl_attnedit.eval.harness.answers import TaskRequest, circumstances
 from pl_attnedit.eval.harness.paired import answer_both
 from pl_attnedit.eval.harness.suites import Efficiency, LibraryTask, PositionTask, RetrievalTasks, Suite, TextTasks
 from pl_attnedit.eval.harness.tasks import CLOZE_TASK, build_offline_tasks
-from pl_attnedit.teachers.sources import resolve as source
+from pl_attnedit.teachers.sources import fingerprint
 from pl_attnedit.teachers.sources.fingerprint import file_sha256, model_fingerprint
 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -234,7 +234,7 @@ def test_teacher_fingerprint(teacher: PreTrainedModel, tmp_path: Path) -> None:
 
 def test_a_digest_is_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of equal size may bring the old modification time along."""
-    monkeypatch.setattr(source, "_DIGEST_CACHED_FROM", 0)
+    monkeypatch.setattr(fingerprint, "_DIGEST_CACHED_FROM", 0)
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     os.utime(file, (1, 1))

@@ -12,7 +12,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 from pl_attnedit import edit_model
 from pl_attnedit.attention import GateSWAConfig, MLAConfig
-from pl_attnedit.distillation.engine import pairs
+from pl_attnedit.distillation.engine import operations
 from pl_attnedit.distillation.engine.forward_check import check_forward
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.fidelity.untrained import UntrainedPlans
@@ -63,7 +63,7 @@ def test_no_training_begins_on_another_forward_pass(
         hidden = hidden + 0.5 * attention
         return hidden + mlp(norm(hidden))
 
-    monkeypatch.setattr(pairs, "feed_forward", scaled)
+    monkeypatch.setattr(operations, "feed_forward", scaled)
     for make in (make_stage1, make_stage2):
         with pytest.raises(UserError, match="layer 0 of the teacher"):
             make(targets=LATENT, init="random").configure_model()
@@ -75,9 +75,9 @@ def test_one_layer_that_is_another(make_teacher: Make, monkeypatch: pytest.Monke
     teacher = make_teacher("llama")
     student = edit_model(teacher, WINDOW, pattern="FFSF")
     edited = student.model.layers[2].self_attn
-    right = pairs.attend
+    right = operations.attend
     monkeypatch.setattr(
-        pairs, "attend", lambda attention, *rest: right(attention, *rest) * (1.1 if attention is edited else 1)
+        operations, "attend", lambda attention, *rest: right(attention, *rest) * (1.1 if attention is edited else 1)
     )
     with pytest.raises(UserError, match="layer 2 of the student"):
         check_forward(teacher, student)

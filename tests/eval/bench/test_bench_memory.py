@@ -86,11 +86,11 @@ def test_init_holds_what_the_statistics_do(make_teacher: Make, make_ids: Make) -
     student = edit_model(teacher, MLAConfig(8, 4), pattern="SF", init="random")
     collected = collect_statistics(teacher, [0, 2], [make_ids(2, 16)])
     held = sum(size(v for v in vars(one).values() if isinstance(v, torch.Tensor)) for one in collected.values())
-    found = init_memory(teacher, student, batch=2, seq=16)
+    found = init_memory(teacher, student, "calibrated", batch=2, seq=16)
     assert found is not None
     assert found.activations == held + 3 * 4 * 2 * 2 * 16**2
     windows = edit_model(teacher, GateSWAConfig(window=8), init="random")
-    assert init_memory(teacher, windows, batch=2, seq=16) is None
+    assert init_memory(teacher, windows, "calibrated", batch=2, seq=16) is None
 
 
 def test_only_a_tokens_own_experts_count(make_teacher: Make) -> None:
