@@ -69,7 +69,8 @@ def _run(arguments: list[str]) -> int:
         message = message_of(error)
         if message is None:
             raise
-        print(f"pl-attnedit {name}: error: {message}", file=sys.stderr)
+        in_one_line = " ".join(message.splitlines())
+        print(f"pl-attnedit {name}: error: {in_one_line}", file=sys.stderr)
         return 2
 
 

@@ -21,7 +21,7 @@ def torch_device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise invalid("--device", name, f"cannot be used: {str(error).splitlines()[0]}") from error
     if found.type == "meta":
         raise invalid("--device", name, "cannot be used: nothing is computed there")

@@ -124,7 +124,7 @@ class AttentionEditingCLI(LightningCLI):
         refuse_url("trainer.default_root_dir", config.get("default_root_dir"))
         try:
             return super()._instantiate_trainer(with_npu(config), callbacks)
-        except (MisconfigurationException, ValueError, ImportError) as error:
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"trainer: {error}") from error

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from lightning.fabric.connector import _PRECISION_INPUT
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 from transformers import PreTrainedConfig
@@ -90,12 +89,7 @@ def stage_module(recipe: Recipe, name: str, stage: StageRecipe, init_from: str |
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
     """What a Trainer says itself only where the devices are."""
-    precision = trainer.get("precision")
-    if precision is not None:
-        known = [str(each) for kind in get_args(_PRECISION_INPUT) for each in get_args(kind)]
-        if str(precision) not in known:
-            raise invalid("trainer.precision", precision, f"must be one of {', '.join(known)}")
-        check_precision(precision)
+    check_precision(trainer.get("precision"))
     check_accelerator(trainer.get("accelerator"))
     strategy = trainer.get("strategy")
     strategies = {"auto", *StrategyRegistry.available_strategies()}
@@ -107,7 +101,7 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
 def check_accelerator(given: Any) -> None:
     """`UserError` for the name of an accelerator that nothing here runs on, wherever it is."""
     known = {"auto", "gpu", *AcceleratorRegistry.available_accelerators()} - {"tpu"}  # of Lightning's, never ours
-    if isinstance(given, str) and given.lower() not in known:
+    if isinstance(given, str) and given not in known:
         raise invalid("trainer.accelerator", given, f"must be one of {', '.join(sorted(known))}")
 
 

@@ -87,7 +87,11 @@ PRECISIONS = (None, "32-true", "32", 32, "64-true", "64", 64, *MIXED)  # None: L
 def check_precision(precision: Any) -> None:
     """`UserError` for a precision of the Trainer's that no stage trains in."""
     if precision not in PRECISIONS:
-        coarse = str(precision) in ("bf16-true", "transformer-engine")
-        lost = "bfloat16 rounds small updates of weights away" if coarse else "float16 loses small gradients"
+        if str(precision).startswith("bf16") or precision == "transformer-engine":
+            lost = "bfloat16 rounds small updates of weights away"
+        elif str(precision) in ("16", "16-true", "16-mixed", "transformer-engine-float16"):
+            lost = "float16 loses small gradients"
+        else:
+            lost = "not known"
         instead = "use bf16-mixed, with dtype: bfloat16 to hold what does not train in bfloat16, or 32-true"
         raise invalid("precision", precision, f"{lost}: {instead}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,12 @@ from pl_attnedit.errors import invalid
 
 apply_rotary = apply_rotary_pos_emb  # the same half-split rotation in every family below
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies; "dynamic" and "longrope" change with the text
+
+_ROPE_NUMBERS = (
+    *("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor", "attention_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"),
+)
+_ROPE_OTHERS = ("rope_type", "type", "truncate", "finetuned")
 
 
 @dataclass(frozen=True)
@@ -77,15 +84,9 @@ class Family:
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raises `UserError` for a variant of this family that we do not convert."""
-        rope = config.rope_parameters or {}
-        if rope.get("rope_type", "default") not in ROPE_TYPES:
-            raise invalid(
-                "rope_parameters.rope_type",
-                rope["rope_type"],
-                f"its frequencies depend on the length of the text; convertible are {', '.join(ROPE_TYPES)}",
-            )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise invalid("partial_rotary_factor", rope["partial_rotary_factor"], "only 1.0 is converted")
+        _check_rope(config.rope_parameters or {})
+        if config._attn_implementation not in (None, "sdpa", "eager"):  # targets run on their masks
+            raise invalid("attn_implementation", config._attn_implementation, "must be sdpa or eager, or left out")
         layer_types = getattr(config, "layer_types", None) or []
         if "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None)):
             raise invalid(
@@ -94,6 +95,22 @@ class Family:
                 f"layers of this teacher (model type {self.model_type!r}) already see a window; only teachers whose "
                 "layers all see the whole context (None) are converted",
             )
+
+
+def _check_rope(rope: Mapping[str, Any]) -> None:
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        allowed = f"convertible are {', '.join(ROPE_TYPES)}, whose frequencies do not depend on the length of the text"
+        raise invalid("rope_parameters.rope_type", kind, allowed)
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise invalid("partial_rotary_factor", rope["partial_rotary_factor"], "only 1.0 is converted")
+    for name, value in rope.items():
+        if name not in (*_ROPE_NUMBERS, *_ROPE_OTHERS):
+            allowed = f"is not read; known are {', '.join(_ROPE_NUMBERS)}"
+            raise invalid(f"rope_parameters.{name}", value, allowed)
+        optional = value is None and name not in ("rope_theta", "factor")
+        if name in _ROPE_NUMBERS and not (optional or (isinstance(value, int | float) and 0 < value < math.inf)):
+            raise invalid(f"rope_parameters.{name}", value, "must be a positive number")
 
 
 def project_qkv(

@@ -212,6 +212,8 @@ def fit(teacher_folder: Make, tiny_corpus: str, tmp_path: Path, monkeypatch: pyt
         (["--trainer.max_steps", "few"], ["trainer.max_steps", "few"]),
         (["--trainer.accelerator", "abacus"], ["abacus"]),
         (["--trainer.accelerator", "tpu"], ["trainer.accelerator = 'tpu'"]),
+        (["--trainer.devices", "abc"], ["trainer: `devices`", "should be an int"]),
+        (["--trainer.devices", "[0]"], ["trainer: `devices`", "should be an int"]),
         (["--trainer.callbacks", "[{class_path: TeacherForcing, init_args: {start: 2.0}}]"], ["start = 2.0"]),
         (["--data.seq_len", "1024"], ["seq_len = 1024"]),
         (["--trainer.precision", "16-true"], ["16-true", "bf16-mixed"]),

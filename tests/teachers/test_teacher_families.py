@@ -86,10 +86,37 @@ def test_variants_refused_by_name(make_teacher: Teachers, family: str, fields: d
         edit_model(make_teacher(family, **fields), GateSWAConfig(window=4))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_theta": "1e4"}, "rope_theta = '1e4': must be a positive number"),
+        ({"rope_theta": -1.0}, "rope_theta = -1.0: must be a positive number"),
+        ({"rope_theta": None}, "rope_theta = None: must be a positive number"),
+        ({"rope_type": "linear", "factor": "4"}, "factor = '4': must be a positive number"),
+        ({"full_attention": {"rope_theta": 5.0}}, "full_attention = {.*is not read"),
+        ({"mrope_section": [2, 3]}, "mrope_section = .*is not read"),
+    ],
+)
+def test_rotations_that_would_not_be_what_they_say(
+    make_teacher: Teachers, fields: dict[str, Any], message: str
+) -> None:
+    teacher = make_teacher("llama")
+    teacher.config.rope_parameters |= fields
+    with pytest.raises(UserError, match=f"rope_parameters.{message}"):
+        edit_model(teacher, GateSWAConfig(window=4))
+
+
 def test_a_rotation_of_part_of_the_head_is_refused(make_teacher: Teachers) -> None:
     teacher = make_teacher("llama")
     teacher.config.rope_parameters["partial_rotary_factor"] = 0.5
     with pytest.raises(UserError, match=r"partial_rotary_factor = 0\.5: only 1.0 is converted"):
+        edit_model(teacher, GateSWAConfig(window=4))
+
+
+def test_an_attention_without_masks_is_refused(make_teacher: Teachers) -> None:
+    teacher = make_teacher("llama")
+    teacher.config._attn_implementation = "flex_attention"
+    with pytest.raises(UserError, match="attn_implementation = 'flex_attention': must be sdpa or eager"):
         edit_model(teacher, GateSWAConfig(window=4))
 
 

@@ -47,17 +47,22 @@ def reading_config(field: str, name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # OSError, ValueError, KeyError or a validation error, depending on what is wrong
-        raise invalid(field, name, f"its config.json cannot be read: {error}") from error
+        raise invalid(field, name, f"its config.json cannot be read: {' '.join(str(error).split())}") from error
 
 
 def check_fields(name: str, path: Path) -> None:
     """`UserError` for a config.json of a converted or a quantised model."""
     fields = json.loads((path / "config.json").read_text("utf-8"))
     kind = str(fields.get("model_type", ""))
-    if kind.startswith(EDITED_PREFIX):
+    if kind.startswith(EDITED_PREFIX) or "attention_edit" in fields:
         raise invalid(
             "teacher", name, f"is a converted model already ({kind}); must be a teacher: the model it was made from"
         )
+    rope, scaling = fields.get("rope_parameters"), fields.get("rope_scaling")  # older versions write the latter
+    said = {"rope_theta": fields.get("rope_theta")} | (scaling if isinstance(scaling, dict) else {})
+    for key, value in rope.items() if isinstance(rope, dict) else ():
+        if said.get(key, value) not in (value, None):
+            raise invalid("teacher", name, f"config.json says {key} {said[key]!r} and, in rope_parameters, {value!r}")
     for found in _quantisation(fields):
         method = found.get("quant_method") or "unknown" if isinstance(found, dict) else found
         raise invalid("teacher", name, f"its weights are quantised (method {method}); load one in 16 or 32 bits")
@@ -83,21 +88,30 @@ def check_model(name: str, config: PreTrainedConfig) -> None:
     if headless or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         found = ", ".join(architectures) or kind
         raise invalid("teacher", name, f"must be a causal language model with its head, this is {found}")
+    own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    known = model_class.__name__
+    for other in {*architectures, *([own_code.rpartition(".")[2]] if isinstance(own_code, str) else [])} - {known}:
+        raise invalid("teacher", name, f"its config.json says {other}, and model_type {kind}, which is run as {known}")
+    dtype: Any = config.dtype
+    if dtype is not None and not dtype.is_floating_point:
+        raise invalid("dtype", str(dtype), f"which config.json of {name} says, must be one of floating point")
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("factor") and rope.get("rope_type", "default") == "default":
         raise invalid(
             "rope_parameters", rope, "has a factor, but no rope_type that says what for: linear, yarn, llama3"
         )
-    attention = config._attn_implementation
-    if attention is not None:  # config.json asks for one
-        try:
-            with torch.device("meta"):
-                AutoModelForCausalLM.from_config(config)
-        except (ImportError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a value leads to that only the model looks at
+        reason = str(error).strip().splitlines()[0]
+        attention = config._attn_implementation
+        if attention is not None and isinstance(error, ImportError | ValueError):  # config.json asks for one
             raise invalid(
                 "attn_implementation", attention, f"which config.json of {name} asks for, cannot be used: {reason}"
             ) from error
+        raise invalid("teacher", name, f"its config.json makes no model: {type(error).__name__}: {reason}") from error
 
 
 def check_weights(name: str, path: Path) -> None:

@@ -20,8 +20,9 @@ from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers.sources.checks import LOADING, check_model, tensor_problem, without_reports
 from pl_attnedit.teachers.sources.gguf_tokenizer import exact_tokenizer
 
-CONVERTER = 3  # version of the conversion, part of the cache key
+CONVERTER = 4  # version of the conversion, part of the cache key
 FREQUENCIES = "rope_freqs.weight"  # by what RoPE's frequencies are divided: Llama 3.1's scaling
+_THETA = 10000.0  # where a file does not say rope.freq_base
 
 # keys of an architecture: the field of Hugging Face's config that has this value
 _FIELDS = {
@@ -42,6 +43,10 @@ _FIELDS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_weights_norm": "norm_topk_prob",
 }
+_REQUIRED = (
+    *("context_length", "embedding_length", "block_count"),
+    *("attention.head_count", "attention.layer_norm_rms_epsilon"),
+)
 _OF_ROPE = {
     "rope.freq_base",
     "rope.scale_linear",
@@ -122,6 +127,8 @@ def _exact_config(file: Path, reader: gguf.GGUFReader) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     fields, names = _fields(reader), {tensor.name for tensor in reader.tensors}
     given = config.to_dict()
+    if lacking := [key for key in _REQUIRED if key not in fields and _FIELDS[key] in given]:
+        raise UserError(f"does not say {lacking[0]}, for which nothing but the class has a value")
     changes: dict[str, Any] = {}
     for key in ("attention.key_length", "expert_feed_forward_length"):
         if key in fields and _FIELDS[key] in given:
@@ -147,16 +154,16 @@ def _exact_config(file: Path, reader: gguf.GGUFReader) -> PreTrainedConfig:
 def _rope(given: dict[str, Any], fields: dict[str, Any], reader: gguf.GGUFReader) -> dict[str, Any] | None:
     """Hugging Face's RoPE parameters; None where the class has several, which must be what the file says already."""
     known = given.get("rope_parameters") or {}
-    theta = fields.get("rope.freq_base")
+    theta = fields.get("rope.freq_base", _THETA)
     factor = fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0
     kind = fields.get("rope.scaling.type", "linear") if factor != 1.0 else "none"
     by_tensor = next((tensor for tensor in reader.tensors if tensor.name == FREQUENCIES), None)
     if "rope_theta" not in known:
         thetas = {each.get("rope_theta") for each in known.values() if isinstance(each, dict)}
-        if kind != "none" or by_tensor is not None or (theta is not None and theta not in thetas):
+        if kind != "none" or by_tensor is not None or ("rope.freq_base" in fields and theta not in thetas):
             raise UserError(f"scales RoPE ({kind}), which is not honoured for {given['model_type']} models")
         return None
-    rope = {"rope_type": "default", "rope_theta": known["rope_theta"] if theta is None else theta}
+    rope = {"rope_type": "default", "rope_theta": theta}
     if by_tensor is not None:
         if kind != "none":
             raise UserError(f"has both {FREQUENCIES} and rope.scaling.type = {kind}, which are not honoured together")

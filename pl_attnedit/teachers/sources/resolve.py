@@ -69,6 +69,9 @@ def teacher_config(name: str) -> PreTrainedConfig:
     with reading_config("teacher", name):
         check_fields(name, path)
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+        stored, used = _stored_rope_theta(path), _rope_theta(config)
+    if None not in (stored, used) and stored != used:
+        raise invalid("teacher", name, f"config.json says rope_theta {stored}, this transformers reads {used}")
     check_model(name, config)
     return config
 
@@ -108,10 +111,7 @@ def load_teacher(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise invalid("teacher", name, f"cannot be loaded: {error}") from error
-    stored, used = _stored_rope_theta(path), _rope_theta(model.config)
-    if None not in (stored, used) and stored != used:
-        raise invalid("teacher", name, f"config.json says rope_theta {stored}, this transformers reads {used}")
+        raise invalid("teacher", name, f"cannot be loaded: {' '.join(str(error).split())}") from error
     if (tokenizer.pad_token_id or 0) >= model.config.get_text_config().vocab_size:
         tokenizer.pad_token = tokenizer.eos_token  # padding only; the model has no embedding for the other token
     return model.eval(), tokenizer
