@@ -23,8 +23,9 @@ from pl_attnedit.eval.harness.answers import (
     kept,
     write_samples,
 )
+from pl_attnedit.eval.harness.differences import EvaluationResult, compare_samples
 from pl_attnedit.eval.harness.instructions import INSTRUCTIONS_TASK, build_instructions
-from pl_attnedit.eval.harness.paired import AnsweredPair, EvaluationResult, answer_both, compare_samples, model_context
+from pl_attnedit.eval.harness.paired import AnsweredPair, answer_both, model_context
 from pl_attnedit.eval.harness.retrieval import build_retrieval_tasks
 from pl_attnedit.eval.harness.suites import Efficiency, Suite
 from pl_attnedit.eval.harness.tasks import BIGBENCH, OFFLINE_TASKS, build_bigbench_tasks, build_offline_tasks

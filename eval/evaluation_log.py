@@ -21,7 +21,7 @@ from pl_attnedit.files import json_text
 from pl_attnedit.tracking import TrackedRun
 
 if TYPE_CHECKING:  # logging does not wait for lm-eval's import
-    from pl_attnedit.eval.harness.paired import EvaluationResult
+    from pl_attnedit.eval.harness.differences import EvaluationResult
 
 TABLES = ("tasks", "by_position", "retrieval", "efficiency")  # parts of results.json that are also kept as tables
 EFFICIENCY_FIELDS = (

@@ -13,7 +13,7 @@ from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import invalid
 
 if TYPE_CHECKING:  # it imports lm-eval, which takes seconds
-    from pl_attnedit.eval.harness.paired import EvaluationResult
+    from pl_attnedit.eval.harness.differences import EvaluationResult
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
 from pl_attnedit.eval.evaluation_log import log_evaluation
-from pl_attnedit.eval.harness.paired import EvaluationResult, TaskDifference
+from pl_attnedit.eval.harness.differences import EvaluationResult, TaskDifference
 from pl_attnedit.tracking import TrackedRun, connect, start_child, start_conversion
 from pl_attnedit.tracking.client import EXPERIMENT
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.fidelity import generations as module
 from pl_attnedit.eval.fidelity.generations import METRICS, GumbelNoise, generations, prompts_of, repetition, write
-from pl_attnedit.eval.harness.paired import TaskDifference, compare_samples
+from pl_attnedit.eval.harness.differences import TaskDifference, compare_samples
 
 PRINTS = ("t", "s")
 Compare = Callable[[PreTrainedModel], dict[str, TaskDifference]]

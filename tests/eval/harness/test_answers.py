@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.harness import answers
 from pl_attnedit.eval.harness.answers import TaskRequest, load_tasks
-from pl_attnedit.eval.harness.paired import answer_both, compare_samples, evaluate_pair
+from pl_attnedit.eval.harness.differences import compare_samples
+from pl_attnedit.eval.harness.paired import answer_both, evaluate_pair
 from pl_attnedit.eval.harness.tasks import CLOZE_TASK, OFFLINE_TASKS, build_offline_tasks, write_task
 
 SIZES = {"n_documents": 4, "n_cloze": 8, "document_chars": 200, "context_chars": 80, "continuation_chars": 20}

@@ -17,7 +17,8 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.harness.paired import EvaluationResult, compare_samples, evaluate_pair, pair_samples
+from pl_attnedit.eval.harness.differences import EvaluationResult, compare_samples, pair_samples
+from pl_attnedit.eval.harness.paired import evaluate_pair
 from pl_attnedit.eval.harness.tasks import CLOZE_TASK, OFFLINE_TASKS, PERPLEXITY_TASK, build_offline_tasks
 from pl_attnedit.eval.statistics import non_inferiority, paired_proportions
 

@@ -9,7 +9,7 @@ import pytest
 
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.harness import suites
-from pl_attnedit.eval.harness.paired import margin_of
+from pl_attnedit.eval.harness.differences import margin_of
 from pl_attnedit.eval.harness.suites import SUITES, load_suite
 
 
