@@ -6,11 +6,9 @@ __getattr__ = names_of(
     "pl_attnedit.eval.harness.paired",
     "AnsweredPair",
     "EvaluationResult",
-    "TaskDifference",
     "answer_both",
     "compare_samples",
     "evaluate_pair",
-    "margin_of",
     "model_context",
     "pair_samples",
 )

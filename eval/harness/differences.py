@@ -1,4 +1,4 @@
-"""What two models' answers to the same samples say: differences with intervals, task by task, and the file that keeps them."""
+"""What two models' answers to the same samples say: differences with intervals, task by task, and results.json."""
 
 from __future__ import annotations
 

@@ -109,37 +109,21 @@ def answer_both(
     loaded = load_tasks(requests)
     tasks = [task for group in loaded.values() for task in group]
     out = None if out_dir is None else Path(out_dir)
-    folders = {
-        "teacher": answers_folder() if teacher_fingerprint else None,
-        "student": out / ".answers" if student_fingerprint and out else None,
-    }
-    answers: dict[str, dict[str, list[Sample]]] = {}
-    settings: dict[str, Any] = {"batch_size": {}, "seconds": {}, "from_cache": {}}
-    for name, model in {"teacher": teacher, "student": student}.items():
-        identity = {
-            "model": teacher_fingerprint if name == "teacher" else student_fingerprint,
-            "tokenizer": tokenizer_digest(tokenizer),
-            "max_length": max_length,
-            "batch_size": batch_size,
-            **circumstances(model),
-        }
+    asked = {"tokenizer": tokenizer_digest(tokenizer), "max_length": max_length, "batch_size": batch_size}
+    found = {}
+    for name, model, known, folder in (
+        ("teacher", teacher, teacher_fingerprint, answers_folder()),
+        ("student", student, student_fingerprint, out and out / ".answers"),
+    ):
+        identity = {"model": known, **asked, **circumstances(model)}
         with evaluation_mode(model):
             lm = SharedPrefixLM(model, tokenizer, name=name, max_length=max_length, batch_size=1)
-            found = _answers(lm, tasks, folders[name], identity, batch_size)
-        answers[name] = {task: content["samples"] for task, (content, _) in found.items()}
-        sizes = [content["batch_size"] for content, _ in found.values()]
-        settings["batch_size"][name] = min(sizes, default=None)  # a suite may do without tasks
-        settings["seconds"][name] = round(sum(content["seconds"] for content, _ in found.values()), 2)
-        settings["from_cache"][name] = [task for task, (_, before) in found.items() if before]
-    samples = (
-        []
-        if out is None
-        else [
-            write_samples(out, name, task, of_task)
-            for name, by_task in answers.items()
-            for task, of_task in by_task.items()
-        ]
-    )
+            found[name] = _answers(lm, tasks, folder if known else None, identity, batch_size)
+    answers = {
+        name: {task: content["samples"] for task, (content, _) in by_task.items()} for name, by_task in found.items()
+    }
+    written = [(name, task, rows) for name, by_task in answers.items() for task, rows in by_task.items()]
+    samples = [] if out is None else [write_samples(out, *each) for each in written]
     settings = {
         "tasks": list(loaded),
         "not_compared": sorted({f"{task.name}/{metric}" for task in tasks for metric in task.not_compared}),
@@ -148,11 +132,24 @@ def answer_both(
         "num_fewshot": {task.name: task.task.get_config("num_fewshot") for task in tasks},
         "dtype": str(student.dtype).removeprefix("torch."),
         "device": str(student.device),
-        **settings,
+        **_course(found),
         "lm_eval": version("lm_eval"),
     }
     pairs = {name: [p for task in group for p in _pairs_of(task, answers)] for name, group in loaded.items()}
     return AnsweredPair(pairs, {name: group[0].higher_is_better for name, group in loaded.items()}, samples, settings)
+
+
+def _course(found: dict[str, dict[str, tuple[dict[str, Any], bool]]]) -> dict[str, dict[str, Any]]:
+    """How both models' answers came about: `batch_size`, `seconds` and the tasks `from_cache`, by model."""
+    contents = {name: [content for content, _ in by_task.values()] for name, by_task in found.items()}
+    return {
+        # a suite may do without tasks
+        "batch_size": {name: min((each["batch_size"] for each in of), default=None) for name, of in contents.items()},
+        "seconds": {name: round(sum(each["seconds"] for each in of), 2) for name, of in contents.items()},
+        "from_cache": {
+            name: [task for task, (_, before) in by_task.items() if before] for name, by_task in found.items()
+        },
+    }
 
 
 def _answers(

@@ -39,6 +39,18 @@ OFFLINE_TASKS = (PERPLEXITY_TASK, CLOZE_TASK)
 N_CHOICES = 4
 READ = 2**18  # characters of a document, at most: the work for questions grows with the square
 MIN_SAMPLES = 2  # fewer have no interval
+ROLLING: dict[str, Any] = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "text",
+    "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+}
+CHOICES: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_target": "answer",
+    "doc_to_choice": "choices",
+    "metric_list": [{"metric": name} for name in ("acc", "acc_norm")],
+}
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -94,25 +106,8 @@ def build_offline_tasks(
     if tokenizer is not None and max_length is not None:
         _check_choices(chosen[1], tokenizer, max_length)
     folder = Path(folder).resolve()
-    write_task(
-        folder,
-        PERPLEXITY_TASK,
-        chosen[0],
-        output_type="loglikelihood_rolling",
-        doc_to_text="",
-        doc_to_target="text",
-        metric_list=[{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
-    )
-    write_task(
-        folder,
-        CLOZE_TASK,
-        chosen[1],
-        output_type="multiple_choice",
-        doc_to_text="context",
-        doc_to_target="answer",
-        doc_to_choice="choices",
-        metric_list=[{"metric": name} for name in ("acc", "acc_norm")],
-    )
+    write_task(folder, PERPLEXITY_TASK, chosen[0], **ROLLING)
+    write_task(folder, CLOZE_TASK, chosen[1], doc_to_text="context", **CHOICES)
     return folder
 
 
@@ -173,11 +168,8 @@ def build_bigbench_tasks(
             Path(folder),
             names[-1],
             [questions[i * len(questions) // count] for i in range(count)],
-            output_type="multiple_choice",
             doc_to_text="{% if question|trim %}Question: {{question|trim}}\nAnswer:{% endif %}",
-            doc_to_target="answer",
-            doc_to_choice="choices",
-            metric_list=[{"metric": name} for name in ("acc", "acc_norm")],
+            **CHOICES,
         )
     return names
 
