@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,16 @@ CONFIG = {
     "view": {"stroke": None},
     "axis": {"aria": False, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelPadding": 5}
     | {"domainColor": "var(--gray)", "tickColor": "var(--gray)", "gridColor": "var(--grid)"}
-    | {"labelColor": "var(--soft)", "titleColor": "var(--soft)", "labelOverlap": "greedy", "labelSeparation": 10},
-    "axisX": {"grid": False, "tickSize": 4, "labelFlush": False, "titleY": 39, "titleBaseline": "alphabetic"},
+    | {"labelColor": "var(--soft)", "titleColor": "var(--soft)"},
+    "axisX": {
+        "labelOverlap": "greedy",
+        "labelSeparation": 10,
+        "grid": False,
+        "tickSize": 4,
+        "labelFlush": False,
+        "titleY": 39,
+        "titleBaseline": "alphabetic",
+    },
     "axisY": {"domain": False, "ticks": False, "titleAngle": 0, "titleAlign": "left", "titleBaseline": "alphabetic"}
     | {"titleX": 2 - LEFT, "titleY": -17},
 }
@@ -101,7 +110,8 @@ class Series:
 
     def rows(self) -> list[list[str]]:
         """The table's row of each point."""
-        return [[self.name, *cells] for cells in self.cells or [(f"{x:g}", f"{y:.4g}") for x, y in self.points]]
+        cells = self.cells or [(f"{x:g}", f"{y:.4g}") for x, y in self.points]
+        return [[self.name, *of_point] if self.name else [*of_point] for of_point in cells]
 
 
 class _Plot:
@@ -111,7 +121,7 @@ class _Plot:
         self.series, self.x, self.y = series, x, y
         self.width, self.height = WIDTH - LEFT - RIGHT - room, HEIGHT - TOP - BOTTOM
         self.axes = {"x": _axis(x, "x"), "y": _axis(y, "y")}
-        self.head = ["", *(head or (x.title, y.title))]
+        self.head = [*([""] if any(s.name for s in series) else []), *(head or (x.title, y.title))]
         self.rows = [row for s in series for row in s.rows()]
         self.points: list[Row] = []
         for i, s in enumerate(series):
@@ -162,10 +172,10 @@ def line_chart(series: Sequence[Series], x: Axis, y: Axis, head: Sequence[str] =
         for s in series
         for (px, _), (low, high) in zip(s.points, s.spread)
     ]
-    named = sorted(series, key=lambda s: plot.at(s.points[-1])[1])
-    named = named[:: -(-len(named) // MAX_NAMES)]
-    heights = apart([plot.at(s.points[-1])[1] + 4 for s in named], plot.height + 4)
-    names = [(plot.at(s.points[-1])[0] + 8, height, "left", s) for s, height in zip(named, heights)]
+    ends = sorted(((plot.at(s.points[-1]), s) for s in series), key=lambda end: end[0][1])
+    ends = ends[:: -(-len(ends) // MAX_NAMES)]
+    heights = apart([bottom + 4 for (_, bottom), _ in ends], plot.height + 4)
+    names = [(left + 8, height, "left", s) for ((left, _), s), height in zip(ends, heights)]
     told = ", ".join(f"{s.name} from {s.points[0][1]:.3g} to {s.points[-1][1]:.3g}" for s in series)
     layers = [
         plot.layer("rule", spread, {**COLOUR, "y2": {"field": "end"}}, strokeWidth=1.6),
@@ -221,12 +231,14 @@ def heat_map(values: Mapping[int, Sequence[Point]], x_title: str, y_title: str, 
     labels = [steps[i] for i in sorted({round(i * (len(steps) - 1) / 4) for i in range(5)})]
 
     def axis(field: str, title: str, domain: Sequence[float], shown: Sequence[float]) -> Row:
-        scale = {"domain": domain, "paddingInner": 0.08, "paddingOuter": 0}
+        scale = {"domain": domain, "padding": 0.06}
         ticks = {"values": shown, "labelAngle": 0, "ticks": False, "domain": False}
         return {"field": field, "type": "ordinal", "title": title, "scale": scale, "axis": ticks}
 
     shade = {"type": "log", "range": [0.07, 1], "nice": False}
-    encoding = {"x": axis("x", x_title, steps, labels), "y": axis("y", y_title, layers, layers[::5])} | {
+    encoding = {
+        "x": axis("x", x_title, steps, labels),
+        "y": axis("y", y_title, layers, layers[:: 5 if len(layers) > 12 else 1]),
         "opacity": {"field": "value", "type": "quantitative", "scale": shade, "legend": None},
         "description": {"field": "tip"},
     }
@@ -258,10 +270,15 @@ def _draw(layers: Sequence[Row], width: int, height: int, description: str) -> M
     size = {"width": width, "height": height, "padding": room, "autosize": "none"}
     spec = json.dumps({"$schema": SCHEMA, **size, "config": CONFIG, "layer": layers}, ensure_ascii=False)
     # A lone surrogate in a foreign name has no place in UTF-8.
-    drawing = vl_convert.vegalite_to_svg(spec.encode("utf-8", "replace").decode())
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}').format(
-        WIDTH, TOP + height + BOTTOM, description, Markup(re.sub(r"<[^<>]*>", _tidy, drawing).split(">", 1)[1])
-    )
+    drawing = Markup(_svg(spec.encode("utf-8", "replace").decode()))
+    box = f"0 0 {WIDTH} {TOP + height + BOTTOM}"
+    return Markup('<svg viewBox="{}" role="img" aria-label="{}">{}').format(box, description, drawing)
+
+
+@lru_cache(maxsize=256)  # a report that is written again and again has most of its charts again
+def _svg(spec: str) -> str:
+    """Vega's picture without its first tag."""
+    return re.sub(r"<[^<>]*>", _tidy, vl_convert.vegalite_to_svg(spec)).split(">", 1)[1]
 
 
 def _tidy(tag: re.Match[str]) -> str:

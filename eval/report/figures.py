@@ -84,7 +84,7 @@ def _progress_figure(rows: Sequence[ComparisonRow]) -> Figure:
     if not series:
         return Figure(title, None, missing="No conversion has logged its KL before and after the stages.")
     y = logarithmic(KL_UNIT, [value for s in series for _, value in s.points])
-    chart = line_chart(series, Axis("", -0.1, 2, range(3), places), y, ("", "KL"))
+    chart = line_chart(series, Axis("", -0.1, 2, range(3), places), y, ("stage", "KL"))
     note = "The steeper a line falls, the more that stage recovered (logarithmic)."
     return Figure(title, chart, note, _legend(series))
 

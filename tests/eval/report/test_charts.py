@@ -123,6 +123,9 @@ def test_heat_map() -> None:
     assert tips(chart)[-1] == "layer 3, step 10: NMSE 0.01"
     assert chart.head == ["layer", "step 0", "step 10"]
     assert chart.rows == [["0", "1", "0.1"], ["3", "0.1", "0.01"]]
+    assert [text.text for text in parse(chart).iter("text")] == ["0", "10", "step", "0", "1", "2", "3", "layer"]
+    many = heat_map({layer: [(0, 0.1), (10, 0.2)] for layer in range(30)}, "step", "layer", "NMSE")
+    assert [text.text for text in parse(many).iter("text")][3:] == ["0", "5", "10", "15", "20", "25", "layer"]
 
 
 def test_scatter_chart_draws_the_front_through_the_best() -> None:
@@ -172,8 +175,10 @@ def test_a_picture_alone_has_its_colours_in_light_and_dark() -> None:
     assert "http" not in file.replace("http://www.w3.org/2000/svg", ""), "nothing is fetched"
 
 
-def test_marks_are_within_the_picture() -> None:
+def test_a_line_without_a_name() -> None:
     chart = line_chart([Series("", [(0, 0.0), (1, 1.0)], "held")], linear("x", [0, 1]), linear("y", [0, 1]))
+    assert names(chart) == {} or set(names(chart)) == {None}
+    assert (chart.head, chart.rows[1], tips(chart)[1]) == (["x", "y"], ["1", "1"], "x 1, y 1"), "no name, no column"
     (x, y), (right, top) = dots(chart)
     assert (x, top) == (0, 0)
     assert 0 < right < 440 - LEFT
