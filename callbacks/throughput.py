@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -58,6 +59,12 @@ class Throughput(Callback):
         self._fetch = _FetchTimer()
         self._window_start = 0  # optimizer step
         self._seen_step = 0
+        self._rates: list[float] = []
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The median of what this process has logged; None before that. The first steps, which compile, do not move it."""
+        return statistics.median(self._rates) if self._rates else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fetch.inner, trainer.profiler = trainer.profiler, self._fetch  # type: ignore[attr-defined]
@@ -80,11 +87,12 @@ class Throughput(Callback):
         if stepped and trainer.global_step % interval == 0:
             steps, seconds = trainer.global_step - self._window_start, self._meter.seconds
             metrics = {
-                "perf/tokens_per_second": self._meter.tokens / seconds,
+                "perf/tokens_per_second": (rate := self._meter.tokens / seconds),
                 "perf/step_seconds": seconds / steps,
                 "perf/data_wait_seconds": self._fetch.seconds / steps,
                 "perf/peak_memory_bytes": float(peak_bytes(pl_module.device)),
             }
+            self._rates.append(rate)
             pl_module.log_dict(metrics, batch_size=1)
             self._begin_window(trainer)
 

@@ -19,6 +19,7 @@ from pl_attnedit.eval.records import (
 )
 from pl_attnedit.files import json_text
 from pl_attnedit.tracking import TrackedRun
+from pl_attnedit.tracking.datasets import used_text
 
 if TYPE_CHECKING:  # logging does not wait for lm-eval's import
     from pl_attnedit.eval.harness.differences import EvaluationResult
@@ -46,7 +47,7 @@ def log_evaluation(
         ``eval/retrieval/<task>/<context>/{teacher,student}``, accuracies over all depths.
     Tags ``suite``, ``suite_version``, and ``verdict/<task>/<metric>`` where there is one. Artifacts: results.json, its rows
     as MLflow tables under ``tables/``, the samples under ``samples/`` (those that the evaluation wrote), and
-    continuations.json where given.
+    continuations.json where given. The held-out text is the run's dataset.
     """
     content = result.content()
     tasks = {f"{row['task']}/{row['metric']}": row for row in content.get("tasks") or []}
@@ -60,11 +61,45 @@ def log_evaluation(
     suite = content.get("suite")
     run.set_tags(verdicts | ({SUITE_TAG: suite["name"], VERSION_TAG: suite["version"]} if suite else {}))
     _log_tables(run, {name: content[name] for name in TABLES if content.get(name)})
+    settings = content.get("settings") or {}
+    if digest := settings.get("text_digest"):
+        run.log_datasets([used_text(settings["text"], "evaluation", digest, documents=settings["documents"])])
     run.log_text(result.to_json(), RESULTS_FILE)
     for path in result.samples:
         run.log_file(path, "samples")
     if continuations is not None:
         run.log_text(json_text(list(continuations)), CONTINUATIONS_FILE)
+
+
+def compared_metrics(content: dict[str, Any]) -> dict[str, float]:
+    """What a conversion's parent run shows of an evaluation, by the names that the columns of ``compare --format csv`` have.
+
+    Metrics:
+        ``<task>/<metric>/{difference,ci_low,ci_high}`` of each task's first metric, of a suite as ``<suite>: <task>/...``;
+        ``kl_<context>``, over all positions of sequences of that many tokens;
+        ``decode/<context>x<batch>``, tokens/s of the student over the teacher's; ``decode_tokens_per_s/<context>x<batch>``.
+    The evaluation that was logged last counts.
+    """
+    suite = f"{content['suite']['name']}: " if content.get("suite") else ""
+    first = {row["task"]: row for row in reversed(content.get("tasks") or [])}
+    metrics = {
+        f"{suite}{task}/{row['metric']}/{name}": row[name]
+        for task, row in first.items()
+        for name in ("difference", "ci_low", "ci_high")
+    }
+    if (whole := content.get("fidelity")) and whole["kl"] is not None:
+        metrics[f"kl_{whole['tokens'] // whole['sequences']}"] = whole["kl"]
+    speeds = {
+        (row["model"], f"{row['context']}x{row['batch']}"): speed["median"]
+        for row in content.get("efficiency") or []
+        if (speed := row.get("decode_tokens_per_s"))
+    }
+    for (model, size), speed in speeds.items():
+        if model == "student":
+            metrics[f"decode_tokens_per_s/{size}"] = speed
+            if teacher := speeds.get(("teacher", size)):
+                metrics[f"decode/{size}"] = speed / teacher
+    return metrics
 
 
 def _efficiency_metrics(content: dict[str, Any]) -> dict[str, float]:

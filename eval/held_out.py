@@ -19,6 +19,7 @@ from pl_attnedit.data.sources import BUILTIN, Document, document_hash, open_sour
 from pl_attnedit.data.tokens import load_tokenizer
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling.trained_on import TrainedOn
+from pl_attnedit.tracking.datasets import documents_digest
 
 MOST_CHARACTERS = 4_000_000  # about a million tokens of English
 log = logging.getLogger(__name__)
@@ -32,9 +33,10 @@ class HeldOut:
     left_out: int
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, int | str]:
         """For results.json."""
-        return {"documents": len(self.texts), "documents_left_out": self.left_out}
+        digest = documents_digest(np.array([document_hash(text) for text in self.texts], np.uint64))
+        return {"documents": len(self.texts), "documents_left_out": self.left_out, "text_digest": digest}
 
 
 def trained_on(student: str | Path) -> TrainedOn:

@@ -73,6 +73,9 @@ class Conversion:
     @property
     def kv_budget(self) -> float | None:
         """Cached bytes of the whole model, student / teacher, at the conversion's `kv_context`."""
+        if (budget := self.number("kv_budget")) is not None:
+            return budget
+        # of an earlier version
         teacher, student = self.number("kv_bytes_per_token_teacher"), self.number("kv_bytes_per_token_student")
         return student / teacher if teacher and student is not None else None
 

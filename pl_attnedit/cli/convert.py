@@ -22,11 +22,10 @@ def main(arguments: Sequence[str]) -> int:
     summary = convert(recipe, data, plain)
     if summary is None:  # a further process of a distributed conversion
         return 0
-    budget = summary["kv_bytes_per_token_student"] / summary["kv_bytes_per_token_teacher"]
     print(
         f"KL(teacher||student) {summary['kl_before']:.4f} -> {summary['kl_after_stage1']:.4f} -> "
         f"{summary['kl_after_stage2']:.4f} nats per token, top-1 agreement {summary['top1_after']:.1%}, "
-        f"KV budget {budget:.1%} at {summary['kv_context']} tokens\n"
+        f"KV budget {summary['kv_budget']:.1%} at {summary['kv_context']} tokens\n"
         f"{Path(recipe.runs) / recipe.name}: student/, summary.json, report.html; MLflow run {summary['run_id']}"
     )
     return 0

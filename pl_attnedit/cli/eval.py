@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         _check_run(options.log_to, options.teacher, options.tracking_uri)
     result = _by_suite(options) if options.suite else _by_tasks(options)
     if options.log_to:
-        _log(result, options.log_to, options.tracking_uri, options.out)
+        _log(result, options)
     print(_table(result))
     print(f"{options.out}/results.json")
     return 0
@@ -162,17 +162,28 @@ def _check_run(run_id: str, teacher: str, tracking_uri: str | None) -> None:
         )
 
 
-def _log(result: EvaluationResult, run_id: str, tracking_uri: str | None, out: Path) -> None:
-    from pl_attnedit.eval.evaluation_log import log_evaluation
+def _log(result: EvaluationResult, options: Namespace) -> None:
+    """To a child of the conversion; if this is the student that it has saved, what is compared also to its own run."""
+    from pl_attnedit.eval.evaluation_log import compared_metrics, log_evaluation
+    from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
     from pl_attnedit.tracking import TrackedRun, connect
-    from pl_attnedit.tracking.client import KIND_TAG
+    from pl_attnedit.tracking.client import KIND_TAG, PARENT_TAG, STUDENT_FINGERPRINT_TAG
     from pl_attnedit.tracking.conversion import start_child
 
-    client = connect(tracking_uri)
-    if client.get_run(run_id).data.tags.get(KIND_TAG) != "evaluation":
-        run_id = start_child(run_id, "evaluation", client=client, status="RUNNING")
-    with TrackedRun(run_id, out / ".mlflow", tracking_uri=tracking_uri) as run:
+    client, child = connect(options.tracking_uri), options.log_to
+    tags = client.get_run(child).data.tags
+    parent = tags.get(PARENT_TAG) if tags.get(KIND_TAG) == "evaluation" else child
+    if parent == child:
+        child = start_child(child, "evaluation", client=client, status="RUNNING")
+    elif parent is not None:
+        tags = client.get_run(parent).data.tags
+    spool, uri = options.out / ".mlflow", options.tracking_uri
+    with TrackedRun(child, spool, tracking_uri=uri) as run:
         log_evaluation(result, run)
+    if parent is not None and tags.get(STUDENT_FINGERPRINT_TAG) == model_fingerprint(options.student):
+        whole = TrackedRun(parent, spool, tracking_uri=uri)
+        whole.log_metrics(compared_metrics(result.content()), of_model=True)
+        whole.flush()
 
 
 def _table(result: EvaluationResult) -> str:

@@ -26,8 +26,9 @@ from pl_attnedit.callbacks import (
     latest_checkpoint,
 )
 from pl_attnedit.conversion.checks import check_devices, check_recipe, stage_module
-from pl_attnedit.conversion.recipe import Recipe, StageRecipe, phases_text
+from pl_attnedit.conversion.recipe import Recipe, StageRecipe
 from pl_attnedit.conversion.run_folder import RunFolder, read_summary
+from pl_attnedit.conversion.summary import log_student, log_summary, summarise
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import STAGES, DistillationModule
 from pl_attnedit.distillation.engine.sharding import whole_state_dict
@@ -59,7 +60,6 @@ from pl_attnedit.tracking import (
     resolve_tracking_uri,
     training_text,
 )
-from pl_attnedit.tracking.client import STUDENT_FINGERPRINT_TAG, STUDENT_TAG
 from pl_attnedit.tracking.conversion import RUNS_FILE
 
 RESULTS = {"stage1": "stage1/student", "stage2": "student"}  # folders of what the stages make
@@ -91,7 +91,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     if not trainer.is_global_zero:
         Conversion(recipe, data, folder, None, plain).follow()
         return None
-    if folder.done("report"):
+    if folder.done("report") and recipe.register is None:
         Conversion.say(f"{recipe.name}: done before")
         return read_summary(folder.path)
     teacher = model_fingerprint(resolve_teacher(recipe.teacher))
@@ -106,6 +106,12 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     runs = open_conversion(
         folder.path, recipe.name, tags, tracking_uri=recipe.tracking_uri, experiment=recipe.experiment
     )
+    if folder.done("report"):
+        Conversion.say(f"{recipe.name}: done before, registered as {recipe.register}")
+        summary = read_summary(folder.path)
+        log_student(parent := runs.run(), path / "student", recipe, summary["pattern"])
+        parent.flush()
+        return summary
     return Conversion(recipe, data, folder, runs, plain).run()
 
 
@@ -216,7 +222,7 @@ class Conversion:
         self.folder.save_folder("init", lambda path: save_student(module, path))
         return found
 
-    def stage(self, name: str, stage: StageRecipe, start: str) -> dict[str, float]:
+    def stage(self, name: str, stage: StageRecipe, start: str) -> dict[str, Any]:
         """Trains one stage from its last checkpoint, or from the student in the folder `start`; saves and measures it."""
         if not stage.total_steps:
             return self.leave_out(name, start)
@@ -231,6 +237,7 @@ class Conversion:
         self.data.phases = stage.phases
         self.data.seed = self.recipe.seed + list(STAGES).index(name)  # stage 2 sees new text
         trainer.fit(module, self.data, ckpt_path=str(checkpoint) if checkpoint else None)
+        speed = next(each for each in trainer.callbacks if isinstance(each, Throughput)).tokens_per_second  # type: ignore[attr-defined]
         dtype = module.frozen_dtype if name == "stage2" else None
         self.folder.save_folder(RESULTS[name], lambda path: save_student(module, path, dtype))
         found = self.validate(trainer, module)
@@ -238,16 +245,18 @@ class Conversion:
             self.runs.run(name).finish()
         batch = trainer.num_devices * trainer.num_nodes * stage.accumulate
         phases = stage.all_phases(self.data.seq_len, self.data.batch_size)
-        return found | {"tokens": batch * sum(phase.steps * phase.batch_size * phase.seq_len for phase in phases)}
+        tokens = batch * sum(phase.steps * phase.batch_size * phase.seq_len for phase in phases)
+        return found | {"tokens": tokens, "tokens_per_s": speed}
 
-    def leave_out(self, name: str, start: str) -> dict[str, float]:
+    def leave_out(self, name: str, start: str) -> dict[str, Any]:
         """What a stage of no steps hands on: the student it got, and that one's figures."""
         if self.follows:  # they know no figures
             return {}
         copy = partial(shutil.copytree, self.folder.path / start, dirs_exist_ok=True)
         self.folder.save_folder(RESULTS[name], copy)
         self.runs.run(name).finish()
-        return {**self.folder.progress["init" if name == "stage1" else "stage1"], "tokens": 0}
+        before = self.folder.progress["init" if name == "stage1" else "stage1"]
+        return {**before, "tokens": 0, "tokens_per_s": None}
 
     def measure(self) -> dict[str, Any]:
         """Cached bytes per token of teacher and student on their real caches, both in the student's dtype."""
@@ -295,35 +304,12 @@ class Conversion:
         return path.name
 
     def summarise(self, parent: TrackedRun) -> None:
-        """summary.json: what the conversion cost and gained; its figures go to the parent run."""
+        """summary.json and what the parent run shows of it."""
         progress = self.folder.progress
-        before, after1, after2 = progress["init"], progress["stage1"], progress["stage2"]
-        kv = progress["kv"]
-        summary = {
-            "recipe": self.recipe.name,
-            "run_id": self.runs.run_id,
-            "teacher": self.recipe.teacher,
-            "targets": self.plain["targets"],
-            "pattern": kv["pattern"],
-            "phases": phases_text(self.recipe),
-            "tokens_stage1": after1["tokens"],
-            "tokens_stage2": after2["tokens"],
-            "kl_before": before["val/kl"],
-            "kl_after_stage1": after1["val/kl"],
-            "kl_after_stage2": after2["val/kl"],
-            "top1_after": after2["val/top1"],
-            "ppl_teacher": after2["val/ppl_teacher"],
-            "ppl_student": after2["val/ppl_student"],
-            **{name: kv[name] for name in ("kv_context", "kv_bytes_per_token_teacher", "kv_bytes_per_token_student")},
-            "wall_seconds": progress["wall_seconds"],
-            "peak_rss_bytes": progress["peak_rss_bytes"],
-        }
+        summary = summarise(self.recipe, self.plain["targets"], progress, self.runs.run_id)
         path = write_atomically(self.folder.path / "summary.json", json_text(summary))
-        student = (self.folder.path / "student").resolve()
-        where = {STUDENT_TAG: student, STUDENT_FINGERPRINT_TAG: model_fingerprint(student)}
-        parent.set_tags({"pattern": summary["pattern"], "phases": summary["phases"], **where})
-        parent.log_metrics({name: value for name, value in summary.items() if isinstance(value, int | float)})
-        parent.log_file(path)
+        log_student(parent, self.folder.path / "student", self.recipe, summary["pattern"])
+        log_summary(parent, summary, progress["evaluation"], path)
 
     # parts of the phases
 

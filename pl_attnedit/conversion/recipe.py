@@ -17,6 +17,7 @@ from pl_attnedit.config_files import RULE, LayeredParser, RecipeFile
 from pl_attnedit.data import Phase, TextDataModule
 from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
 from pl_attnedit.errors import invalid
+from pl_attnedit.tracking import check_registered_name
 from pl_attnedit.tracking.client import EXPERIMENT
 
 
@@ -118,6 +119,7 @@ class Recipe:
         runs: folder of the run folders.
         experiment: of MLflow, that the runs are kept in.
         tracking_uri: of MLflow; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working folder.
+        register: name in MLflow's model registry of which the student becomes a version; no weights are uploaded.
     """
 
     name: str
@@ -136,6 +138,7 @@ class Recipe:
     runs: str = "runs"
     experiment: str = EXPERIMENT
     tracking_uri: str | None = None
+    register: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or Path(self.name).name != self.name:
@@ -151,6 +154,7 @@ class Recipe:
         if not 0 <= self.seed < 2**32 - 1:  # stage 2 draws its text with the next one
             raise invalid("seed", self.seed, "must be from 0 to 2**32 - 2")
         refuse_url("runs", self.runs)
+        check_registered_name(self.register)
         for name, kind in (("experiment", "a name"), ("runs", "a folder")):
             if not getattr(self, name):
                 raise invalid(name, getattr(self, name), f"must be {kind}")
@@ -204,7 +208,7 @@ def _check_names(field: str, given: dict[str, Any], known: set[str]) -> None:
 
 
 # where a recipe runs and is kept does not change what it computes
-PLACE_FIELDS = ("config", "dry_run", "runs", "experiment", "tracking_uri")
+PLACE_FIELDS = ("config", "dry_run", "runs", "experiment", "tracking_uri", "register")
 
 
 def recipe_parser() -> ArgumentParser:

@@ -37,6 +37,8 @@ def read_summary(path: Path) -> dict[str, Any]:
     """What a finished conversion found, null figures as nan. Raises `UserError` where its run folder has no such file, or a
     broken one."""
     found = _read_json(path, "summary.json", "kl_after_stage2")
+    if (teacher := found.get("kv_bytes_per_token_teacher")) and "kv_budget" not in found:  # of an earlier version
+        found["kv_budget"] = found["kv_bytes_per_token_student"] / teacher
     return {name: math.nan if value is None else value for name, value in found.items()}
 
 

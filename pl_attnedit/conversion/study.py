@@ -312,7 +312,7 @@ def rows(found: Mapping[str, Sequence[Mapping[str, Any]]], first: str) -> list[d
     for name, of_it in found.items():
         row: dict[str, Any] = {"variant": name, "seeds": [each["seed"] for each in of_it]}
         row |= {stage: of_it[0][stage] for stage in ("tokens_stage1", "tokens_stage2")}
-        row["kv_budget"] = of_it[0]["kv_bytes_per_token_student"] / of_it[0]["kv_bytes_per_token_teacher"]
+        row["kv_budget"] = of_it[0]["kv_budget"]
         row |= {key: float(np.mean([each[key] for each in of_it])) for key in FIGURES}
         row |= {"kl": kls[name], "ratio": None, "ratio_low": None, "ratio_high": None}
         if name in logs and first in logs:

@@ -18,6 +18,7 @@ from pl_attnedit.tracking.conversion import (
 from pl_attnedit.tracking.datasets import evaluation_text, training_text
 from pl_attnedit.tracking.environment import environment, git_commit, log_config, log_environment
 from pl_attnedit.tracking.logger import TrackingLogger
+from pl_attnedit.tracking.models import check_registered_name, student_model
 from pl_attnedit.tracking.run import TrackedRun
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "LogConfigCallback",
     "TrackedRun",
     "TrackingLogger",
+    "check_registered_name",
     "connect",
     "deliver_pending",
     "environment",
@@ -36,5 +38,6 @@ __all__ = [
     "resolve_tracking_uri",
     "start_child",
     "start_conversion",
+    "student_model",
     "training_text",
 ]

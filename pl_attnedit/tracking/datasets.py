@@ -23,23 +23,27 @@ UsedText = dict[str, str]
 """One dataset and its use, as the journal keeps it: ``name, digest, source_type, source, profile, context``."""
 
 
-def used_text(name: str, context: Context, hashes: np.ndarray, **profile: int) -> UsedText:
+def documents_digest(hashes: np.ndarray) -> str:
+    """16 hex digits for documents, by their hashes (`document_hash`), uint64, in any order."""
+    return hashlib.sha256(np.sort(hashes).tobytes()).hexdigest()[:16]
+
+
+def used_text(name: str, context: Context, digest: str, **profile: int) -> UsedText:
     """Documents of one source.
 
     Args:
         name: of the source, as `TextDataModule` takes it.
         context: what they are used for.
-        hashes: of the documents (`document_hash`), uint64, in any order; the digest is of these.
-        profile: further numbers for readers beside that of the documents.
+        digest: see `documents_digest`.
+        profile: numbers for readers, such as that of the documents.
     """
-    digest = hashlib.sha256(np.sort(hashes).tobytes()).hexdigest()[:16]
     kind, source = _origin(name)
     return {
         "name": name[:MAX_DATASET_NAME_SIZE],
         "digest": digest,
         "source_type": kind,
         "source": json.dumps(source),
-        "profile": json.dumps({"documents": len(hashes), **profile}),
+        "profile": json.dumps(profile),
         "context": context,
     }
 
@@ -65,7 +69,8 @@ def _of_each_source(packed: PackedSequences, context: Context) -> Iterator[UsedT
     for index, name in enumerate(corpus.names):
         own = documents[corpus.source[documents] == index]
         if len(own):
-            yield used_text(name, context, corpus.hashes[own], tokens=int(corpus.lengths[own].sum()))
+            sizes = {"documents": len(own), "tokens": int(corpus.lengths[own].sum())}
+            yield used_text(name, context, documents_digest(corpus.hashes[own]), **sizes)
 
 
 def dataset_input(text: UsedText) -> DatasetInput:

@@ -15,6 +15,7 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from pl_attnedit.locks import is_used, use
 from pl_attnedit.tracking.datasets import dataset_input
+from pl_attnedit.tracking.models import model_of, send_model
 from pl_attnedit.tracking.places import artifacts
 from pl_attnedit.tracking.spool import Operation, Spool
 
@@ -163,7 +164,13 @@ def _batch(operations: list[Operation]) -> list[Operation]:
 def _send(client: MlflowClient, run_id: str, batch: list[Operation]) -> None:
     first = batch[0]
     if first["op"] == "metrics":
-        metrics = [Metric(k, v, op["time"], op["step"]) for op in batch for k, v in op["values"].items()]
+        of_model = any(op.get("of_model") for op in batch)
+        model = model_of(client.get_run(run_id)) if of_model else None
+        metrics = [
+            Metric(key, value, op["time"], op["step"], model_id=model if op.get("of_model") else None)
+            for op in batch
+            for key, value in op["values"].items()
+        ]
         client.log_batch(run_id, metrics=metrics, synchronous=True)
     elif first["op"] == "params":
         client.log_batch(run_id, params=[Param(k, v) for k, v in first["values"].items()], synchronous=True)
@@ -171,6 +178,8 @@ def _send(client: MlflowClient, run_id: str, batch: list[Operation]) -> None:
         client.log_batch(run_id, tags=[RunTag(k, v) for k, v in first["values"].items()], synchronous=True)
     elif first["op"] == "datasets":
         _send_datasets(client, run_id, [dataset_input(each) for each in first["used"]])
+    elif first["op"] == "model":
+        send_model(client, run_id, first["student"])
     elif first["op"] == "text":
         folder, _, name = first["name"].rpartition("/")
         with tempfile.TemporaryDirectory() as temporary:

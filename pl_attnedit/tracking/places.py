@@ -20,7 +20,11 @@ ARTIFACTS = "/mlruns/"  # MLflow's own folder for them, in the working folder
 
 def artifacts(run: Run, tracking_uri: str) -> ArtifactRepository:
     """The artifacts of a run."""
-    place = run.info.artifact_uri
+    return repository(run.info.artifact_uri, tracking_uri)
+
+
+def repository(place: str, tracking_uri: str) -> ArtifactRepository:
+    """The artifacts at the place that MLflow has recorded of a run or a model."""
     before, in_working_folder, rest = place.rpartition(ARTIFACTS)
     if tracking_uri.startswith("sqlite:") and in_working_folder and "://" not in before:
         place = f"{_now(before, tracking_uri)}{ARTIFACTS}{rest}"

@@ -24,6 +24,7 @@ from pl_attnedit.errors import invalid
 from pl_attnedit.tracking.client import connect, resolve_tracking_uri
 from pl_attnedit.tracking.datasets import UsedText
 from pl_attnedit.tracking.delivery import Delivery
+from pl_attnedit.tracking.models import Student
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -63,11 +64,11 @@ class TrackedRun:
         self.logged_steps: Mapping[str, int] = self._delivery.spool.logged_steps
         """Highest step of each metric that earlier processes have logged to this run."""
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
-        """Log numbers (anything that ``float`` takes) at an optimizer step."""
+    def log_metrics(self, metrics: Mapping[str, Any], step: int = 0, *, of_model: bool = False) -> None:
+        """Log numbers (anything that ``float`` takes) at an optimizer step; `of_model`: they are the logged model's, too."""
         values = {_valid_key(key): float(value) for key, value in metrics.items()}
         for part in _parts(values, MAX_METRICS_PER_BATCH):
-            self._add("metrics", values=part, step=step)
+            self._add("metrics", values=part, step=step, **({"of_model": True} if of_model else {}))
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log settings; nested mappings become dotted names.
@@ -93,6 +94,10 @@ class TrackedRun:
     def log_datasets(self, used: Sequence[UsedText]) -> None:
         """Name the data that the run uses (MLflow's dataset inputs). What the run has already stays as it is."""
         self._add("datasets", used=list(used))
+
+    def log_model(self, student: Student) -> None:
+        """Enter a saved student as the run's model, see `student_model`. Again is no second one."""
+        self._add("model", student=student)
 
     def log_text(self, text: str, name: str) -> None:
         """Store a text as the artifact ``name`` (a relative path)."""

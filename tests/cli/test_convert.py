@@ -27,9 +27,9 @@ from pl_attnedit.files import json_text
 from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
 
 KEYS = (
-    "teacher targets pattern phases tokens_stage1 tokens_stage2 kl_before kl_after_stage1 kl_after_stage2 top1_after "
-    "ppl_teacher ppl_student kv_context kv_bytes_per_token_teacher kv_bytes_per_token_student wall_seconds peak_rss_bytes "
-    "run_id recipe"
+    "teacher targets pattern phases tokens_stage1 tokens_stage2 tokens_per_s_stage1 tokens_per_s_stage2 kl_before "
+    "kl_after_stage1 kl_after_stage2 top1_after ppl_teacher ppl_student kv_budget kv_context kv_bytes_per_token_teacher "
+    "kv_bytes_per_token_student wall_seconds peak_rss_bytes run_id recipe"
 )
 Make = Callable[..., Any]
 
@@ -86,6 +86,8 @@ def test_from_a_recipe_to_a_report_and_again(
     check_datasets_and_source({"conversion": parent, **runs}, parsed(path).data["source"])
     assert runs["stage1"].data.metrics["val/kl"] == pytest.approx(summary["kl_after_stage1"], rel=1e-5)
 
+    check_parent_and_model(parent, summary, client)
+
     before = content(tmp_path)
     assert main(["convert", "-c", str(path)]) == 0
     assert "done before" in capsys.readouterr().err
@@ -105,6 +107,11 @@ def test_from_a_recipe_to_a_report_and_again(
     ):
         assert main(["generate", model, *mistake]) == 2
         assert message in capsys.readouterr().err
+    assert main(["convert", "-c", str(path), "--register", "tiny-swa"]) == 0  # of a conversion that is done
+    assert "registered as tiny-swa" in capsys.readouterr().err
+    [version] = client.search_model_versions("name = 'tiny-swa'")
+    assert version.run_id == parent.info.run_id
+    assert model in version.description
     assert main(["compare"]) == 0
     assert "tiny" in capsys.readouterr().out
     assert main(["report", "-o", "all.html"]) == 0
@@ -123,6 +130,13 @@ def test_from_a_recipe_to_a_report_and_again(
     assert (tmp_path / "again" / "results.json").is_file()
     kinds = [run.data.tags["pl_attnedit.kind"] for run in client.search_runs([experiment.experiment_id])]
     assert kinds.count("evaluation") == 2
+    results = json.loads((tmp_path / "again" / "results.json").read_text())
+    [again, first] = client.search_runs([experiment.experiment_id], "tags.`pl_attnedit.kind` = 'evaluation'")
+    [dataset] = [each.dataset for each in again.inputs.dataset_inputs]
+    assert dataset.digest == results["settings"]["text_digest"] == first.inputs.dataset_inputs[0].dataset.digest
+    perplexity = "heldout_perplexity/word_perplexity/difference"
+    values = [metric.value for metric in client.get_metric_history(parent.info.run_id, perplexity)]
+    assert values == [first.data.metrics[f"eval/{perplexity}"], again.data.metrics[f"eval/{perplexity}"]]
 
 
 def check_datasets_and_source(runs: dict[str, Any], source: str) -> None:
@@ -139,6 +153,27 @@ def check_datasets_and_source(runs: dict[str, Any], source: str) -> None:
     for run in runs.values():
         assert run.data.tags["mlflow.source.name"] == "pl-attnedit convert"
         assert run.data.tags["mlflow.source.type"] == "LOCAL"
+
+
+def check_parent_and_model(parent: Any, summary: dict[str, Any], client: MlflowClient) -> None:
+    """What MLflow's tables and charts of parents compare, and the column Models."""
+    differences = {
+        f"{task}/{metric}/{name}"
+        for task, metric in (("heldout_perplexity", "word_perplexity"), ("heldout_cloze", "acc"))
+        for name in ("difference", "ci_low", "ci_high")
+    }
+    numbers = {name for name, value in summary.items() if isinstance(value, int | float)}
+    assert set(parent.data.metrics) == numbers | differences
+    assert parent.data.metrics["kv_budget"] == budget(summary)
+    assert summary["tokens_per_s_stage1"] > 0
+    [output] = parent.outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert (model.name, model.status, model.source_run_id) == ("tiny", "READY", parent.info.run_id)
+    assert model.params["pattern"] == "SSSF"
+    assert Path(model.params["folder"], "model.safetensors").stat().st_size == int(model.params["size_bytes"])
+    assert {metric.key: metric.value for metric in model.metrics} == parent.data.metrics
+    files = list(Path(model.artifact_location).iterdir())
+    assert [file.name for file in files] == ["MLmodel"], "no weights"
 
 
 def parsed(path: Path) -> Any:

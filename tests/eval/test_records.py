@@ -13,8 +13,9 @@ from mlflow.exceptions import MlflowException
 from mlflow_reads import metric_history
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.evaluation_log import log_evaluation
+from pl_attnedit.eval.evaluation_log import compared_metrics, log_evaluation
 from pl_attnedit.eval.records import find_conversions, load_json
+from pl_attnedit.eval.report.compare import compare_runs, format_rows
 from pl_attnedit.tracking import TrackedRun, connect, start_child
 
 
@@ -47,6 +48,27 @@ def test_metrics(logged: Any) -> None:
     assert metrics["eval/fidelity/tokens"] == 5120
     assert "eval/fidelity/top1_stderr" not in metrics  # null: of a single sequence
     assert len(metrics) < 60
+
+
+def test_what_the_parent_shows_has_the_names_of_compares_columns(logged: Any) -> None:
+    content = json.loads(fake_evaluation().to_json())
+    shown = compared_metrics(content)
+    tasks = {f"offline: {row['task']}/{row['metric']}": row for row in content["tasks"]}
+    first = ["offline: heldout_perplexity/word_perplexity", "offline: heldout_cloze/acc"]
+    for key in first:
+        for name in ("difference", "ci_low", "ci_high"):
+            assert shown.pop(f"{key}/{name}") == tasks[key][name]
+    assert shown.pop("kl_512") == content["fidelity"]["kl"]
+    assert shown.pop("decode/512x8") == pytest.approx(1.5)
+    assert shown.pop("decode/512x1") == 1
+    assert shown.pop("decode_tokens_per_s/512x8") == 40 * 8 * 1.5
+    assert set(shown) == {"decode_tokens_per_s/512x1"}
+    columns = format_rows(compare_runs(tracking_uri=logged[0]), "csv").splitlines()[0].split(",")
+    assert {f"{key}/{name}" for key in first for name in ("difference", "ci_low", "ci_high")} <= set(columns)
+    assert {"decode/512x8", "decode/512x1"} <= set(columns)
+    without = {"tasks": [], "fidelity": {"kl": None, "tokens": 1, "sequences": 1}, "efficiency": [{"model": "teacher"}]}
+    without["efficiency"][0] |= {"context": 1, "batch": 1, "decode_tokens_per_s": None}
+    assert compared_metrics(without) == {}
 
 
 def test_tags(logged: Any) -> None:

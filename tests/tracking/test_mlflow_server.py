@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -23,7 +24,9 @@ from pl_attnedit.tracking import (
     deliver_pending,
     start_child,
     start_conversion,
+    student_model,
 )
+from pl_attnedit.tracking.datasets import used_text
 
 
 def test_unreachable_at_the_start_is_an_error_within_seconds(tmp_path: Path) -> None:
@@ -66,6 +69,10 @@ def test_a_logged_run_arrives_with_params_artifacts_and_odd_numbers(server: Mlfl
         file = tmp_path / "summary.json"
         file.write_text("{}")
         run.log_file(file)
+        for _ in range(2):
+            run.log_model(student_model(tmp_path, "m", "f", 300, {"a": 1}, register="arrives"))
+            run.log_datasets([used_text("d", "training", "0123")])
+        run.log_metrics({"kl": 0.5}, of_model=True)
     stored = client.get_run(run.run_id)
     assert stored.info.status == "FINISHED"
     assert stored.data.params == {"a.b": "1", "long": "x" * 6000}
@@ -73,6 +80,14 @@ def test_a_logged_run_arrives_with_params_artifacts_and_odd_numbers(server: Mlfl
     assert stored.data.metrics["inf"] > 1e300
     assert stored.data.metrics["m1499"] == 1499
     assert {item.path for item in client.list_artifacts(run.run_id)} == {"notes", "summary.json"}
+    [output] = stored.outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert model.status == "READY"
+    assert [(metric.key, metric.value) for metric in model.metrics] == [("kl", 0.5)]
+    assert [file.path for file in client.list_logged_model_artifacts(model.model_id)] == ["MLmodel"]
+    [version] = client.search_model_versions("name = 'arrives'")
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "arrives", "version": int(version.version)}]
+    assert [each.dataset.name for each in stored.inputs.dataset_inputs] == ["d"]
 
 
 def test_training_survives_a_killed_server_and_every_metric_arrives_once(server: MlflowServer, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pl_attnedit.tracking import (
     start_conversion,
 )
 from pl_attnedit.tracking.client import _make_sqlite
-from pl_attnedit.tracking.datasets import dataset_input, used_text
+from pl_attnedit.tracking.datasets import dataset_input, documents_digest, used_text
 from pl_attnedit.tracking.delivery import _send_datasets
 from pl_attnedit.tracking.environment import source_tags
 from pl_attnedit.tracking.run import status_of
@@ -331,7 +331,9 @@ def test_a_source_is_the_command_with_the_commit_of_the_working_folder_or_of_the
 
 def test_the_text_of_a_run_arrives_once_with_its_use(database: str, tmp_path: Path) -> None:
     hashes = np.array([3, 1, 2], np.uint64)
-    used = [used_text("some/dataset", "training", hashes, tokens=7), used_text(str(tmp_path), "validation", hashes[:1])]
+    digests = [documents_digest(hashes), documents_digest(hashes[:1])]
+    used = [used_text("some/dataset", "training", digests[0], tokens=7)]
+    used.append(used_text(str(tmp_path), "validation", digests[1]))
     run = TrackedRun(new_run(database, "datasets"), tmp_path, tracking_uri=database)
     for _ in range(2):  # of a conversion that goes on
         run.log_datasets(used)
@@ -341,8 +343,8 @@ def test_the_text_of_a_run_arrives_once_with_its_use(database: str, tmp_path: Pa
     )
     assert [(tag.key, tag.value) for tag in training.tags] == [("mlflow.data.context", "training")]
     assert (training.dataset.name, training.dataset.source_type) == ("some/dataset", "hugging_face")
-    assert json.loads(training.dataset.profile) == {"documents": 3, "tokens": 7}
-    assert training.dataset.digest == used_text("elsewhere", "evaluation", hashes[::-1])["digest"]
+    assert json.loads(training.dataset.profile) == {"tokens": 7}
+    assert training.dataset.digest == documents_digest(hashes[::-1])
     assert validation.tags[0].value == "validation"
     assert validation.dataset.source_type == "local"
     assert validation.dataset.digest != training.dataset.digest
@@ -351,7 +353,7 @@ def test_the_text_of_a_run_arrives_once_with_its_use(database: str, tmp_path: Pa
 def test_runs_that_enter_the_same_dataset_at_once_all_have_it(database: str, tmp_path: Path) -> None:
     client = connect(database)
     run_ids = [new_run(database, "at_once") for _ in range(4)]
-    used = [dataset_input(used_text("the/same", "training", np.array([n], np.uint64))) for n in range(3)]
+    used = [dataset_input(used_text("the/same", "training", f"{n}")) for n in range(3)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda run_id: _send_datasets(client, run_id, used), run_ids))
     assert [len(client.get_run(run_id).inputs.dataset_inputs) for run_id in run_ids] == [3] * 4
