@@ -180,7 +180,7 @@ def obstacles(trainer: dict[str, Any], platforms: dict[str, Platform]) -> list[s
         UserError: an accelerator that there is on no machine.
     """
     from pl_attnedit.conversion.checks import check_accelerator
-    from pl_attnedit.conversion.pipeline import build_trainer  # which needs all there is
+    from pl_attnedit.conversion.trainers import build_trainer  # which needs all there is
 
     accelerator = trainer.get("accelerator", "auto")
     check_accelerator(accelerator)

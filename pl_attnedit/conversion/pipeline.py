@@ -12,43 +12,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 
 from pl_attnedit.callbacks import (
-    NaNGuard,
-    ProcessWatch,
-    Progress,
-    ResumableCheckpoint,
     Throughput,
     check_checkpoint,
     latest_checkpoint,
 )
-from pl_attnedit.conversion.checks import check_devices, check_recipe, stage_module
+from pl_attnedit.conversion.checks import check_recipe, stage_module
+from pl_attnedit.conversion.evaluation import build_tasks, evaluate_student, measure_cache
 from pl_attnedit.conversion.recipe import Recipe, StageRecipe
 from pl_attnedit.conversion.run_folder import RunFolder, read_summary
 from pl_attnedit.conversion.summary import log_student, log_summary, summarise
+from pl_attnedit.conversion.trainers import check_machine, save_student, stage_trainer
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import STAGES, DistillationModule
-from pl_attnedit.distillation.engine.sharding import whole_state_dict
-from pl_attnedit.distillation.settings import frozen_dtype
 from pl_attnedit.distillation.validation import TeacherHidden
-from pl_attnedit.errors import UserError
 from pl_attnedit.eval.evaluation_log import log_evaluation
-from pl_attnedit.eval.fidelity.continuations import greedy_continuations
-from pl_attnedit.eval.harness.paired import evaluate_pair
-from pl_attnedit.eval.harness.tasks import OFFLINE_TASKS, build_offline_tasks
 from pl_attnedit.eval.report.card import write_card
 from pl_attnedit.eval.report.page import write_report
-from pl_attnedit.eval.students import load_pair
 from pl_attnedit.files import json_text, write_atomically
 from pl_attnedit.memory import release_memory
-from pl_attnedit.modeling.edit import read_config
-from pl_attnedit.modeling.kv import fill_cache, kv_context, on_meta
-from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
 from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
-from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_config
+from pl_attnedit.teachers.sources.resolve import resolve_teacher
 from pl_attnedit.tracking import (
     ConversionRuns,
     TrackedRun,
@@ -115,14 +101,6 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     return Conversion(recipe, data, folder, runs, plain).run()
 
 
-def check_machine(recipe: Recipe) -> Trainer:
-    """A Trainer as the stages will have it; `UserError` where this machine cannot run them."""
-    trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
-    frozen_dtype(trainer.precision, recipe.dtype)  # of a plugin, too
-    check_devices(recipe, trainer.strategy.root_device.type, trainer.world_size)
-    return trainer
-
-
 class Conversion:
     """The phases of one conversion over its run folder and its MLflow runs.
 
@@ -155,11 +133,12 @@ class Conversion:
             for run in (parent, self.runs.run("stage1"), self.runs.run("stage2")):
                 run.log_datasets(used)
             self.runs.run("evaluation").log_datasets(evaluation_text(self.data))
-            self.phase("tasks", self.build_tasks)  # before the training: text too short for them is an error at once
+            # before the training: text too short for them is an error at once
+            self.phase("tasks", lambda: build_tasks(self.recipe, self.data, self.folder.path))
             self.phase("init", self.initialise)
             self.phase("stage1", lambda: self.stage("stage1", self.recipe.stage1, "init"))
             self.phase("stage2", lambda: self.stage("stage2", self.recipe.stage2, "stage1/student"))
-            self.phase("kv", self.measure)
+            self.phase("kv", lambda: measure_cache(self.recipe, self.folder.path))
             self.phase("evaluation", self.evaluate)
             self.summarise(parent)
         self.phase("report", self.report)
@@ -196,20 +175,6 @@ class Conversion:
         print(f"== {text}", file=sys.stderr, flush=True)
 
     # phases
-
-    def build_tasks(self) -> str:
-        """lm-eval tasks out of held-out text; returns their folder."""
-        options = self.recipe.evaluation
-        folder = build_offline_tasks(
-            self.data.held_out_texts(),
-            self.folder.path / "eval" / "tasks",
-            n_documents=options.documents,
-            n_cloze=options.cloze,
-            seed=self.recipe.seed,
-            tokenizer=self.data.tokenizer,
-            max_length=self.data.seq_len,
-        )
-        return str(folder)
 
     def initialise(self) -> dict[str, float]:
         """Builds the student and measures it untrained."""
@@ -258,38 +223,10 @@ class Conversion:
         before = self.folder.progress["init" if name == "stage1" else "stage1"]
         return {**before, "tokens": 0, "tokens_per_s": None}
 
-    def measure(self) -> dict[str, Any]:
-        """Cached bytes per token of teacher and student on their real caches, both in the student's dtype."""
-        config = read_config(self.folder.path / "student")
-        teacher, student = (on_meta(each, config.dtype) for each in (teacher_config(self.recipe.teacher), config))
-        context = kv_context(student)
-        return {
-            "kv_context": context,
-            "kv_bytes_per_token_teacher": sum(next(fill_cache(teacher, context))) / context,
-            "kv_bytes_per_token_student": sum(next(fill_cache(student, context))) / context,
-            "pattern": student.edit_plan.pattern,
-        }
-
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> list[dict[str, Any]]:
         """Teacher and student answer the same tasks; the result goes to MLflow and into the run folder."""
-        teacher, student, tokenizer = load_pair(self.folder.path / "student", self.recipe.teacher)
         device = self.trainer("evaluation", None).strategy.root_device
-        for model in (teacher, student):
-            model.to(device)
-        out = self.folder.path / "eval"
-        result = evaluate_pair(
-            teacher,
-            student,
-            tokenizer,
-            OFFLINE_TASKS,
-            task_folder=out / "tasks",
-            max_length=self.data.seq_len,
-            out_dir=out,
-            teacher_fingerprint=model_fingerprint(resolve_teacher(self.recipe.teacher)),
-            student_fingerprint=model_fingerprint(self.folder.path / "student"),
-        )
-        tokens = self.recipe.evaluation.continuation_tokens
-        texts = greedy_continuations(teacher, student, tokenizer, max_new_tokens=tokens) if tokens else None
+        result, texts = evaluate_student(self.recipe, self.folder.path, self.data.seq_len, device)
         with self.runs.run("evaluation") as run:
             log_evaluation(result, run, texts)
         return result.content()["tasks"]
@@ -318,45 +255,11 @@ class Conversion:
         return stage_module(self.recipe, name, stage, init_from)
 
     def trainer(self, name: str, stage: StageRecipe | None) -> Trainer:
-        options: dict[str, Any] = {
-            "num_sanity_val_steps": 0,
-            "enable_model_summary": False,
-            "log_every_n_steps": 1,
-            "callbacks": [Progress(name), ProcessWatch()],
-        }
-        if stage is None:
-            options |= {"logger": False, "enable_checkpointing": False}
-        else:
-            every = stage.validate_every
-            options |= {
-                "max_steps": stage.total_steps,
-                "accumulate_grad_batches": stage.accumulate,
-                "limit_val_batches": 1.0 if every else 0,
-                "val_check_interval": every * stage.accumulate if every else None,
-                "check_val_every_n_epoch": None if every else 1,
-                "logger": not self.follows
-                and TrackingLogger(
-                    self.runs.tracking_uri, run_id=self.runs.children[name], spool_dir=self.runs.spool_dir
-                ),
-                "callbacks": [
-                    Progress(name),
-                    ProcessWatch(),
-                    Throughput(),
-                    NaNGuard(),
-                    *self.checkpointing(name, stage),
-                ],
-            }
-        return build_trainer(options | self.recipe.trainer)
-
-    def checkpointing(self, name: str, stage: StageRecipe) -> list[Callback]:
-        """The stage's own callbacks, and a `ResumableCheckpoint` where none of them is one; its folder is ours."""
-        callbacks = list(stage.callbacks)
-        if not any(isinstance(callback, ResumableCheckpoint) for callback in callbacks):
-            callbacks.append(ResumableCheckpoint())
-        for callback in callbacks:
-            if isinstance(callback, ResumableCheckpoint):
-                callback.dirpath = str((self.folder.path / name).resolve())
-        return callbacks
+        logger = None
+        if stage is not None and not self.follows:
+            runs = self.runs
+            logger = TrackingLogger(runs.tracking_uri, run_id=runs.children[name], spool_dir=runs.spool_dir)
+        return stage_trainer(self.recipe, name, stage, self.folder.path / name, logger)
 
     def validate(self, trainer: Trainer, module: DistillationModule) -> dict[str, float]:
         """Held-out figures; the teacher's part is computed once per process."""
@@ -364,30 +267,3 @@ class Conversion:
         module.teacher_hidden = self._teacher_hidden
         [found] = trainer.validate(module, self.data, verbose=False)
         return dict(found)
-
-
-def build_trainer(options: dict[str, Any]) -> Trainer:
-    """A Trainer; values that Lightning refuses are a user's mistake."""
-    try:
-        return Trainer(**with_npu(options))
-    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-        raise UserError(f"trainer: {error}") from error
-
-
-def save_student(module: DistillationModule, path: Path, dtype: torch.dtype | None = None) -> None:
-    """The student as a Hugging Face folder with its tokenizer. All processes must call it; rank 0 writes.
-
-    dtype: of all its weights; None = each as it is, for a training that goes on from there.
-    """
-    assert module.tokenizer is not None
-    state = whole_state_dict(module.student)
-    if module.global_rank == 0:
-        if dtype is not None:
-            once = {id(value): value.to(dtype) for value in state.values()}  # what is tied stays one
-            state = {name: once[id(value)] for name, value in state.items()}
-        module.student.save_pretrained(path, state_dict=state)
-        if dtype not in (None, module.student.dtype):  # `save_pretrained` has written the module's own
-            module.student.config.dtype = dtype
-            module.student.config.save_pretrained(path)
-        module.tokenizer.save_pretrained(path)
-        module.trained_on().save(path)

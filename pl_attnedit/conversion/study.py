@@ -30,9 +30,9 @@ from scipy import stats
 
 from pl_attnedit.config_files import merged, read_yaml
 from pl_attnedit.conversion.checks import check_recipe
-from pl_attnedit.conversion.pipeline import check_machine
 from pl_attnedit.conversion.recipe import Recipe, as_plain, read_recipe, recipe_parser
 from pl_attnedit.conversion.run_folder import changed_fields, is_finished, is_running, read_summary
+from pl_attnedit.conversion.trainers import check_machine
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.report.formatting import aligned
 from pl_attnedit.files import write_atomically

@@ -28,7 +28,7 @@ from fixtures_stages import (  # noqa: F401
 
 from pl_attnedit import UserError
 from pl_attnedit.cli import main
-from pl_attnedit.conversion.pipeline import save_student
+from pl_attnedit.conversion.trainers import save_student
 from pl_attnedit.data import TextDataModule, datamodule
 from pl_attnedit.data.sources import OpenSource, document_hash
 from pl_attnedit.eval import held_out

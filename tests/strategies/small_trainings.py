@@ -30,7 +30,7 @@ from pl_attnedit.callbacks import (
     Throughput,
 )
 from pl_attnedit.checkpoints import io as checkpoints
-from pl_attnedit.conversion.pipeline import save_student
+from pl_attnedit.conversion.trainers import save_student
 from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
 
 STAGES = {"stage1": LayerwiseDistillation, "stage2": ModelDistillation}

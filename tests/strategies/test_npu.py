@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from simulated_npu import npu, on_simulated_npus
 
 from pl_attnedit.callbacks.random_state import random_state, restore_random_state
-from pl_attnedit.conversion.pipeline import build_trainer
+from pl_attnedit.conversion.trainers import build_trainer
 from pl_attnedit.distillation import LayerwiseDistillation
 from pl_attnedit.errors import UserError
 from pl_attnedit.strategies import NPUAccelerator, NPUDDPStrategy, NPUFSDPStrategy, NPUSingleStrategy, with_npu

@@ -1,0 +1,96 @@
+"""The Trainers of a conversion, and the saving of the student that one has trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+
+from pl_attnedit.callbacks import NaNGuard, ProcessWatch, Progress, ResumableCheckpoint, Throughput
+from pl_attnedit.conversion.checks import check_devices
+from pl_attnedit.conversion.recipe import Recipe, StageRecipe
+from pl_attnedit.distillation import DistillationModule
+from pl_attnedit.distillation.engine.sharding import whole_state_dict
+from pl_attnedit.distillation.settings import frozen_dtype
+from pl_attnedit.errors import UserError
+from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
+
+
+def check_machine(recipe: Recipe) -> Trainer:
+    """A Trainer as the stages will have it; `UserError` where this machine cannot run them."""
+    trainer = build_trainer({"logger": False, "enable_checkpointing": False, **recipe.trainer})
+    frozen_dtype(trainer.precision, recipe.dtype)  # of a plugin, too
+    check_devices(recipe, trainer.strategy.root_device.type, trainer.world_size)
+    return trainer
+
+
+def stage_trainer(recipe: Recipe, name: str, stage: StageRecipe | None, folder: Path, logger: Logger | None) -> Trainer:
+    """The Trainer of one stage, or with `stage` None one that only validates.
+
+    Args:
+        name: of the stage, as it reports its progress.
+        folder: of its checkpoints.
+        logger: None logs nothing.
+    """
+    options: dict[str, Any] = {
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "logger": logger or False,
+        "callbacks": [Progress(name), ProcessWatch()],
+    }
+    if stage is None:
+        options |= {"enable_checkpointing": False}
+    else:
+        every = stage.validate_every
+        options |= {
+            "max_steps": stage.total_steps,
+            "accumulate_grad_batches": stage.accumulate,
+            "limit_val_batches": 1.0 if every else 0,
+            "val_check_interval": every * stage.accumulate if every else None,
+            "check_val_every_n_epoch": None if every else 1,
+        }
+        options["callbacks"] += [Throughput(), NaNGuard(), *_own_callbacks(stage, folder)]
+    return build_trainer(options | recipe.trainer)
+
+
+def _own_callbacks(stage: StageRecipe, folder: Path) -> list[Callback]:
+    """The stage's callbacks, and a `ResumableCheckpoint` where none of them is one; it writes to `folder`."""
+    callbacks = list(stage.callbacks)
+    if not any(isinstance(callback, ResumableCheckpoint) for callback in callbacks):
+        callbacks.append(ResumableCheckpoint())
+    for callback in callbacks:
+        if isinstance(callback, ResumableCheckpoint):
+            callback.dirpath = str(folder.resolve())
+    return callbacks
+
+
+def build_trainer(options: dict[str, Any]) -> Trainer:
+    """A Trainer; values that Lightning refuses are a user's mistake."""
+    try:
+        return Trainer(**with_npu(options))
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        raise UserError(f"trainer: {error}") from error
+
+
+def save_student(module: DistillationModule, path: Path, dtype: torch.dtype | None = None) -> None:
+    """The student as a Hugging Face folder with its tokenizer. All processes must call it; rank 0 writes.
+
+    dtype: of all its weights; None = each as it is, for a training that goes on from there.
+    """
+    assert module.tokenizer is not None
+    state = whole_state_dict(module.student)
+    if module.global_rank == 0:
+        if dtype is not None:
+            once = {id(value): value.to(dtype) for value in state.values()}  # what is tied stays one
+            state = {name: once[id(value)] for name, value in state.items()}
+        module.student.save_pretrained(path, state_dict=state)
+        if dtype not in (None, module.student.dtype):  # `save_pretrained` has written the module's own
+            module.student.config.dtype = dtype
+            module.student.config.save_pretrained(path)
+        module.tokenizer.save_pretrained(path)
+        module.trained_on().save(path)
