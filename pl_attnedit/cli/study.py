@@ -31,7 +31,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.workers < 1:
         raise invalid("--workers", options.workers, "must be at least 1")
 
-    from pl_attnedit.conversion.study import StudyRun, read_study, study_table
+    from pl_attnedit.conversion.study import read_study
+    from pl_attnedit.conversion.study_results import study_table
+    from pl_attnedit.conversion.study_run import StudyRun
     from pl_attnedit.files import check_output, json_text, write_atomically
 
     if options.output:

@@ -60,27 +60,33 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     }
     result["memory"]["init"] = init_memory(teacher, student, recipe.init, data.batch_size, data.seq_len)
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
-        phases, memory = [], []
-        for phase in stage.all_phases(data.seq_len, data.batch_size):
-            step = _step(name, stage, phase, recipe, devices, 2 if _low(recipe) else dtype.itemsize)
-            memory.append(stage_memory(teacher, student, step))
-            tokens = phase.steps * stage.accumulate * devices * step.tokens
-            block_loss = stage.options.get("supervise") == "block"
-            sizes: dict[str, Any] = {
-                "seq_len": phase.seq_len,
-                "block_loss": block_loss,
-                "train_layers": step.train_layers,
-            }
-            flops = tokens * step_flops(teacher, student, stage=name, trained=step.trained, **sizes)
-            seconds = flops / (result["matmul_flops"] * result["efficiency"] * devices)
-            phases.append(asdict(phase) | {"tokens": tokens, "flops": flops, "seconds": seconds})
+        phases = stage.all_phases(data.seq_len, data.batch_size)
+        steps = [_step(name, stage, phase, recipe, devices, 2 if _low(recipe) else dtype.itemsize) for phase in phases]
+        memory = [stage_memory(teacher, student, step) for step in steps]
+        rate = result["matmul_flops"] * result["efficiency"] * devices
+        work = [_work(teacher, student, stage, *each, rate) for each in zip(phases, steps)]
         result["memory"][name] = max(memory, key=lambda found: found.total)
         result["stages"][name] = {
-            "trained_parameters": sum(p.numel() for p in trained_parameters(student, step)),
-            **{figure: sum(phase[figure] for phase in phases) for figure in ("steps", "tokens", "flops", "seconds")},
-            "phases": [phase | {"memory": found.total} for phase, found in zip(phases, memory)],
+            "trained_parameters": sum(p.numel() for p in trained_parameters(student, steps[-1])),
+            **{figure: sum(phase[figure] for phase in work) for figure in ("steps", "tokens", "flops", "seconds")},
+            "phases": [phase | {"memory": found.total} for phase, found in zip(work, memory)],
         }
     return result
+
+
+def _work(teacher: Any, student: Any, stage: StageRecipe, phase: Phase, step: Step, rate: float) -> dict[str, Any]:
+    """Tokens, floating point operations and seconds of a phase, at `rate` operations per second on all devices."""
+    tokens = phase.steps * stage.accumulate * step.devices * step.tokens
+    flops = tokens * step_flops(
+        teacher,
+        student,
+        stage=step.stage,
+        trained=step.trained,
+        seq_len=phase.seq_len,
+        block_loss=stage.options.get("supervise") == "block",
+        train_layers=step.train_layers,
+    )
+    return asdict(phase) | {"tokens": tokens, "flops": flops, "seconds": flops / rate}
 
 
 def _kv(teacher: Any, student: Any, limit: int) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pl_attnedit.conversion.study import ratio_text
+from pl_attnedit.conversion.study_results import ratio_text
 from results.figures.data import CONVERSIONS, bold_least, data, digits, kl, table
 
 

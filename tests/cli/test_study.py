@@ -19,7 +19,9 @@ from mlflow.tracking import MlflowClient
 from pl_attnedit.cli import main
 from pl_attnedit.conversion.checks import check_recipe
 from pl_attnedit.conversion.recipe import read_recipe, recipe_parser
-from pl_attnedit.conversion.study import StudyRun, read_study, rows
+from pl_attnedit.conversion.study import read_study
+from pl_attnedit.conversion.study_results import rows
+from pl_attnedit.conversion.study_run import StudyRun
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.shapes import config_of
 from pl_attnedit.locks import LOCK, claim
