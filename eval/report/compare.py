@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.records import SUITE_TAG, Conversion, eval_metrics, fidelity_metrics, find_conversions
+from pl_attnedit.eval.records import SUITE_TAG, Conversion, as_logged, eval_metrics, fidelity_metrics, find_conversions
 from pl_attnedit.eval.report.formatting import aligned, context_length, markdown_table, with_error
 from pl_attnedit.files import json_text
 from pl_attnedit.tracking.client import EXPERIMENT
@@ -34,6 +35,10 @@ class ComparisonRow:
     ppl_teacher: float | None
     ppl_student: float | None
     wall_seconds: float | None  # working time of the conversion over all its starts
+    tokens_per_s_stage1: float | None = None  # of training
+    tokens_per_s_stage2: float | None = None
+    # "kl_<context>" -> KL over sequences of that many tokens, of the suite that was evaluated last and measures it
+    kl_by_context: dict[str, float] = field(default_factory=dict)
     # "task/metric" of the conversion's own evaluation, "suite: task/metric" of a suite's latest one ->
     # teacher, student, difference, ci_low, ci_high
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -75,12 +80,15 @@ def comparison_row(conversion: Conversion) -> ComparisonRow:
             fidelity[said.get(SUITE_TAG, "")] = whole
     tags = {name: conversion.tag(name) for name in ("recipe", "teacher", "target", "pattern")}
     names = ["kl_before", "kl_after_stage1", "kl_after_stage2", "top1_after", "ppl_teacher", "ppl_student"]
-    names += ["wall_seconds"]
+    names += ["wall_seconds", "tokens_per_s_stage1", "tokens_per_s_stage2"]
+    metrics = conversion.run.data.metrics
+    contexts = sorted((key for key in metrics if re.fullmatch(r"kl_\d+", key)), key=lambda key: int(key[3:]))
     return ComparisonRow(
         run_id=conversion.run_id,
         name=conversion.name,
         tokens=conversion.tokens,
         kv_budget=conversion.kv_budget,
+        kl_by_context={key: as_logged(metrics[key]) for key in contexts},
         differences=dict(sorted(differences.items())),
         verdicts=dict(sorted(verdicts.items())),
         decode=dict(sorted(decode.items(), key=lambda item: _size(item[0]))),
@@ -177,6 +185,7 @@ def _csv(rows: Sequence[ComparisonRow]) -> str:
     flat: list[dict[str, Any]] = []
     for row in rows:
         values = asdict(row)
+        values.update(values.pop("kl_by_context"))
         for key, fields in values.pop("differences").items():
             values.update({f"{key}/{name}": value for name, value in fields.items()})
         values.update({f"{key}/verdict": verdict for key, verdict in values.pop("verdicts").items()})

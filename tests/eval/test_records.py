@@ -21,18 +21,18 @@ from pl_attnedit.tracking import TrackedRun, connect, start_child
 
 @pytest.fixture
 def logged(store: tuple[str, list[str]], tmp_path: Path) -> Any:
-    """The store's URI and the run of an evaluation with every part, which goes away after the test."""
+    """The store's URI the run of an evaluation with every part, which goes away after the test, and its parent."""
     uri, ids = store
     client = connect(uri)
     run_id = start_child(ids[-1], "evaluation", client=client)
     with TrackedRun(run_id, tmp_path, tracking_uri=uri) as run:
         log_evaluation(fake_evaluation(), run)  # type: ignore[arg-type]
-    yield uri, client.get_run(run_id)
+    yield uri, client.get_run(run_id), ids[-1]
     client.delete_run(run_id)
 
 
 def test_metrics(logged: Any) -> None:
-    uri, run = logged
+    uri, run, _ = logged
     metrics = run.data.metrics
     content = json.loads(fake_evaluation().to_json())
     row = content["efficiency"][1]
@@ -63,12 +63,25 @@ def test_what_the_parent_shows_has_the_names_of_compares_columns(logged: Any) ->
     assert shown.pop("decode/512x1") == 1
     assert shown.pop("decode_tokens_per_s/512x8") == 40 * 8 * 1.5
     assert set(shown) == {"decode_tokens_per_s/512x1"}
+    connect(logged[0]).log_metric(logged[2], "kl_512", 0.1)
     columns = format_rows(compare_runs(tracking_uri=logged[0]), "csv").splitlines()[0].split(",")
+    assert {"kl_512", "kv_budget", "tokens_per_s_stage1"} <= set(columns)
     assert {f"{key}/{name}" for key in first for name in ("difference", "ci_low", "ci_high")} <= set(columns)
     assert {"decode/512x8", "decode/512x1"} <= set(columns)
     without = {"tasks": [], "fidelity": {"kl": None, "tokens": 1, "sequences": 1}, "efficiency": [{"model": "teacher"}]}
     without["efficiency"][0] |= {"context": 1, "batch": 1, "decode_tokens_per_s": None}
     assert compared_metrics(without) == {}
+
+
+def test_conversions_of_earlier_versions_are_read(store: tuple[str, list[str]]) -> None:
+    """Those of the store have neither `kv_budget` nor figures of the evaluation in the parent run."""
+    for conversion in find_conversions(store[1][:4], store[0]):
+        metrics = conversion.run.data.metrics
+        assert not {"kv_budget", *(key for key in metrics if "/" in key)} & metrics.keys()
+        assert conversion.kv_budget == metrics["kv_bytes_per_token_student"] / metrics["kv_bytes_per_token_teacher"]
+    rows = compare_runs(store[1][:4], store[0])
+    assert [row.kv_budget for row in rows] == pytest.approx([0.27, 0.5, 0.333, 0.281])
+    assert all("heldout_cloze/acc" in row.differences for row in rows)
 
 
 def test_tags(logged: Any) -> None:
@@ -79,7 +92,7 @@ def test_tags(logged: Any) -> None:
 
 
 def test_tables_are_mlflows(logged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    uri, run = logged
+    uri, run, _ = logged
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # where `load_table` searches, whatever its client is for
     client = connect(uri)
     content = json.loads(fake_evaluation().to_json())
