@@ -37,16 +37,22 @@ from pl_attnedit.eval.records import (
 )
 from pl_attnedit.eval.report.formatting import duration
 from pl_attnedit.eval.report.page import write_report
-from pl_attnedit.eval.schedule.jobs import SCHEDULED_TAG, EvaluationFailed, Job, Subject, back_off, evaluate_in_process
+from pl_attnedit.eval.schedule.jobs import Job, evaluate_in_process
+from pl_attnedit.eval.schedule.subjects import (
+    SCHEDULED_TAG,
+    EvaluationFailed,
+    Subject,
+    back_off,
+    check_fingerprint,
+    first_line,
+    newest_checkpoint,
+)
 from pl_attnedit.interruption import Interrupted
 from pl_attnedit.locks import LOCK, claim, process_name
-from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
 from pl_attnedit.tracking import connect, deliver_pending, resolve_tracking_uri, start_child
 from pl_attnedit.tracking.client import (
-    CHECKPOINTS_TAG,
     DEFAULT_TRACKING_URI,
     EXPERIMENT,
-    STUDENT_FINGERPRINT_TAG,
     STUDENT_TAG,
     UNREACHABLE,
 )
@@ -253,31 +259,6 @@ class Schedule:
                         client.set_terminated(run.info.run_id, "KILLED")
 
 
-def newest_checkpoint(training: Conversion, tracking_uri: str) -> tuple[Path, str] | None:
-    """The file of the last stage's newest checkpoint, and what its evaluations are tagged with."""
-    for kind in ("fit", "stage2", "stage1"):
-        for run in reversed(training.children.get(kind, [])):
-            # by name: another one may be taking its place while we look
-            folder = present(run.data.tags.get(CHECKPOINTS_TAG, "/nowhere"), run, tracking_uri)
-            files = sorted(folder.glob("last-*.ckpt"))
-            if files:
-                return files[-1], f"{kind}/{files[-1].stem}"
-    return None
-
-
-def check_fingerprint(subject: Subject) -> None:
-    """Raises `EvaluationFailed` where the conversion's folder holds another student by now."""
-    expected = subject.run.data.tags.get(STUDENT_FINGERPRINT_TAG)
-    if subject.checkpoint is not None or expected is None:
-        return
-    try:
-        found = model_fingerprint(subject.path)
-    except (OSError, ValueError) as error:
-        raise EvaluationFailed(f"{subject.path} cannot be read ({first_line(error)})") from error
-    if found != expected:
-        raise EvaluationFailed(f"{subject.path} no longer holds what this conversion has saved there")
-
-
 def absolute_uri(tracking_uri: str | None) -> str:
     """The tracking URI as it means the same in any working folder."""
     url = resolve_tracking_uri(tracking_uri)
@@ -289,10 +270,6 @@ def absolute_uri(tracking_uri: str | None) -> str:
 
 def host_of(process: str) -> str:
     return process.rpartition(":")[0]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:500]
 
 
 def say(text: str) -> None:

@@ -15,7 +15,8 @@ from mlflow.entities import Run
 from mlflow_reads import find_runs
 
 from pl_attnedit.eval.evaluation_log import log_evaluation
-from pl_attnedit.eval.schedule.jobs import EvaluationFailed, Job
+from pl_attnedit.eval.schedule.jobs import Job
+from pl_attnedit.eval.schedule.subjects import EvaluationFailed
 from pl_attnedit.eval.schedule.watch import SPOOL_FOLDER, Schedule
 from pl_attnedit.interruption import termination_as_exception
 from pl_attnedit.tracking import TrackedRun, connect, start_child, start_conversion

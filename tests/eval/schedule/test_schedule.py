@@ -16,7 +16,8 @@ from watched import VERSION, Store
 
 from pl_attnedit.eval.schedule import jobs as schedule_jobs
 from pl_attnedit.eval.schedule import watch as scheduling
-from pl_attnedit.eval.schedule.jobs import SCHEDULED_TAG, EvaluationFailed, Job, back_off
+from pl_attnedit.eval.schedule.jobs import Job
+from pl_attnedit.eval.schedule.subjects import SCHEDULED_TAG, EvaluationFailed, back_off
 from pl_attnedit.eval.schedule.watch import (
     CHECKPOINT_TAG,
     FOLDER_TAG,
