@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
@@ -19,6 +22,15 @@ from pl_attnedit.tracking.spool import Spool
 
 
 class Numbers(LightningDataModule):
+    """With what MLflow is told of a `TextDataModule`: one source, four documents, the last of them held out."""
+
+    fingerprint = "0123"
+    corpus = SimpleNamespace(
+        names=["some/dataset"], source=np.zeros(4, int), hashes=np.arange(4, dtype=np.uint64), lengths=np.arange(1, 5)
+    )
+    train_sequences = SimpleNamespace(corpus=corpus, documents=np.arange(3))
+    held_out = SimpleNamespace(corpus=corpus, documents=np.array([3]))
+
     def train_dataloader(self) -> DataLoader:
         return DataLoader(torch.linspace(0, 1, 4))
 
@@ -143,3 +155,7 @@ def test_the_cli_logs_its_config(database: str, tmp_path: Path, monkeypatch: pyt
     text = Path(client.download_artifacts(run.info.run_id, "config.yaml", str(tmp_path))).read_text()
     assert "max_steps: 2" in text
     assert "pl_attnedit.tracking.TrackingLogger" in text
+    assert run.data.tags["data_fingerprint"] == "0123"
+    assert run.data.tags["mlflow.source.type"] == "LOCAL"
+    used = {each.tags[0].value: json.loads(each.dataset.profile) for each in run.inputs.dataset_inputs}
+    assert used == {"training": {"documents": 3, "tokens": 6}, "validation": {"documents": 1, "tokens": 4}}
