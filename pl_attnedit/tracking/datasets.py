@@ -24,8 +24,8 @@ UsedText = dict[str, str]
 
 
 def documents_digest(hashes: np.ndarray) -> str:
-    """16 hex digits for documents, by their hashes (`document_hash`), uint64, in any order."""
-    return hashlib.sha256(np.sort(hashes).tobytes()).hexdigest()[:16]
+    """Of documents by their hashes (`document_hash`), uint64, in any order: 8 hex digits, as MLflow's own digests."""
+    return hashlib.sha256(np.sort(hashes).tobytes()).hexdigest()[:8]
 
 
 def used_text(name: str, context: Context, digest: str, **profile: int) -> UsedText:
