@@ -160,7 +160,7 @@ def vllm_version(command: str | None) -> str:
 
 
 def last_error(text: str) -> str:
-    """The last error that a log names, but for that of the process which waited for the one that failed."""
+    """The last error that a log names, but for those of processes which waited for the one that failed."""
     errors = re.findall(r"(?:^|\s)([\w.]*(?:Error|Exception): .+)$", text, re.MULTILINE)
-    causes = [error for error in errors if "Engine core initialization failed" not in error]
+    causes = [error for error in errors if "initialization failed" not in error]
     return (causes or errors or text.split("\n")[-2:-1] or ["without a word"])[-1].strip()

@@ -13,6 +13,7 @@ def main(arguments: Sequence[str]) -> int:
         prog="pl-attnedit export",
         description="Write a converted model as a stock checkpoint that needs nothing of ours.",
         epilog="deepseek_v3: MLA in every layer, with latent norm, of a dense teacher without biases and with plain RoPE. "
+        "gguf: model.gguf for llama.cpp, GateSWA of a dense teacher, without sinks of either kind and element gates. "
         "granite_swa: GateSWA without gates and kept sinks, learned ones allowed, of a teacher without QK-norm. "
         "step3p5 and step3p7: GateSWA of a dense Qwen3 teacher, without sinks of either kind, for vLLM (text alone) "
         "and for transformers (with an unused vision tower); norms are stored as weight - 1 there, which costs a student "
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("student", type=expanduser, help="folder of a converted model, e.g. runs/quickstart/student")
     parser.add_argument("out", type=expanduser, help="folder to write; must not exist")
-    parser.add_argument("--format", required=True, help="deepseek_v3, granite_swa, step3p5 or step3p7")
+    parser.add_argument("--format", required=True, help="deepseek_v3, gguf, granite_swa, step3p5 or step3p7")
     options = parser.parse_args(list(arguments))
 
     from pl_attnedit.export import export

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedModel
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.export import deepseek_v3, granite_swa, step3p5, step3p7
+from pl_attnedit.export import deepseek_v3, gguf_step35, granite_swa, step3p5, step3p7
 from pl_attnedit.files import writing
 from pl_attnedit.modeling import load
 from pl_attnedit.modeling.trained_on import FILE as TRAINED_ON
@@ -19,6 +19,7 @@ __all__ = ["FORMATS", "export"]
 
 FORMATS: dict[str, Callable[[PreTrainedModel, Path], None]] = {
     "deepseek_v3": deepseek_v3.write,
+    "gguf": gguf_step35.write,
     "granite_swa": granite_swa.write,
     "step3p5": step3p5.write,
     "step3p7": step3p7.write,

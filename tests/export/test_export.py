@@ -197,6 +197,13 @@ REFUSED = {
     "kept sinks": ("llama", {}, GateSWAConfig(window=4, gate="none", sinks=2), "S", "granite_swa", "sinks: 0"),
     "latents": ("llama", {}, MLAConfig(8, 4), "S", "granite_swa", "must be gate_swa or full"),
     "one key head": ("qwen3", {"num_key_value_heads": 1}, GateSWAConfig(window=4), "S", "step3p5", "use step3p7"),
+    "llama.cpp, kept sinks": ("llama", {}, GateSWAConfig(window=4, sinks=2), "S", "gguf", "sinks: 0"),
+    "llama.cpp, learned sink": ("llama", {}, GateSWAConfig(4, learned_sink=True), "S", "gguf", "learned_sink: false"),
+    "llama.cpp, element gate": ("qwen3", {}, GateSWAConfig(4, gate="element"), "S", "gguf", "gate: head or none"),
+    "llama.cpp, no window": ("llama", {}, GateSWAConfig(window=None), "S", "gguf", "no layer has a window"),
+    "llama.cpp, latents": ("llama", {}, MLAConfig(8, 4), "S", "gguf", "must be gate_swa or full"),
+    "llama.cpp, biases": ("llama", {"mlp_bias": True}, GateSWAConfig(window=4), "S", "gguf", "biases of o_proj or mlp"),
+    "llama.cpp, experts": ("qwen3_moe", {}, GateSWAConfig(window=4), "S", "gguf", "qwen3_moe teacher"),
     "family": ("llama", {}, GateSWAConfig(window=4), "S", "step3p7", "dense Qwen3"),
     "sinks": ("qwen3", {}, GateSWAConfig(window=4, sinks=1), "S", "step3p7", "sinks: 0"),
     "learned sink": ("qwen3", {}, GateSWAConfig(4, learned_sink=True), "S", "step3p7", "learned_sink: false"),
@@ -223,8 +230,8 @@ def test_two_windows_and_unknown_formats_are_refused(
     edit_model(make_teacher("qwen3"), windows, pattern="ST", init="copy").save_pretrained(tmp_path / "s")
     with pytest.raises(UserError, match="same window"):
         export(tmp_path / "s", tmp_path / "out", "step3p7")
-    with pytest.raises(UserError, match="deepseek_v3, granite_swa, step3p5, step3p7"):
-        export(tmp_path / "s", tmp_path / "out", "gguf")
+    with pytest.raises(UserError, match="deepseek_v3, gguf, granite_swa, step3p5, step3p7"):
+        export(tmp_path / "s", tmp_path / "out", "onnx")
     with pytest.raises(UserError, match="exists already"):
         export(tmp_path / "s", tmp_path, "step3p7")
 
