@@ -28,7 +28,8 @@ from pl_attnedit.eval.report.tables import (
     verdict_counts,
 )
 
-MAX_DETAILS = 10  # conversions told in detail: a comment on GitHub holds 65,536 characters
+# Conversions told in detail: a comment on GitHub holds 65,536 characters, and the page with its charts stays under 2 MB.
+MAX_DETAILS = 10
 Address = Callable[[Run], str | None]
 
 
@@ -44,7 +45,8 @@ def markdown_report(data: Sequence[ConversionData], made: datetime, address: Add
     parts += [_overview(data, address)]
     parts += [_section(conversion, address) for conversion in data[:MAX_DETAILS]]
     if len(data) > MAX_DETAILS:
-        parts.append(f"Details of the other {len(data) - MAX_DETAILS} conversions are in the HTML report.")
+        more = len(data) - MAX_DETAILS
+        parts.append(f"Not told in detail: the other {more}. `pl-attnedit report RUN` tells of those that it names.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -6,21 +6,16 @@ dark mode. A mark tells its numbers as its tooltip, and a chart brings them all 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import vl_convert
 from markupsafe import Markup
 
 from pl_attnedit.eval.report.scales import Axis, Point, apart, pareto_front, place
+from pl_attnedit.eval.report.vega import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Row, axis_of, draw, layer_of
 
-WIDTH, HEIGHT = 440, 290
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 32, 46
 NAMES, NAMES_OF_RUNS = 66, 136  # room at the right for the names of lines, and for those of conversions
 MAX_NAMES = 12  # one above the other beside the plot
 LETTER = 8.6  # width of a name's letter on a phone, where they are largest
@@ -40,32 +35,7 @@ LOOKS = {
 SIGNS = {"circle": "●", "square": "■", "diamond": "◆"}
 RUNS = ("gate", "mla", "other", "teacher")  # looks of models that are compared: larger marks, names in black
 
-# `chart.css` sets the letters' sizes; these are for whatever reads no styles, and to see which labels have room.
-CONFIG = {
-    "background": None,
-    "font": "system-ui, sans-serif",
-    "view": {"stroke": None},
-    "axis": {"aria": False, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelPadding": 5}
-    | {"domainColor": "var(--gray)", "tickColor": "var(--gray)", "gridColor": "var(--grid)"}
-    | {"labelColor": "var(--soft)", "titleColor": "var(--soft)"},
-    "axisX": {
-        "labelOverlap": "greedy",
-        "labelSeparation": 10,
-        "grid": False,
-        "tickSize": 4,
-        "labelFlush": False,
-        "titleY": 39,
-        "titleBaseline": "alphabetic",
-    },
-    "axisY": {"domain": False, "ticks": False, "titleAngle": 0, "titleAlign": "left", "titleBaseline": "alphabetic"}
-    | {"titleX": 2 - LEFT, "titleY": -17},
-}
-
-
-SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 COLOUR = {"color": {"field": "colour", "type": "nominal", "scale": None}}
-
-Row = dict[str, Any]  # of data, or a part of a specification
 
 
 @dataclass(frozen=True)
@@ -120,7 +90,7 @@ class _Plot:
     def __init__(self, series: Sequence[Series], x: Axis, y: Axis, head: Sequence[str], room: int = 0) -> None:
         self.series, self.x, self.y = series, x, y
         self.width, self.height = WIDTH - LEFT - RIGHT - room, HEIGHT - TOP - BOTTOM
-        self.axes = {"x": _axis(x, "x"), "y": _axis(y, "y")}
+        self.axes = {"x": axis_of(x, "x"), "y": axis_of(y, "y")}
         self.head = [*([""] if any(s.name for s in series) else []), *(head or (x.title, y.title))]
         self.rows = [row for s in series for row in s.rows()]
         self.points: list[Row] = []
@@ -138,7 +108,7 @@ class _Plot:
 
     def layer(self, mark: str, rows: Sequence[Row], encoding: Row | None = None, **style: Any) -> Row:
         """Marks of one kind at the rows' x and y, unless `encoding` says otherwise."""
-        return _layer(mark, rows, {**self.axes, **(encoding or {})}, aria=False, **style)
+        return layer_of(mark, rows, {**self.axes, **(encoding or {})}, aria=False, **style)
 
     def dots(self) -> Row:
         """The marks of the points, which tell their numbers."""
@@ -146,7 +116,7 @@ class _Plot:
         found = [point for point in self.points if point["dots"]]
         looks = {name: {"field": name, "type": "nominal", "scale": None} for name in ("fill", "stroke", "shape")}
         encoding = {**self.axes, **looks, "description": {"field": "tip"}}
-        return _layer("point", found, encoding, opacity=1, size=size, strokeWidth=1.2)
+        return layer_of("point", found, encoding, opacity=1, size=size, strokeWidth=1.2)
 
     def names(self, names: Iterable[tuple[float, float, str, Series]], most: int = 14) -> Row:
         """Texts at pixels: (x, y, align, series); in black for conversions, else in the line's colour."""
@@ -160,7 +130,7 @@ class _Plot:
         return {"name": "names"} | self.layer("text", rows, {**pixels, **COLOUR, "text": {"field": "name"}}, **style)
 
     def chart(self, layers: Sequence[Row], description: str) -> Chart:
-        return Chart(_draw(layers, self.width, self.height, description), self.head, self.rows)
+        return Chart(draw(layers, self.width, self.height, description), self.head, self.rows)
 
 
 def line_chart(series: Sequence[Series], x: Axis, y: Axis, head: Sequence[str] = ()) -> Chart:
@@ -211,7 +181,7 @@ def change_chart(series: tuple[Series, Series], untouched: Sequence[int], x: Axi
     stems = [{"x": layer, "y": before[layer], "end": after[layer]} for layer in before]
     told = ", ".join(f"median {s.name} {sorted(y for _, y in s.points)[len(s.points) // 2]:.3g}" for s in series)
     layers = [
-        _layer("rect", bands, {"x": plot.axes["x"], "x2": {"field": "end"}}, fill="var(--band)", aria=False),
+        layer_of("rect", bands, {"x": plot.axes["x"], "x2": {"field": "end"}}, fill="var(--band)", aria=False),
         plot.layer("rule", stems, {"y2": {"field": "end"}}, strokeWidth=1.4, stroke="var(--gray)", opacity=0.55),
         plot.dots(),
     ]
@@ -246,46 +216,9 @@ def heat_map(values: Mapping[int, Sequence[Point]], x_title: str, y_title: str, 
     least, most = (choose(cell["value"] for cell in cells) for choose in (min, max))
     height = max(HEIGHT - TOP - BOTTOM, 8 * len(layers))
     described = f"{what} by layer and step, from {least:.3g} to {most:.3g}"
-    svg = _draw([_layer("rect", cells, encoding, fill="var(--blue)")], WIDTH - LEFT - RIGHT, height, described)
+    svg = draw([layer_of("rect", cells, encoding, fill="var(--blue)")], WIDTH - LEFT - RIGHT, height, described)
     return Chart(svg, ["layer", *(f"step {step:g}" for step in steps)], rows)
-
-
-def _axis(axis: Axis, field: str) -> Row:
-    scale = {"type": "log" if axis.log else "linear", "domain": [axis.low, axis.high], "nice": False, "zero": False}
-    labels = f"{json.dumps(axis.labels)}[round(datum.index * {len(axis.labels) - 1})]"
-    ticks = {"values": [*axis.ticks], "labelExpr": labels}
-    return {"field": field, "type": "quantitative", "title": axis.title, "scale": scale, "axis": ticks}
-
-
-def _layer(mark: str, rows: Sequence[Row], encoding: Row, **style: Any) -> Row:
-    return {"data": {"values": [*rows]}, "mark": {"type": mark, **style}, "encoding": encoding}
 
 
 def _short(name: str, most: int) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _draw(layers: Sequence[Row], width: int, height: int, description: str) -> Markup:
-    room = {"left": LEFT, "right": WIDTH - LEFT - width, "top": TOP, "bottom": BOTTOM}
-    size = {"width": width, "height": height, "padding": room, "autosize": "none"}
-    spec = json.dumps({"$schema": SCHEMA, **size, "config": CONFIG, "layer": layers}, ensure_ascii=False)
-    # A lone surrogate in a foreign name has no place in UTF-8.
-    drawing = Markup(_svg(spec.encode("utf-8", "replace").decode()))
-    box = f"0 0 {WIDTH} {TOP + height + BOTTOM}"
-    return Markup('<svg viewBox="{}" role="img" aria-label="{}">{}').format(box, description, drawing)
-
-
-@lru_cache(maxsize=256)  # a report that is written again and again has most of its charts again
-def _svg(spec: str) -> str:
-    """Vega's picture without its first tag."""
-    return re.sub(r"<[^<>]*>", _tidy, vl_convert.vegalite_to_svg(spec)).split(">", 1)[1]
-
-
-def _tidy(tag: re.Match[str]) -> str:
-    """A tag of Vega without what the page has no use for; what a mark's description says becomes its tooltip."""
-    if re.match(r'<path class="(background|foreground)"', tag[0]):
-        return ""
-    text = re.sub(r' (role|aria-hidden|aria-roledescription|pointer-events|font-family)="[^"]*"', "", tag[0])
-    before, label, after = ([*re.split(r' aria-label="([^"]*)"', text, maxsplit=1), "", ""])[:3]
-    text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", before + after)
-    return text if not label else f"{text.removesuffix('/>')}><title>{label}</title></path>"

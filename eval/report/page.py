@@ -21,7 +21,7 @@ from markupsafe import Markup
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.records import find_conversions, find_fits
 from pl_attnedit.eval.report.as_json import json_report
-from pl_attnedit.eval.report.as_markdown import markdown_report
+from pl_attnedit.eval.report.as_markdown import MAX_DETAILS, markdown_report
 from pl_attnedit.eval.report.data import ConversionData, Evaluation, load_all, run_address
 from pl_attnedit.eval.report.formatting import FILTERS
 from pl_attnedit.eval.report.tables import (
@@ -45,7 +45,6 @@ from pl_attnedit.tracking.client import EXPERIMENT, resolve_tracking_uri
 
 FOLDER = Path(__file__).parent
 TEMPLATE, STYLES, SCRIPT = "page.html", ("chart.css", "style.css"), "script.js"
-MAX_DETAILS = 10  # conversions told in detail: with their charts the page stays under 2 MB
 PARTS = {"tasks": "tasks", "by_position": "agreement by position", "retrieval": "retrieval", "efficiency": "speed"}
 
 

@@ -7,10 +7,7 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 from pl_attnedit.eval.report.charts import (
-    HEIGHT,
-    LEFT,
     RUNS,
-    TOP,
     Chart,
     Series,
     change_chart,
@@ -20,6 +17,7 @@ from pl_attnedit.eval.report.charts import (
 )
 from pl_attnedit.eval.report.scales import Axis, contexts, linear, logarithmic
 from pl_attnedit.eval.report.tables import interval_bar
+from pl_attnedit.eval.report.vega import HEIGHT, LEFT, TOP
 
 EVIL = '<img src=x onerror=alert(1)> "\'& </script> role="x" {} \u2028 `${x}`\ud800'
 

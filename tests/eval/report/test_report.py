@@ -18,6 +18,7 @@ from fake_suites import fake_suite, log_fake_suite
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.evaluation_log import log_evaluation
 from pl_attnedit.eval.records import find_conversions
+from pl_attnedit.eval.report import as_markdown
 from pl_attnedit.eval.report import page as page_module
 from pl_attnedit.eval.report.data import load_all, read_histories, run_address
 from pl_attnedit.eval.report.figures import overview_figures, training_figures
@@ -124,6 +125,10 @@ def test_a_page_tells_of_so_many_that_it_stays_small(
     assert page.text.count("Greedy continuations") == 1
     assert [address for address in page.addresses if address.startswith("#")] == [f"#{ids[0]}", "#reading", "#reading"]
     assert "window_256" in page.text, "the overview has all"
+    monkeypatch.setattr(as_markdown, "MAX_DETAILS", 1)
+    text = write_report(ids, tmp_path / "report.md", uri).read_text()
+    assert "Not told in detail: the other 4." in text
+    assert text.count("\n## ") == 1
 
 
 def test_long_trainings_make_no_large_charts(store: tuple[str, list[str]]) -> None:
@@ -332,7 +337,7 @@ def test_markdown(suites: tuple[str, list[str]], tmp_path: Path) -> None:
         f"`{ids[0]}`",
     ):
         assert expected in text, expected
-    assert "Details of the other" not in text
+    assert "Not told in detail" not in text
     with pytest.raises(UserError, match=r"must end in \.html or \.md or \.json"):
         write_report(None, tmp_path / "report.pdf", uri)
 
