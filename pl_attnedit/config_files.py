@@ -5,12 +5,13 @@ One rule everywhere (recipes, stages, studies, the command line): mappings merge
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, get_loader, set_loader
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse._actions import _ActionConfigLoad
 from jsonargparse._typehints import ActionTypeHint, NestedArg
 
 from pl_attnedit.errors import UserError, invalid
@@ -103,14 +104,15 @@ _load = get_loader("yaml")
 set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 
-def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Any, change: Any) -> dict[str, Any]:
     """`base` with the fields of `change`; mappings are merged by field, but not those of one `type` (a target) or class
     with those of another."""
+    base, change = (each.as_dict() if isinstance(each, Namespace) else each for each in (base, change))
     if any(change.get(name, base.get(name)) != base.get(name) for name in ("type", "class_path")):
         return dict(change)
     result = dict(base)
     for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        both = isinstance(value, dict | Namespace) and isinstance(result.get(key), dict | Namespace)
         result[key] = merged(result[key], value) if both else value
     return result
 
@@ -125,6 +127,31 @@ class LayeredParser(ArgumentParser):
             if type(action) is ActionTypeHint:
                 action.__class__ = _Layer
         return added
+
+    def _parse_known_args(self, args: Any, namespace: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        given = list(args) if self._subcommands_action else self._files_first(list(args))
+        return super()._parse_known_args(given, namespace, **kwargs)
+
+    def _files_first(self, args: list[str]) -> list[str]:
+        """Files before options, wherever they stand; a mapping for a group of options as a config with this group alone,
+        since jsonargparse merges those deeper than a group's fields."""
+        groups = {f"--{action.dest}" for action in self._actions if isinstance(action, _ActionConfigLoad)}
+        files, rest = [], []
+        while args:
+            first = args.pop(0)
+            name, joined, value = first.partition("=")
+            if name not in ("-c", "--config", *groups) or not (joined or args):
+                rest.append(first)
+                continue
+            value = value if joined else args.pop(0)
+            mapping = value.lstrip().startswith("{")
+            if name in groups:
+                rest += ["--config", f"{{{name[2:]}: {value}}}"] if mapping else [name, value]
+            elif mapping:
+                rest += ["--config", value]
+            else:
+                files += ["--config", value]
+        return files + rest
 
 
 class _Layer(ActionTypeHint):

@@ -66,6 +66,33 @@ def test_layers_of_a_recipe(layers: Any) -> None:
     assert parser.parse_args(layers(RECIPE)).targets == RECIPE["targets"]  # nothing is kept from one call to the next
 
 
+def test_options_lie_over_files_wherever_they_stand(layers: Any) -> None:
+    options = ["--targets.S.window", "32", "--stage2", "{options: {feature_weight: 0.5}}"]
+    parser = recipe_parser()
+    for arguments in ([*options, *layers(RECIPE)], [*layers(RECIPE), *options]):
+        plain = as_plain(parser, parser.parse_args(arguments))
+        assert plain["targets"]["S"] == {"type": "gate_swa", "window": 32, "sinks": 1}
+        assert plain["stage2"]["options"] == {"train": "all", "weight_decay": 0.1, "feature_weight": 0.5}
+        assert plain["stage2"]["steps"] == 3
+
+
+def test_classes_merge(layers: Any) -> None:
+    strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"static_graph": True}}
+    second = {"trainer": {"strategy": {"init_args": {"gradient_as_bucket_view": True}}}}
+    parser = recipe_parser()
+    found = parser.parse_args(layers(RECIPE | {"trainer": {"strategy": strategy}}, second)).trainer["strategy"]
+    assert found["class_path"] == strategy["class_path"]
+    assert found["init_args"]["static_graph"]
+    assert found["init_args"]["gradient_as_bucket_view"]
+
+
+@pytest.mark.parametrize("given", [{"trainer": None}, {"stage2": None}, {"stage2": {"options": None}}])
+def test_null_takes_away_no_whole_mapping(given: dict[str, Any], layers: Any) -> None:
+    parser = recipe_parser()
+    with pytest.raises(UserError, match=" = None: must be a mapping"):
+        as_plain(parser, parser.parse_args(layers(RECIPE, given)))
+
+
 def test_layers_of_a_stage(layers: Any, capsys: pytest.CaptureFixture[str]) -> None:
     model = {"class_path": "pl_attnedit.distillation.LayerwiseDistillation"}
     first = {"model": {**model, "init_args": {"teacher": "x", "targets": RECIPE["targets"]}}}

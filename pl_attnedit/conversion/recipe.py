@@ -239,6 +239,9 @@ def read_recipe(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, dict
 
 def as_plain(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """The resolved recipe as plain data: what recipe.yaml, MLflow and the check for a changed recipe see."""
+    for name in ("stage1", "stage2", "evaluation", "trainer", "data", "stage1.options", "stage2.options"):
+        if config.get(name) is None:
+            raise invalid(name, None, "must be a mapping; null takes away single fields of it")
     plain = yaml.safe_load(parser.dump(config, skip_none=False))
     for stage in ("stage1", "stage2"):  # run folders begun before there were phases go on
         if not plain[stage].get("phases"):
