@@ -23,6 +23,7 @@ from pl_attnedit.eval.records import find_conversions, find_fits
 from pl_attnedit.eval.report.as_json import json_report
 from pl_attnedit.eval.report.as_markdown import MAX_DETAILS, markdown_report
 from pl_attnedit.eval.report.data import ConversionData, Evaluation, load_all, run_address
+from pl_attnedit.eval.report.figures import efficiency_figures, overview_figures, position_figures, training_figures
 from pl_attnedit.eval.report.formatting import FILTERS
 from pl_attnedit.eval.report.tables import (
     ALPHA,
@@ -80,9 +81,6 @@ def write_report(
 
 
 def _html(data: Sequence[ConversionData], made: datetime, address: Any) -> str:
-    # Their drawing library takes a second to import, which other formats and commands do without.
-    from pl_attnedit.eval.report.figures import overview_figures
-
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -118,8 +116,6 @@ def _hash(text: str) -> Markup:
 
 def _part(data: ConversionData, measured: set[str], detailed: bool) -> dict[str, Any]:
     """A conversion's row of the overview and, if `detailed`, its section of the page."""
-    from pl_attnedit.eval.report.figures import training_figures
-
     return {
         "data": data,
         "detailed": detailed,
@@ -133,8 +129,6 @@ def _part(data: ConversionData, measured: set[str], detailed: bool) -> dict[str,
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    from pl_attnedit.eval.report.figures import efficiency_figures, position_figures
-
     runs = [evaluation.run] if evaluation.run else []
     tasks = [task_row(row) for row in evaluation.part("tasks")]
     positions, efficiency = evaluation.positions, evaluation.part("efficiency")
