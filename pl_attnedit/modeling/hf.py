@@ -112,7 +112,8 @@ for _family in FAMILIES.values():
     globals()[_config.__name__], globals()[_model.__name__] = _config, _model  # so that they can be pickled by name
     AutoConfig.register(_config.model_type, _config)
     AutoModelForCausalLM.register(_config, _model)
-    setattr(transformers, _model.__name__, _model)  # where `transformers serve` looks for the class
+    # `transformers serve` takes the class from its module, of which it makes a second one; both are of one type
+    setattr(type(transformers), _model.__name__, _model)
 
 
 def edited_config(teacher_config: PreTrainedConfig, plan: EditPlan) -> PreTrainedConfig:

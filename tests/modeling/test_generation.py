@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
 from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
@@ -175,9 +177,15 @@ def test_hidden_states_of_teacher_and_student_in_turn(make_teacher: Teachers, ma
         assert torch.equal(states[-1], model.model(ids).last_hidden_state)
 
 
-def test_transformers_serve_finds_the_class(make_teacher: Teachers) -> None:
-    student = make_student(make_teacher("llama"), ALL["window"])
-    assert getattr(transformers, type(student).__name__) is type(student)
+def test_transformers_serve_finds_the_class(make_teacher: Teachers, tmp_path: Path) -> None:
+    """In a process that knows of us by the entry file alone."""
+    make_student(make_teacher("llama", num_hidden_layers=1), ALL["window"]).save_pretrained(tmp_path)
+    code = (
+        "import sys; from transformers.cli.serving.model_manager import ModelManager; "
+        "print(ModelManager(device='cpu', trust_remote_code=True)._load_model(sys.argv[1] + '@main'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.startswith("EditedLlamaForCausalLM("), done.stderr
 
 
 def test_a_cache_filled_by_the_teacher_is_refused(make_teacher: Teachers, make_ids: Ids) -> None:
