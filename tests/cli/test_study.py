@@ -100,7 +100,7 @@ def test_ratios_cover_the_truth() -> None:
     def summaries(level: float, seeds: int) -> list[dict[str, Any]]:
         kept = dict.fromkeys(("kl_before", "kl_after_stage1", "top1_after", "wall_seconds"), 1.0)
         kept |= dict.fromkeys(("tokens_stage1", "tokens_stage2"), 1)
-        kept |= {"kv_bytes_per_token_student": 1, "kv_bytes_per_token_teacher": 2}
+        kept |= {"kv_budget": 0.5}
         return [{"seed": i, "kl_after_stage2": level * np.exp(0.05 * rng.normal()), **kept} for i in range(seeds)]
 
     for _ in range(draws):
@@ -119,7 +119,7 @@ def test_ratios_cover_the_truth() -> None:
 def test_a_seed_that_diverged_leaves_the_intervals_of_the_others() -> None:
     def summaries(*kls: float) -> list[dict[str, Any]]:
         kept = dict.fromkeys(("kl_before", "kl_after_stage1", "top1_after", "wall_seconds", "tokens_stage1"), 1.0)
-        kept |= {"tokens_stage2": 1, "kv_bytes_per_token_student": 1, "kv_bytes_per_token_teacher": 2}
+        kept |= {"tokens_stage2": 1, "kv_budget": 0.5}
         return [{"seed": seed, "kl_after_stage2": kl, **kept} for seed, kl in enumerate(kls)]
 
     found = {"first": summaries(0.1, 0.11), "other": summaries(0.08, 0.079)}
