@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.callbacks import check_checkpoint
 from pl_attnedit.checkpoints.io import read_checkpoint
+from pl_attnedit.config_files import read_yaml
 from pl_attnedit.distillation import STAGES
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling import load
@@ -57,6 +58,22 @@ def load_student(path: str | Path, dtype: str | None = None) -> PreTrainedModel:
         saved_as = parameter.data.to(getattr(torch, module.hparams["dtype"]))
         parameter.data = saved_as if dtype is None else saved_as.to(getattr(torch, dtype))
     return student.eval()
+
+
+def teacher_of(path: str | Path) -> str:
+    """The teacher as the training was given it: its name is in a checkpoint, and in the recipe beside a student's folder.
+
+    Raises:
+        UserError: neither is there.
+    """
+    path = Path(path)
+    if path.suffix == ".ckpt":
+        check_checkpoint(path)
+        return str(read_checkpoint(path, tensors=False)["hyper_parameters"]["teacher"])
+    recipe = path.resolve().parent / "recipe.yaml"
+    if not recipe.is_file():
+        raise invalid("--teacher", None, f"must be given: there is no {recipe} that says whose student it is")
+    return str(read_yaml(recipe, "recipe", "recipe")["teacher"])
 
 
 def load_pair(student: str | Path, teacher: str, dtype: str | None = None) -> tuple[Any, Any, PreTrainedTokenizerBase]:

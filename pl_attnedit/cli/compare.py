@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 
-from pl_attnedit.cli.options import OptionParser
+from pl_attnedit.cli.options import OptionParser, json_option
 from pl_attnedit.errors import invalid
 from pl_attnedit.files import check_output, write_atomically
 
@@ -24,8 +24,11 @@ def main(arguments: Sequence[str]) -> int:
         type=expanduser,
         help="write the table there (.md, .csv, .json, .txt) instead of printing",
     )
+    json_option(parser)
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     options = parser.parse_args(list(arguments))
+    if options.json:
+        options.format = "json"
     if options.runs and options.filter:
         raise invalid("--filter", options.filter, "goes without run ids")
     endings = {".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "text"}

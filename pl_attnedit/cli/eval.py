@@ -8,8 +8,8 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pl_attnedit.cli.devices import torch_device
-from pl_attnedit.cli.options import OptionParser
+from pl_attnedit.cli.devices import device_option, torch_device
+from pl_attnedit.cli.options import OptionParser, json_option, known_teacher, out_option, show, teacher_option
 from pl_attnedit.errors import invalid
 
 if TYPE_CHECKING:  # it imports lm-eval, which takes seconds
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         help="folder of a converted model, e.g. runs/quickstart/student, or one that export wrote in the format deepseek_v3 "
         "(not step3p7); or a .ckpt of fit",
     )
-    parser.add_argument("--teacher", required=True, help="hub name, folder, GGUF file or package:NAME")
+    teacher_option(parser, "the student's own")
     parser.add_argument(
         "--suite",
         type=expanduser,
@@ -50,17 +50,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seq-len", type=int, help="longest window in tokens (default 512)")
     parser.add_argument("--batch-size", default="auto", help="a number, or auto (default): as large as memory allows")
     parser.add_argument("--limit", type=int, help="only the first samples of each task")
-    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    device_option(parser)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         help="of both models (default: the one in which the student is saved)",
     )
-    parser.add_argument(
-        "--out",
-        type=expanduser,
-        help="for results.json and the samples (default: eval, or eval/SUITE, beside the student)",
+    out_option(
+        parser, None, "folder for results.json and the samples (default: eval, or eval/SUITE, beside the student)"
     )
+    json_option(parser)
     parser.add_argument("--log-to", help="MLflow run id of the conversion, or of an evaluation that has begun")
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     options = parser.parse_args(list(arguments))
@@ -77,14 +76,14 @@ def main(arguments: Sequence[str]) -> int:
             raise invalid(f"--{name}", getattr(options, name), "must be at least 2: one sample has no interval")
     if options.task_folder and not options.tasks:
         raise invalid("--task-folder", options.task_folder, "needs --tasks")
+    options.teacher = known_teacher(options.teacher, options.student)
     options.device = str(torch_device(options.device))
     if options.log_to is not None:
         _check_run(options.log_to, options.teacher, options.tracking_uri)
     result = _by_suite(options) if options.suite else _by_tasks(options)
     if options.log_to:
         _log(result, options)
-    print(_table(result))
-    print(f"{options.out}/results.json")
+    show(result.content(), _table(result), f"{options.out}/results.json", as_json=options.json)
     return 0
 
 

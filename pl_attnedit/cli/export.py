@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from os.path import expanduser
 
 from pl_attnedit.cli.options import OptionParser
+from pl_attnedit.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,11 +22,14 @@ def main(arguments: Sequence[str]) -> int:
         "in bfloat16 digits of weights far below 1, one in float32 none.",
     )
     parser.add_argument("student", type=expanduser, help="folder of a converted model, e.g. runs/quickstart/student")
-    parser.add_argument("out", type=expanduser, help="folder to write; must not exist")
+    parser.add_argument("folder", nargs="?", type=expanduser, help=SUPPRESS)  # as it was given before there was --out
+    parser.add_argument("-o", "--out", type=expanduser, help="folder to write; must not exist")
     parser.add_argument("--format", required=True, help="deepseek_v3, gguf, granite_swa, step3p5 or step3p7")
     options = parser.parse_args(list(arguments))
+    if (options.folder is None) == (options.out is None):
+        raise UserError("--out: must be given, once")
 
     from pl_attnedit.export import export
 
-    print(export(options.student, options.out, options.format))
+    print(export(options.student, options.out or options.folder, options.format))
     return 0

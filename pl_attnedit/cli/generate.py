@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from os.path import expanduser
 from typing import Any
 
+from pl_attnedit.cli.devices import device_option, torch_device
 from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import invalid
 
@@ -17,6 +18,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("prompt", help="text to continue, or with --chat the user's message")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to generate (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
+    device_option(parser)
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     options = parser.parse_args(list(arguments))
     if options.max_new_tokens < 1:
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     from pl_attnedit.data.encoding import encode
     from pl_attnedit.data.tokens import check_vocabulary, load_tokenizer
 
-    model: Any = load(options.model)
+    model: Any = load(options.model).to(torch_device(options.device))  # type: ignore[arg-type]
     tokenizer: Any = load_tokenizer(options.model)
     if options.chat:
         if tokenizer.chat_template is None:
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         raise invalid("prompt", options.prompt, "has no token to go on from")
     check_vocabulary(tokenizer, max(ids), model.config.vocab_size, "the prompt")
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
-    prompt = torch.tensor([ids])
+    prompt = torch.tensor([ids], device=model.device)
     output = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=options.max_new_tokens, **sampling
     )

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 
-from pl_attnedit.cli.devices import torch_device
-from pl_attnedit.cli.options import OptionParser
+from pl_attnedit.cli.devices import device_option, torch_device
+from pl_attnedit.cli.options import TEACHER_HELP, OptionParser, out_option
 from pl_attnedit.errors import invalid
 from pl_attnedit.files import check_output
 
@@ -20,11 +20,9 @@ def main(arguments: Sequence[str]) -> int:
         description="Text sampled from the teacher itself, as a parquet file for `source:` in a recipe. A run that was "
         "interrupted goes on by the same command. Several GPUs: one run each, with a --seed and a file of its own.",
     )
-    parser.add_argument("--teacher", required=True, help="hub name, folder, GGUF file or package:NAME")
+    parser.add_argument("--teacher", required=True, help=TEACHER_HELP)
     parser.add_argument("--tokens", type=int, required=True, help="to generate, duplicates not counted")
-    parser.add_argument(
-        "-o", "--output", type=expanduser, default="data.parquet", help="columns text, source (default data.parquet)"
-    )
+    out_option(parser, "data.parquet", "file with columns text, source (default data.parquet)")
     parser.add_argument(
         "--prompts",
         type=expanduser,
@@ -37,13 +35,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-tokens", type=int, default=1024, help="of a text, question or answer (default 1024)")
     parser.add_argument("--batch-size", type=int, default=32, help="sequences at a time (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--device", help="torch device; default a GPU where there is one")
+    device_option(parser)
     parser.add_argument("--dtype", default="auto", help="of the weights; default the teacher's own")
     options = parser.parse_args(list(arguments))
     if options.tokens < 1:
         raise invalid("--tokens", options.tokens, "must be at least 1")
 
-    check_output("--output", options.output)
+    check_output("--out", options.out)
     from pl_attnedit.data.generated import Sampling, TeacherWriter, generate_data
     from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
     from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher
@@ -61,8 +59,6 @@ def main(arguments: Sequence[str]) -> int:
         print(f"generate-data  {done}", file=sys.stderr)
 
     fingerprint = model_fingerprint(resolve_teacher(options.teacher))
-    documents, tokens = generate_data(
-        writer, options.teacher, Path(options.output), options.tokens, report, fingerprint
-    )
-    print(f"{options.output}: {documents:,} documents, {tokens:,} tokens")
+    documents, tokens = generate_data(writer, options.teacher, Path(options.out), options.tokens, report, fingerprint)
+    print(f"{options.out}: {documents:,} documents, {tokens:,} tokens")
     return 0

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError
+import sys
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from os.path import expanduser
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pl_attnedit.config_files import load_yaml
 from pl_attnedit.errors import UserError
+from pl_attnedit.files import json_text
+
+TEACHER_HELP = "hub name, folder, GGUF file or package:NAME"
 
 
 class OptionParser(ArgumentParser):
@@ -15,6 +21,46 @@ class OptionParser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def teacher_option(parser: ArgumentParser, otherwise: str) -> None:
+    """Of a command that gets a student, too; see `known_teacher`."""
+    parser.add_argument("--teacher", help=f"{TEACHER_HELP} (default {otherwise})")
+
+
+def known_teacher(given: str | None, *students: str) -> str:
+    """The teacher that was given, else the one that the first student says it has."""
+    if given is not None:
+        return given
+    if not students:
+        raise UserError("--teacher: must be given where there is no student")
+    from pl_attnedit.eval.students import teacher_of
+
+    return teacher_of(students[0])
+
+
+def out_option(parser: ArgumentParser, default: str | None, help_: str) -> None:
+    """Where the result goes."""
+    earlier_spelling(
+        parser, "--output", parser.add_argument("-o", "--out", type=expanduser, default=default, help=help_)
+    )
+
+
+def json_option(parser: ArgumentParser) -> None:
+    """Of a command that prints a table."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def show(result: Any, table: str, written: str | Path | None = None, *, as_json: bool) -> None:
+    """The table, or JSON alone, and where it was written."""
+    print(json_text(result).strip() if as_json else table)
+    if written is not None:
+        print(written, file=sys.stderr if as_json else sys.stdout)
+
+
+def earlier_spelling(parser: ArgumentParser, name: str, option: Any) -> None:
+    """What an option was once called; it is not listed."""
+    parser.add_argument(name, dest=option.dest, type=option.type, default=SUPPRESS, help=SUPPRESS)
 
 
 def yaml_value(text: str) -> Any:

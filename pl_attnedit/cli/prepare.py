@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from pl_attnedit.cli.options import json_option, show
 from pl_attnedit.config_files import read_yaml
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.packing import Corpus
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("-c", "--config", action=_DataOfConfig, help=help_)
     parser.add_argument("--teacher", type=str | None, help="whose tokenizer is used")
     parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer"}, instantiate=False)
+    json_option(parser)
     config = parser.parse_args(list(arguments))
     if config.teacher is None:
         raise invalid("teacher", None, f"must be given, by --teacher or in the config; allowed: {TEACHER_SOURCES}")
@@ -38,7 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     check_adapter("teacher", folder)
     if (folder / "config.json").is_file():  # a tokenizer alone will do here
         check_fields(config.teacher, folder)
-    print(_summary(data))
+    found = _found(data)
+    show(found, _table(found), as_json=config.json)
     return 0
 
 
@@ -61,33 +64,41 @@ def _teacher_and_data(path: str) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value}  # a later file may say nothing of it
 
 
-def _summary(data: TextDataModule) -> str:
+def _found(data: TextDataModule) -> dict[str, Any]:
+    """What was packed: sources with their part of an epoch and how often it goes through them; epochs by length."""
     packed, held_out = data.train_sequences, data.held_out
     lengths = sorted({data.seq_len, *(phase.seq_len for phase in data.phases)})
-    documents = f"from {len(packed.documents):,} documents"
-    rows: list[tuple[str, ...]] = [("source", "documents", "tokens", "bytes", "of an epoch", "passes", "folder")]
-    rows += _rows(packed.corpus, *_epoch(data))
-    if data.val_source is not None:
-        n = len(held_out.corpus.stores)
-        rows += _rows(held_out.corpus, ["held out"] * n, [""] * n)
-    return "\n".join(
-        [
-            *aligned(rows),
-            *(f"epoch: {len(data.packed(length)):,} sequences of {length} tokens, {documents}" for length in lengths),
-            f"held out: {data.val_sequences} of {len(held_out):,} sequences, from {len(held_out.documents):,} documents",
-            f"fingerprint: {data.fingerprint}",
-        ]
-    )
+    rows = [
+        {**row, "share": share, "passes": times} for row, share, times in zip(_stores(packed.corpus), *_epoch(data))
+    ]
+    return {
+        "sources": rows,
+        "held_out_sources": _stores(held_out.corpus) if data.val_source is not None else [],
+        "epochs": [{"seq_len": length, "sequences": len(data.packed(length))} for length in lengths],
+        "documents": len(packed.documents),
+        "held_out": {
+            "used": data.val_sequences,
+            "sequences": len(held_out),
+            "documents": len(held_out.documents),
+        },
+        "fingerprint": data.fingerprint,
+    }
 
 
-def _rows(corpus: Corpus, shares: list[str], passes: list[str]) -> list[tuple[str, ...]]:
+def _stores(corpus: Corpus) -> list[dict[str, Any]]:
     return [
-        (name, f"{len(store.hashes):,}", f"{store.starts[-1]:,}", f"{store.n_bytes:,}", share, times, str(store.path))
-        for name, store, share, times in zip(corpus.names, corpus.stores, shares, passes)
+        {
+            "source": name,
+            "documents": len(store.hashes),
+            "tokens": int(store.starts[-1]),
+            "bytes": store.n_bytes,
+            "folder": str(store.path),
+        }
+        for name, store in zip(corpus.names, corpus.stores)
     ]
 
 
-def _epoch(data: TextDataModule) -> tuple[list[str], list[str]]:
+def _epoch(data: TextDataModule) -> tuple[list[float], list[float]]:
     """Each source's part of an epoch, and how often an epoch goes through the source."""
     packed = data.train_sequences
     if data.weights:
@@ -96,4 +107,25 @@ def _epoch(data: TextDataModule) -> tuple[list[str], list[str]]:
         sources = packed.corpus.source[packed.documents]
         part = np.bincount(sources, weights=packed.lengths, minlength=len(packed.corpus.stores))
         passes = np.ones(len(part))
-    return [f"{share:.1%}" for share in part / part.sum()], [f"{times:.2f}" for times in passes]
+    return (part / part.sum()).tolist(), passes.tolist()
+
+
+def _table(found: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = [("source", "documents", "tokens", "bytes", "of an epoch", "passes", "folder")]
+    rows += [_cells(row, f"{row['share']:.1%}", f"{row['passes']:.2f}") for row in found["sources"]]
+    rows += [_cells(row, "held out", "") for row in found["held_out_sources"]]
+    held_out, documents = found["held_out"], f"from {found['documents']:,} documents"
+    return "\n".join(
+        [
+            *aligned(rows),
+            *(f"epoch: {e['sequences']:,} sequences of {e['seq_len']} tokens, {documents}" for e in found["epochs"]),
+            f"held out: {held_out['used']} of {held_out['sequences']:,} sequences, "
+            f"from {held_out['documents']:,} documents",
+            f"fingerprint: {found['fingerprint']}",
+        ]
+    )
+
+
+def _cells(row: dict[str, Any], share: str, passes: str) -> tuple[str, ...]:
+    numbers = (f"{row[name]:,}" for name in ("documents", "tokens", "bytes"))
+    return (row["source"], *numbers, share, passes, row["folder"])

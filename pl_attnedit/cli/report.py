@@ -10,6 +10,7 @@ from glob import glob
 from os.path import expanduser
 from pathlib import Path
 
+from pl_attnedit.cli.devices import device_option
 from pl_attnedit.cli.options import OptionParser
 from pl_attnedit.errors import UserError, invalid
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     group.add_argument("--suite", type=expanduser, help="as in `pl-attnedit eval` (default quick)")
     group.add_argument("--text", type=expanduser, help="likewise")
     group.add_argument("--bigbench", nargs="+", type=expanduser, help="likewise")
-    group.add_argument("--device", help="likewise")
+    device_option(group)
     group.add_argument(
         "--retry", metavar="TIME", help="pause after a failure; each further one doubles it (default 1h)"
     )

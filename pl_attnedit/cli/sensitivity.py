@@ -7,8 +7,16 @@ from collections.abc import Sequence
 from os.path import expanduser
 from typing import Any
 
-from pl_attnedit.cli.devices import torch_device
-from pl_attnedit.cli.options import OptionParser, yaml_value
+from pl_attnedit.cli.devices import device_option, torch_device
+from pl_attnedit.cli.options import (
+    TEACHER_HELP,
+    OptionParser,
+    earlier_spelling,
+    json_option,
+    out_option,
+    show,
+    yaml_value,
+)
 from pl_attnedit.errors import invalid
 from pl_attnedit.files import check_output, json_text, write_atomically
 
@@ -20,16 +28,16 @@ def main(arguments: Sequence[str]) -> int:
         "print a pattern that keeps full the layers whose editing costs most per cached byte; it goes into a recipe. "
         "ProgressiveUnfreezing takes the file as its order.",
     )
-    parser.add_argument("--teacher", required=True, help="hub name, folder, GGUF file or package:NAME")
+    parser.add_argument("--teacher", required=True, help=TEACHER_HELP)
     parser.add_argument(
         "--target",
         required=True,
         type=yaml_value,
         help="as in a recipe: '{type: gate_swa, window: 64, sinks: 4}', or several by letter: '{S: ..., M: ...}'",
     )
-    parser.add_argument(
-        "--source", type=expanduser, default="builtin:", help="text, as in a recipe; its training split is read"
-    )
+    help_ = "text, as a recipe's data.source; its training split is read (default builtin:)"
+    text = parser.add_argument("--text", type=expanduser, default="builtin:", help=help_)
+    earlier_spelling(parser, "--source", text)
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a sequence (default 512)")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of a batch (default 4)")
     parser.add_argument(
@@ -50,19 +58,19 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--budget", type=float, help="KV budget of the plan: cached bytes, student / teacher")
     parser.add_argument("--context", type=int, help="of the budget, in tokens; default 32k, or the teacher's limit")
-    parser.add_argument("--device", help="torch device; default a GPU where there is one")
+    device_option(parser)
     parser.add_argument("--dtype", default="auto", help="of all weights; default the teacher's own")
-    parser.add_argument("-o", "--output", type=expanduser, default="sensitivity.json", help="default sensitivity.json")
+    out_option(parser, "sensitivity.json", "file for the result (default sensitivity.json)")
+    json_option(parser)
     options = parser.parse_args(list(arguments))
     for name, least in {"seq_len": 2, "batch_size": 1, "tokens": 1, "context": 1, "answers": 4}.items():
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise invalid("--" + name.replace("_", "-"), getattr(options, name), f"must be at least {least}")
     if options.budget is not None and options.budget >= 1:
         raise invalid("--budget", options.budget, "must be below 1: at 1 nothing is edited")
-    check_output("--output", options.output)
+    check_output("--out", options.out)
     result = _measure(options)
-    print(_table(result))
-    print(write_atomically(options.output, json_text(result)))
+    show(result, _table(result), write_atomically(options.out, json_text(result)), as_json=options.json)
     return 0
 
 
@@ -97,7 +105,7 @@ def _measure(options: Any) -> dict[str, Any]:
     singles = [plan for letter in targets for plan in single_edits(layers, letter)]
     rows = _rows(plans, singles, batches, questions, report)
     columns = {letter: rows[i * layers : (i + 1) * layers] for i, letter in enumerate(targets)}
-    text = {"source": options.source, "seq_len": options.seq_len, "tokens": sum(batch.numel() for batch in batches)}
+    text = {"source": options.text, "seq_len": options.seq_len, "tokens": sum(batch.numel() for batch in batches)}
     found = {"teacher": options.teacher, "targets": plain_targets(targets), "text": text}
     found |= {"by": options.by, "layers": columns}
     if cached is not None:
@@ -142,7 +150,7 @@ def _text(options: Any, tokenizer: Any, targets: dict[str, Any]) -> tuple[Any, A
     from pl_attnedit.attention import init_of
     from pl_attnedit.data import TextDataModule
 
-    data = TextDataModule(tokenizer, options.source, seq_len=options.seq_len, batch_size=options.batch_size)
+    data = TextDataModule(tokenizer, options.text, seq_len=options.seq_len, batch_size=options.batch_size)
     calibrates = any(init_of(target, "calibrated").needs_text for target in targets.values())
     limit = len(data.train_sequences) // (1 + calibrates) * options.seq_len
     if options.tokens > limit:

@@ -208,7 +208,7 @@ def _check_names(field: str, given: dict[str, Any], known: set[str]) -> None:
 
 
 # where a recipe runs and is kept does not change what it computes
-PLACE_FIELDS = ("config", "dry_run", "runs", "experiment", "tracking_uri", "register")
+PLACE_FIELDS = ("config", "dry_run", "json", "runs", "experiment", "tracking_uri", "register")
 
 
 def recipe_parser() -> ArgumentParser:
@@ -224,6 +224,7 @@ def recipe_parser() -> ArgumentParser:
     parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer", "phases"}, instantiate=False)
     dry_run = "only print what would be trained, cached and held in memory, and for how long: needs no weights, no text"
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 

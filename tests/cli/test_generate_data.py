@@ -27,4 +27,4 @@ def test_a_file_that_cannot_be_written_is_refused_first(tmp_path: Path, capsys: 
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "data.parquet"
     assert main(["generate-data", "--teacher", "./none", "--tokens", "600", "-o", str(path)]) == 2
-    assert f"--output = '{path}': cannot be written" in capsys.readouterr().err
+    assert f"--out = '{path}': cannot be written" in capsys.readouterr().err

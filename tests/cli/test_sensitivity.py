@@ -23,7 +23,7 @@ def measure(
     teacher_folder: Callable[..., str], tiny_corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Run:
     def run(target: str, *options: str) -> dict[str, Any]:
-        arguments = ["--teacher", teacher_folder(), "--target", target, "--source", tiny_corpus, "--seq-len", "32"]
+        arguments = ["--teacher", teacher_folder(), "--target", target, "--text", tiny_corpus, "--seq-len", "32"]
         arguments += ["--tokens", "128", "--batch-size", "2", "-o", str(tmp_path / "s.json"), *options]
         assert main(["sensitivity", *arguments]) == 0
         return json.loads((tmp_path / "s.json").read_text()) | {"printed": capsys.readouterr().out}
@@ -104,8 +104,8 @@ def test_fewer_tokens_than_a_sequence_are_one_sequence(measure: Run) -> None:
         (["--target", "{type: gate_swa"], "argument --target: '{type: gate_swa' is no YAML"),
         (["--device", "abacus"], "--device = 'abacus': cannot be used"),
         (["--dtype", "float99"], "dtype = 'float99': must be auto, or one such as"),
-        (["-o", "."], "--output = '.': is a folder"),
-        (["-o", "file/s.json"], "--output = 'file/s.json': cannot be written"),
+        (["-o", "."], "--out = '.': is a folder"),
+        (["-o", "file/s.json"], "--out = 'file/s.json': cannot be written"),
         (["--target", "{F: {type: gate_swa, window: 8}}"], "targets = 'F': each key is one letter other than F"),
         (["--target", "{SS: {type: gate_swa, window: 8}}"], "targets = 'SS': each key is one letter"),
         (["--target", "{1: {type: gate_swa, window: 8}}"], "targets = 1: each key is one letter"),
@@ -122,6 +122,6 @@ def test_mistakes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    arguments = ["--teacher", teacher_folder(), "--target", "{type: gate_swa, window: 8}", "--source", tiny_corpus]
+    arguments = ["--teacher", teacher_folder(), "--target", "{type: gate_swa, window: 8}", "--text", tiny_corpus]
     assert main(["sensitivity", *arguments, "--seq-len", "32", *options]) == 2
     assert message in capsys.readouterr().err

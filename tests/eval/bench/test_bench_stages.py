@@ -147,7 +147,7 @@ def test_a_checkpoint_is_timed_beside_the_steps(
     [
         (["--batch", "0"], "--batch = 0"),
         (["--target", "{type: nothing}"], "nothing"),
-        (["--model", "/nowhere"], "/nowhere"),
+        (["--teacher", "/nowhere"], "/nowhere"),
     ],
 )
 def test_impossible_values_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
 from os.path import expanduser
 from typing import Any
 
-from pl_attnedit.cli.options import yaml_value
+from pl_attnedit.cli.bench.shared import folder_name, new_name
+from pl_attnedit.cli.options import known_teacher, show, yaml_value
 from pl_attnedit.errors import invalid
-from pl_attnedit.files import json_text
 
 
-def add_to(commands: Any) -> ArgumentParser:
-    serve: ArgumentParser = commands.add_parser(
+def add_to(commands: Any) -> None:
+    serve = commands.add_parser(
         "serve", help="students beside their teacher in vLLM: texts at once, tokens/s, times to and between tokens"
     )
-    serve.add_argument("--teacher", required=True, help="hub name or folder, as vLLM takes it")
+    serve.add_argument("--teacher", help="hub name or folder, as vLLM takes it (default the first student's own)")
     serve.add_argument("--student", nargs="+", required=True, type=expanduser, help="folders of converted models")
     serve.add_argument("--kv-gb", type=float, default=1.0, help="memory of the KV cache (1e9 bytes, default 1)")
     serve.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192], help="tokens of prompts (1k, 8k)")
@@ -35,7 +35,7 @@ def add_to(commands: Any) -> ArgumentParser:
     serve.add_argument("--vllm", help="measure `COMMAND serve` over HTTP, by the openai client; else in this process")
     serve.add_argument("--engine", type=yaml_value, default={}, help="more of vLLM's options: '{dtype: bfloat16}'")
     serve.add_argument("--tracking-uri", help="also log it as a run of this MLflow, e.g. sqlite:///mlflow.db")
-    return serve
+    serve.set_defaults(run=run)
 
 
 def run(options: Namespace) -> int:
@@ -54,9 +54,7 @@ def run(options: Namespace) -> int:
             raise invalid("--shared", share, "must be at least 0 and below 1")
     if not isinstance(options.engine, dict):
         raise invalid("--engine", options.engine, "must be a mapping of vLLM's options")
-    import pl_attnedit.modeling  # noqa: F401  so that transformers knows converted models
-
-    models = {"teacher": options.teacher, **names(options.student)}
+    models = {"teacher": known_teacher(options.teacher, *options.student), **names(options.student)}
     vocabulary = min(AutoConfig.from_pretrained(model).vocab_size for model in models.values())
     client = None
     if options.tracking_uri is not None:  # what cannot be reached is said before the work
@@ -77,16 +75,14 @@ def run(options: Namespace) -> int:
     result |= {"engine": engine, "vllm": vllm_version(options.vllm), "models": models}
     if client is not None:
         log(client, result)
-    print(json_text(result).strip() if options.json else serve_table(result))
+    show(result, serve_table(result), as_json=options.json)
     return 0
 
 
 def names(folders: list[str]) -> dict[str, str]:
-    from pl_attnedit.cli.bench import _folder_name, _new_name
-
     found: dict[str, str] = {}
     for folder in folders:
-        found[_new_name(_folder_name(folder), ["teacher", *found])] = folder
+        found[new_name(folder_name(folder), ["teacher", *found])] = folder
     return found
 
 

@@ -1,0 +1,85 @@
+"""What several benchmarks share: options, models, names."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Container
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pl_attnedit.cli.devices import device_option, torch_device
+from pl_attnedit.cli.options import TEACHER_HELP, yaml_value
+from pl_attnedit.errors import invalid
+from pl_attnedit.eval.bench.shapes import SHAPES
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL_HELP = f"a shape with random weights ({', '.join(SHAPES)}), or a {TEACHER_HELP}; default smollm2-135m"
+TARGET = {"type": "mla", "kv_lora_rank": 96, "qk_rope_head_dim": 32}
+TARGET_HELP = "target as in YAML, default '{type: mla, kv_lora_rank: 96, qk_rope_head_dim: 32}'"
+
+
+def training_options(stage: ArgumentParser) -> None:
+    """Those of benchmarks that train."""
+    stage.add_argument("--teacher", "--model", default="smollm2-135m", help=MODEL_HELP)
+    stage.add_argument("--layers", type=int, help="of a shape: another number of layers")
+    stage.add_argument("--target", type=yaml_value, default=TARGET, help=TARGET_HELP)
+    stage.add_argument("--pattern", help="layers that get it, default the target's own")
+    stage.add_argument("--batch", type=int, default=4, help="sequences (default 4)")
+    stage.add_argument("--seq", type=int, default=512, help="tokens of a sequence (default 512)")
+    stage.add_argument(
+        "--precision",
+        choices=["32-true", "bf16-mixed"],
+        default="32-true",
+        help="the Trainer's, and of what is frozen",
+    )
+    device_option(stage)
+    stage.add_argument("--compiled", type=yaml_value, help="true or false: torch.compile; default: on a GPU")
+
+
+def teacher_of_training(options: Namespace, rank: int) -> Any:
+    """The model of `training_options` on the device of this process, with the same weights in all processes."""
+    import torch
+
+    device = torch_device(options.device)
+    if device.type == "cuda" and device.index in (None, 0):
+        device = torch_device(f"cuda:{rank}")
+    torch.manual_seed(0)
+    dtype = torch.float32 if options.precision == "32-true" else torch.bfloat16
+    return model_of(options.teacher, options.layers, dtype, device)
+
+
+def local_rank() -> int:
+    """Which of the processes of a benchmark on several devices this is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def model_of(name: str, layers: int | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """A shape with random weights, or a real model."""
+    from pl_attnedit.eval.bench.shapes import random_model
+    from pl_attnedit.teachers.sources.resolve import load_teacher
+
+    if name in SHAPES:
+        return random_model(name, layers=layers, dtype=dtype, device=device)
+    return load_teacher(name, dtype=dtype)[0].to(device)
+
+
+def at_least_1(options: Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            raise invalid("--" + name.replace("_", "-"), getattr(options, name), "must be at least 1")
+
+
+def folder_name(folder: str) -> str:
+    """That of the run, where a conversion left its student in it."""
+    path = Path(folder).resolve()
+    return path.parent.name if path.name == "student" else path.name
+
+
+def new_name(name: str, taken: Container[str]) -> str:
+    """The name, numbered where it is taken."""
+    numbered = (f"{name} ({number})" for number in itertools.count(2))
+    return next(new for new in itertools.chain([name], numbered) if new not in taken)
