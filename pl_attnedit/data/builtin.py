@@ -1,9 +1,9 @@
 """Running English that is already on the machine: what Python and its scientific packages say about themselves.
 
 `builtin:` needs no download. It is made of the language reference in `pydoc_data`, the docstrings of the standard
-library and of a few well-documented packages that this project depends on, and the README texts of the installed
-packages. Only paragraphs of prose are kept; code, tables and parameter lists are left out. The result is a function of
-the Python installation: the same interpreter with the same packages gives the same documents in the same order.
+library and of a few well-documented packages that this project requires. Only paragraphs of prose are kept; code, tables
+and parameter lists are left out. The result is a function of the interpreter and of these packages' versions: whatever
+else is installed, the documents and their order are the same.
 """
 
 from __future__ import annotations
@@ -19,14 +19,23 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# Part of the cache key: raise it when the extraction below changes.
-VERSION = 1
+from pl_attnedit.errors import invalid
 
-# Long, well-edited docstrings. All are in this project's dependency closure; one that is missing is skipped.
-PACKAGES = ("numpy", "scipy", "sklearn", "networkx", "pandas", "matplotlib", "sqlalchemy", "nltk")
+# Part of the cache key: raise it when the extraction below changes.
+VERSION = 2
+
+# Long, well-edited docstrings: packages and their distributions. All are required by what this project requires.
+PACKAGES = {
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "networkx": "networkx",
+    "pandas": "pandas",
+    "matplotlib": "matplotlib",
+    "sqlalchemy": "SQLAlchemy",
+    "nltk": "nltk",
+}
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "_vendor", "externals"}
-# Their texts change while they are worked on, or describe this very file.
-SKIPPED_DISTRIBUTIONS = {"pl_attnedit", "pl-attnedit"}
 
 MIN_DOCUMENT_WORDS = 60
 MIN_PARAGRAPH_WORDS = 12
@@ -50,13 +59,25 @@ _MARKUP = (
 
 
 def builtin_identity() -> str:
-    """What the text depends on: the interpreter and the installed packages with their versions. Cheap to compute."""
-    installed = sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions() if _wanted(d)})
-    return "\n".join([f"builtin {VERSION}", sys.version, *installed])
+    """What the text depends on: the interpreter and the packages with their versions. Cheap to compute.
+
+    Raises:
+        UserError: a package is not installed.
+    """
+    try:
+        versions = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES.values()]
+    except importlib.metadata.PackageNotFoundError as error:
+        raise invalid("source", "builtin:", f"is made of what {error.name} says of itself: install it") from error
+    return "\n".join([f"builtin {VERSION}", sys.version, *versions])
 
 
 def builtin_documents() -> Iterator[str]:
-    """The documents: paragraphs of prose separated by blank lines, one document per topic, module or package."""
+    """The documents: paragraphs of prose separated by blank lines, one document per topic or module.
+
+    Raises:
+        UserError: a package is not installed.
+    """
+    builtin_identity()
     seen: set[str] = set()
     for raw in _raw_documents():
         paragraphs = []
@@ -78,16 +99,9 @@ def _raw_documents() -> Iterator[str]:
     yield from _docstrings(Path(sysconfig.get_paths()["stdlib"]))
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
+        assert spec is not None
+        for folder in spec.submodule_search_locations or []:
             yield from _docstrings(Path(folder))
-    for distribution in sorted(importlib.metadata.distributions(), key=lambda d: (d.name.lower(), d.version)):
-        if _wanted(distribution):
-            metadata = distribution.metadata
-            yield str(metadata.get("Description") or metadata.get_payload() or "")  # type: ignore[attr-defined]
-
-
-def _wanted(distribution: importlib.metadata.Distribution) -> bool:
-    return bool(distribution.name) and distribution.name not in SKIPPED_DISTRIBUTIONS
 
 
 def _docstrings(root: Path) -> Iterator[str]:

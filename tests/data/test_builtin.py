@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pl_attnedit.data import builtin
 from pl_attnedit.data.builtin import _docstrings, _prose, builtin_documents, builtin_identity
+from pl_attnedit.errors import UserError
 
 SENTENCE = "This is a sentence of English that is as long as a paragraph has to be in order to be kept."
 
@@ -43,7 +48,7 @@ def test_docstrings_in_the_order_of_the_source() -> None:
 
 
 def test_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builtin, "_docstrings", lambda root: iter(()))  # topics and README texts alone, for speed
+    monkeypatch.setattr(builtin, "_docstrings", lambda root: iter(()))  # topics alone, for speed
     documents = list(builtin_documents())
     paragraphs = [paragraph for document in documents for paragraph in document.split("\n\n")]
     assert len(documents) > 50
@@ -52,11 +57,32 @@ def test_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     assert documents == list(builtin_documents())
 
 
-def test_identity_names_the_installation() -> None:
+def test_what_else_is_installed_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     identity = builtin_identity()
     assert identity == builtin_identity()
-    assert "torch==" in identity
-    assert "attnedit" not in identity  # our own version must not empty the cache
+    assert f"numpy=={metadata.version('numpy')}" in identity
+    assert "torch==" not in identity
+
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(UserError, match="what numpy says of itself"):
+        list(builtin_documents())
+
+
+def test_all_packages_are_required() -> None:
+    """By what this project requires, without extras."""
+    found: set[str] = set()
+    wanted = [Requirement(each) for each in metadata.requires("pl_attnedit") or []]
+    for each in wanted:  # grows
+        name = canonicalize_name(each.name)
+        if name in found or (each.marker and not any(each.marker.evaluate({"extra": e}) for e in ("", *each.extras))):
+            continue
+        found.add(name)
+        with suppress(metadata.PackageNotFoundError):
+            wanted += [Requirement(further) for further in metadata.requires(name) or []]
+    assert {canonicalize_name(name) for name in builtin.PACKAGES.values()} <= found
 
 
 @pytest.mark.slow
