@@ -18,7 +18,7 @@ from pl_attnedit.errors import UserError
 
 COMPUTE = ["sensitivity", "generate-data", "eval", "report", "generate"]
 BENCHES = [f"bench {name}" for name in ("cache", "init", "loss", "decode", "stage1", "stage2", "checkpoint")]
-TABLES = ["study", "sensitivity", "eval", "compare", *BENCHES, "bench trl"]
+TABLES = ["study", "sensitivity", "eval", "compare", *BENCHES, "bench trl", "bench serve"]
 WRITE = ["study", "sensitivity", "generate-data", "eval", "compare", "report", "export"]
 WITH_TEACHER = ["sensitivity", "generate-data", "eval", *(name for name in BENCHES if name != "bench loss")]
 
