@@ -124,8 +124,7 @@ def test_mistakes_are_one_line(
 
 
 def test_it_is_logged(store: tuple[str, list[str]], tmp_path: Path) -> None:
-    from pl_attnedit.cli.bench_serve import log
-
+    from pl_attnedit.cli.bench.serve import log
     from pl_attnedit.tracking import connect
 
     row = {
