@@ -15,8 +15,8 @@ import numpy as np
 from pl_attnedit.callbacks import check_checkpoint
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.chat import render
-from pl_attnedit.data.sources import BUILTIN, Document, document_hash, open_source
-from pl_attnedit.data.tokens import load_tokenizer
+from pl_attnedit.data.sources import BUILTIN, Document, bytes_hash, document_hash, open_source
+from pl_attnedit.data.tokens import check_texts, load_tokenizer
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling.trained_on import TrainedOn
 from pl_attnedit.tracking.datasets import documents_digest
@@ -88,15 +88,21 @@ def held_out_texts(teacher: str, text: str, trained: TrainedOn, seq_len: int = 5
         if characters < MOST_CHARACTERS:
             chosen.append(found[key])
             characters += len(found[key])
+    check_texts(tokenizer(), chosen, f"the text of {text}")
     return HeldOut(chosen, len(known))
 
 
 def is_trained(document: Document, trained: TrainedOn) -> bool:
-    """Whether the student was trained on the document, or on a text that the document goes on from: the end of a text file
-    is another document when the file has grown."""
+    """Whether the student was trained on the document, however its lines end and whatever white space is around it, or on a
+    text that the document goes on from: the end of a text file is another document when the file has grown."""
     if not len(trained.documents):
         return False
-    hashes = [document_hash(document), *(_beginnings(document) if isinstance(document, str) else [])]
+    hashes = [document_hash(document)]
+    if isinstance(document, str):
+        plain = document.replace("\r\n", "\n").strip()
+        hashes += [bytes_hash(plain.replace("\n", end).encode()) for end in ("\n", "\r\n")]
+        hashes += [bytes_hash((plain.replace("\n", end) + end).encode()) for end in ("\n", "\r\n")]
+        hashes += [*_beginnings(document), *(_beginnings(plain) if plain != document else [])]
     return bool(trained.has(np.array(hashes, np.uint64)).any())
 
 

@@ -103,8 +103,15 @@ def document_hash(document: Document) -> int:
     content: Any = document
     if isinstance(document, Conversation) and document.options:
         content = [document, document.options]
-    text = content if isinstance(content, str) else json.dumps(content, sort_keys=True, default=str)
+    text = content if isinstance(content, str) else json.dumps(_without_nulls(content), sort_keys=True, default=str)
     return bytes_hash(text.encode())
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table cannot tell an empty field from one that is not there."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def bytes_hash(content: bytes) -> int:

@@ -21,8 +21,8 @@ from pl_attnedit.data.tokens import (
     check_vocabulary,
     load_tokenizer,
     model_context,
-    model_vocabulary,
     tokenize,
+    unknown_to_model,
 )
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling.trained_on import TrainedOn
@@ -204,8 +204,7 @@ class PackedText:
     def _corpus(self, source: Sources) -> Corpus:
         opened = [open_source(one) for one in _listed(source)]
         corpus = Corpus([one.name for one in opened], tokenize(opened, self.tokenizer, self.loss_on))
-        known = model_vocabulary(self.tokenizer)
-        if known is not None and len(self.tokenizer) > known:
+        if (known := unknown_to_model(self.tokenizer)) is not None:
             for name, store in zip(corpus.names, corpus.stores):
                 highest = int(store.tokens.max()) if len(store.tokens) else 0
                 check_vocabulary(self.tokenizer, highest, known, f"the text of {name}")

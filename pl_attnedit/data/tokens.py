@@ -33,7 +33,7 @@ from pl_attnedit.teachers.sources.resolve import (
 )
 
 # Part of the cache key: raise it when documents would be tokenised differently.
-VERSION = 4
+VERSION = 5
 # Documents are handed to the tokenizer, which spreads them over the cores, until they have this many characters: bounded
 # memory for books, enough work for many cores. Its Encodings take some 100 bytes per token.
 BATCH_CHARACTERS = 4_000_000
@@ -135,6 +135,18 @@ def model_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int | None:
     config = Path(tokenizer.name_or_path) / "config.json"
     fields = json.loads(config.read_text("utf-8")) if config.is_file() else {}
     return fields.get("vocab_size") or (fields.get("text_config") or {}).get("vocab_size")
+
+
+def unknown_to_model(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The number of its model's embeddings, if the tokenizer has tokens beyond them; else None."""
+    known = model_vocabulary(tokenizer)
+    return known if known is not None and max(tokenizer.get_vocab().values()) >= known else None
+
+
+def check_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], where: str) -> None:
+    """`UserError` for texts with tokens that the tokenizer's model has no embeddings for."""
+    if (known := unknown_to_model(tokenizer)) is not None:
+        check_vocabulary(tokenizer, max(map(max, filter(None, encode(tokenizer, texts))), default=0), known, where)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, highest: int, known: int, where: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +31,10 @@ from pl_attnedit import UserError
 from pl_attnedit.cli import main
 from pl_attnedit.conversion.trainers import save_student
 from pl_attnedit.data import TextDataModule, datamodule
+from pl_attnedit.data.chat import Conversation
 from pl_attnedit.data.sources import OpenSource, document_hash
 from pl_attnedit.eval import held_out
-from pl_attnedit.eval.held_out import held_out_texts, trained_on
+from pl_attnedit.eval.held_out import held_out_texts, is_trained, trained_on
 from pl_attnedit.export import export
 from pl_attnedit.modeling.trained_on import FILE, TrainedOn
 
@@ -105,6 +107,26 @@ def test_nothing_that_a_shipped_config_trains_on_is_asked(
             hashes = np.array([document_hash(each) for each in asked.texts], np.uint64)
             assert len(hashes)
             assert not trained.has(hashes).any()
+
+
+def test_text_with_a_token_that_the_model_lacks(
+    teacher_folder: Callable[..., str], tmp_path: Path, cache_of_tests: None
+) -> None:
+    """Whose number alone says so: the tokenizer has no more tokens than the model."""
+    folder = Path(shutil.copytree(teacher_folder(), tmp_path / "teacher"))
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    rules["model"]["vocab"]["Q"] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    for text, refused in {"plain": False, "Q": True}.items():
+        rows = [json.dumps({"text": f"{document(i, 60)} {text}"}) + "\n" for i in range(20)]
+        (tmp_path / "text.jsonl").write_text("".join(rows))
+        source = str(tmp_path / "text.jsonl")
+        for read in (
+            lambda source=source: held_out_texts(str(folder), source, TrainedOn()),
+            lambda source=source: TextDataModule(str(folder), source, seq_len=32, val_sequences=2).setup(),
+        ):
+            with pytest.raises(UserError, match="has token 5000, 'Q'; must be below") if refused else nullcontext():
+                read()
 
 
 def test_without_what_the_student_says_most_is_asked_again(texts: dict[str, list[str]], tiny_tokenizer: Any) -> None:
@@ -264,6 +286,31 @@ def test_a_text_file_that_has_grown(tiny_tokenizer: Any, tmp_path: Path) -> None
         assert asked.left_out == len(corpus)
         assert asked.texts
         assert not any(paragraph in text for text in asked.texts for paragraph in paragraphs)
+
+
+@pytest.mark.parametrize(
+    ("known", "asked"),
+    [("a\nb", "a\nb\n"), ("a\nb\n", "a\nb"), ("a\r\nb", "a\nb"), ("a\nb", " a\r\nb\r\n"), ("a\nb", "a\r\nb\r\nc")],
+)
+def test_line_ends_and_white_space_make_no_other_text(known: str, asked: str) -> None:
+    assert is_trained(asked, TrainedOn(np.array([document_hash(known)], np.uint64)))
+    assert not is_trained(asked, TrainedOn(np.array([document_hash("b")], np.uint64)))
+
+
+def test_fields_that_are_null_make_no_other_conversation() -> None:
+    """Every row of a parquet file has all of them."""
+    call = {"function": {"name": "run", "arguments": {"all": None}}}
+    rows = [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "tool_calls": [call]}]
+    assert document_hash(Conversation(rows)) == document_hash(
+        Conversation(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [_bare(call)], "name": None}]
+        )
+    )
+    assert document_hash(Conversation(rows)) != document_hash(Conversation(rows[:1]))
+
+
+def _bare(call: dict[str, Any]) -> dict[str, Any]:
+    return {"function": {**call["function"], "arguments": {}}}
 
 
 def test_a_student_that_says_nothing_is_evaluated_with_a_word(

@@ -52,6 +52,12 @@ def exact_tokenizer(tokenizer: Any, reader: GGUFReader) -> PreTrainedTokenizerBa
         _cut(tokenizer.backend_tokenizer, pre)
     elif tokenizer.tokenize("a")[0].startswith("▁") != fields.get("add_space_prefix", True):
         raise UserError(f"says tokenizer.ggml.add_space_prefix = {fields['add_space_prefix']}, which is not honoured")
+    prefix = "tokenizer.chat_template."  # further ones, such as tool_use; transformers reads the first alone
+    further = {
+        key.removeprefix(prefix): field.contents() for key, field in reader.fields.items() if key.startswith(prefix)
+    }
+    if further:
+        tokenizer.chat_template = {"default": tokenizer.chat_template, **further}
     _surround(tokenizer, "bos", bool(fields.get("add_bos_token", not bpe or pre in _WORDS_WHOLE)))
     _surround(tokenizer, "eos", bool(fields.get("add_eos_token")))
     return tokenizer

@@ -55,6 +55,10 @@ def says(**values: Any) -> Change:
     return write
 
 
+def without(name: str) -> Change:
+    return lambda writer: writer.kv_data[0].pop(f"llama.{name}")
+
+
 def factors(model: Any) -> Change:
     """As llama.cpp's converter writes Llama 3.1's scaling."""
     plain = THETA ** -(torch.arange(0, 8, 2).float() / 8)
@@ -82,8 +86,9 @@ YARN = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scal
         (llama, lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32))),
         (lambda: llama(attention_bias=True, mlp_bias=True), says(rope__dimension_count=8, attention__key_length=8)),
         (lambda: llama(head_dim=16), says(rope__dimension_count=16, attention__key_length=16)),
+        (lambda: llama(rope_parameters={"rope_type": "default", "rope_theta": 1e4}), without("rope.freq_base")),
     ],
-    ids=["linear", "no type", "old key", "yarn", "betas", "llama3", "none", "ones", "biases", "head_dim"],
+    ids=["linear", "no type", "old key", "yarn", "betas", "llama3", "none", "ones", "biases", "head_dim", "no theta"],
 )
 def test_what_a_file_says_is_honoured(
     tmp_path: Path, backend: Tokenizer, make: Callable[[], Any], change: Change
@@ -117,6 +122,8 @@ def test_other_families(tmp_path: Path, backend: Tokenizer, make_teacher: Callab
         (says(expert_count=4), "expert_count = 4"),
         (says(feed_forward_length=40), r"another shape to the weights model\.layers\.0\.mlp\.down_proj"),
         (says(something_new=4), "something_new = 4"),
+        (without("attention.layer_norm_rms_epsilon"), "does not say attention.layer_norm_rms_epsilon"),
+        (without("context_length"), "does not say context_length"),
         (says(split__count=2), r"one of 2 files; their names must be"),
         (says(general__type="adapter"), "holds no model"),
         (says(tokenizer__ggml__pre="martian"), "tokenizer.ggml.pre = 'martian'"),
@@ -190,6 +197,23 @@ def test_sentencepiece(tmp_path: Path, backend: Tokenizer, model: Any) -> None:
         _, tokenizer = load_teacher(str(file))
         assert tokenizer("ab").input_ids == ids
         assert tokenizer.decode(tokenizer("ab ab").input_ids, skip_special_tokens=True) == "ab ab"
+
+
+def test_templates_and_tokens_of_a_chat(tmp_path: Path, backend: Tokenizer, model: Any) -> None:
+    """With tools the template that is for them, and whole tokens that are not special."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.add_chat_template([{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}])
+        tokens, types, merges = (writer.kv_data[0][f"tokenizer.ggml.{n}"] for n in ("tokens", "token_type", "merges"))
+        merges.value = [merge for merge in merges.value if merge.replace(" ", "") != tokens.value[-1]]
+        tokens.value, types.value = [*tokens.value[:-1], "<tool>"], [*types.value[:-1], gguf.TokenType.USER_DEFINED]
+
+    write_gguf(tmp_path / "tiny.gguf", model, backend, change)
+    _, tokenizer = load_teacher(str(tmp_path / "tiny.gguf"))
+    chat = [{"role": "user", "content": "Hi"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "plain"
+    assert tokenizer.apply_chat_template(chat, tokenize=False, tools=[{"name": "tide"}]) == "tools"
+    assert tokenizer("a<tool>b").input_ids.count(319) == 1
 
 
 def test_digits_alone(tmp_path: Path, backend: Tokenizer, model: Any) -> None:
