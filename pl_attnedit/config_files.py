@@ -6,12 +6,14 @@ One rule everywhere (recipes, stages, studies, the command line): mappings merge
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader
 from jsonargparse._actions import _ActionConfigLoad
+from jsonargparse._parameter_resolvers import get_signature_parameters
 from jsonargparse._typehints import ActionTypeHint, NestedArg
 
 from pl_attnedit.errors import UserError, invalid
@@ -115,6 +117,21 @@ def merged(base: Any, change: Any) -> dict[str, Any]:
         both = isinstance(value, dict | Namespace) and isinstance(result.get(key), dict | Namespace)
         result[key] = merged(result[key], value) if both else value
     return result
+
+
+def options_of(name: str, cls: type, skip: set[str], **types: Any) -> type:
+    """A dataclass of the arguments of a class, of which none need be given (None): what it takes, a parser can list.
+
+    Args:
+        skip: names of arguments that are left out.
+        types: instead of what the class declares.
+    """
+    found = [each for each in get_signature_parameters(cls, "__init__") if each.name not in skip]
+    made = make_dataclass(
+        name, [(each.name, types.get(each.name, each.annotation | None), field(default=None)) for each in found]
+    )
+    made.__doc__ = "\n".join([f"{name}.", "", "Args:", *(f"    {each.name}: {each.doc}" for each in found if each.doc)])
+    return made
 
 
 class LayeredParser(ArgumentParser):

@@ -93,6 +93,23 @@ def test_null_takes_away_no_whole_mapping(given: dict[str, Any], layers: Any) ->
         as_plain(parser, parser.parse_args(layers(RECIPE, given)))
 
 
+def test_options_are_listed_and_typed(layers: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    wanted = ["stage1.options.supervise", "stage2.options.cuda_graph", "trainer.precision", "trainer.devices"]
+    assert all(f"--{name} " in printed for name in wanted)
+    assert all(f"{target}: {field}" in printed for target, field in [("gate_swa", "window,"), ("mla", "kv_lora_rank,")])
+    for changed in (
+        "[--trainer.num_nodes, x]",
+        "[--stage1.options.nothing, 1]",
+        "[--stage1.options.weight_decay, much]",
+    ):
+        assert main(["convert", *layers(RECIPE), *yaml.safe_load(changed)]) == 2
+        assert yaml.safe_load(changed)[0].removeprefix("--") in capsys.readouterr().err
+    assert main(["convert", *layers(RECIPE, {"trainer": None})]) == 2
+    assert "trainer = None: must be a mapping" in capsys.readouterr().err
+
+
 def test_layers_of_a_stage(layers: Any, capsys: pytest.CaptureFixture[str]) -> None:
     model = {"class_path": "pl_attnedit.distillation.LayerwiseDistillation"}
     first = {"model": {**model, "init_args": {"teacher": "x", "targets": RECIPE["targets"]}}}

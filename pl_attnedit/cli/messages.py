@@ -26,6 +26,7 @@ _NOISE = (
     ),
 )
 _PLAINER = (
+    (r"Group '([\w.]+)' does not accept option '([\w.]+)'", r"\1.\2: there is no such field; --help lists them"),
     (r'Parser key "([^"]+)":', r"\1:"),
     (r"Expected a <class '([\w.]+)'>", r"must be of type \1"),
     (r"Expected a typing\.Literal\[(.+?)\]", r"must be one of \1"),

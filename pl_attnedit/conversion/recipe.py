@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentError
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,33 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, Trainer
 
+from pl_attnedit.attention import TARGETS
 from pl_attnedit.checkpoints.disk import refuse_url
-from pl_attnedit.config_files import RULE, LayeredParser, RecipeFile
+from pl_attnedit.config_files import RULE, LayeredParser, RecipeFile, options_of
 from pl_attnedit.data import Phase, TextDataModule
 from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
 from pl_attnedit.errors import invalid
 from pl_attnedit.tracking import check_registered_name
 from pl_attnedit.tracking.client import EXPERIMENT
+
+# what a conversion sets itself
+_OURS_OF_TRAINER = {
+    *("max_steps", "max_epochs", "max_time", "accumulate_grad_batches", "val_check_interval"),
+    *("check_val_every_n_epoch", "callbacks", "logger", "limit_val_batches", "fast_dev_run", "overfit_batches"),
+    "enable_checkpointing",
+}
+# fields of the recipe or of a stage, or the conversion's to set
+_OURS_OF_STAGES = {
+    *("teacher", "targets", "pattern", "layers", "init", "calibration_tokens", "init_from", "dtype"),
+    *("learning_rate", "warmup_steps"),
+}
+
+# What a parser lists and checks. A recipe itself holds those that were given, as a mapping.
+# `check_recipe` says which precisions there are; of a union jsonargparse takes the first type that fits.
+_TYPES = {"precision": Any, "devices": list[int] | int | str}
+TrainerOptions: Any = options_of("TrainerOptions", Trainer, _OURS_OF_TRAINER, **_TYPES)
+Stage1Options: Any = options_of("Stage1Options", LayerwiseDistillation, _OURS_OF_STAGES)
+Stage2Options: Any = options_of("Stage2Options", ModelDistillation, _OURS_OF_STAGES)
 
 
 @dataclass
@@ -33,9 +52,9 @@ class StageRecipe:
         warmup_steps: optimiser steps of warm-up.
         accumulate: batches per optimiser step.
         validate_every: optimiser steps between validations on the way; None = only before and after the stage.
-        options: further arguments of the stage's module, e.g. feature_weight and train in stage 2.
         callbacks: further callbacks by class path, e.g. pl_attnedit.callbacks.ProgressiveUnfreezing; a
             ResumableCheckpoint replaces the one with the default interval (its folder is the run folder's).
+        options: further arguments of the stage's module.
     """
 
     steps: int | None = None
@@ -44,8 +63,8 @@ class StageRecipe:
     warmup_steps: int = 10
     accumulate: int = 1
     validate_every: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
     callbacks: list[Callback] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("steps", "learning_rate"):
@@ -76,6 +95,18 @@ class StageRecipe:
         """The peak learning rate, of the first phase that has steps."""
         phases = self.all_phases(1, 1)
         return next((phase.learning_rate for phase in phases if phase.steps), phases[0].learning_rate)
+
+
+@dataclass
+class Stage1Recipe(StageRecipe):
+    __doc__ = StageRecipe.__doc__
+    options: Stage1Options = field(default_factory=Stage1Options)
+
+
+@dataclass
+class Stage2Recipe(StageRecipe):
+    __doc__ = StageRecipe.__doc__
+    options: Stage2Options = field(default_factory=Stage2Options)
 
 
 @dataclass
@@ -115,7 +146,7 @@ class Recipe:
         dtype: dtype of the teacher, of what is frozen and of the saved student; what trains is in float32 at least.
         seed: of everything random.
         evaluation: what teacher and student are asked at the end.
-        trainer: further arguments of Lightning's Trainer, e.g. accelerator, devices, precision.
+        trainer: further arguments of Lightning's Trainer.
         runs: folder of the run folders.
         experiment: of MLflow, that the runs are kept in.
         tracking_uri: of MLflow; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working folder.
@@ -125,8 +156,8 @@ class Recipe:
     name: str
     teacher: str
     targets: dict[str, Any]
-    stage1: StageRecipe
-    stage2: StageRecipe
+    stage1: Stage1Recipe
+    stage2: Stage2Recipe
     pattern: str | None = None
     layers: list[int] | None = None
     init: str = "calibrated"
@@ -134,7 +165,7 @@ class Recipe:
     dtype: str = "float32"
     seed: int = 0
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
     runs: str = "runs"
     experiment: str = EXPERIMENT
     tracking_uri: str | None = None
@@ -143,13 +174,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or Path(self.name).name != self.name:
             raise invalid("name", self.name, "must be the name of one folder")
-        # of precisions `check_recipe` lists what there is
-        others = {name: value for name, value in self.trainer.items() if name != "precision"}
-        precision = {"precision": self.trainer["precision"]} if self.trainer.get("precision") is not None else {}
-        self.trainer = precision | _typed_options("trainer", others, Trainer, _OURS_OF_TRAINER)
-        for stage, module in (("stage1", LayerwiseDistillation), ("stage2", ModelDistillation)):
-            given = getattr(self, stage)
-            given.options = _typed_options(f"{stage}.options", given.options, module, _OURS_OF_STAGES)
+        self.trainer = _given("trainer", self.trainer, TrainerOptions)
+        self.stage1.options = _given("stage1.options", self.stage1.options, Stage1Options)
+        self.stage2.options = _given("stage2.options", self.stage2.options, Stage2Options)
         self.runs = os.path.expanduser(self.runs)
         if not 0 <= self.seed < 2**32 - 1:  # stage 2 draws its text with the next one
             raise invalid("seed", self.seed, "must be from 0 to 2**32 - 2")
@@ -160,51 +187,20 @@ class Recipe:
                 raise invalid(name, getattr(self, name), f"must be {kind}")
 
 
+def _given(field: str, options: Any, kind: Any) -> dict[str, Any]:
+    """Those that are not null, of what was parsed or of a mapping."""
+    found = options if isinstance(options, dict) else vars(options)
+    known = [field.name for field in fields(kind)]
+    for name in found:
+        if name not in known:
+            raise invalid(field, name, f"known are {', '.join(sorted(known))}")
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def phases_text(recipe: Recipe) -> str:
     """What stages that have phases go through; "" where none has."""
     stages = {"stage 1": recipe.stage1.phases, "stage 2": recipe.stage2.phases}
     return "; ".join(f"{name}: {', '.join(map(str, phases))}" for name, phases in stages.items() if phases)
-
-
-# what a conversion sets itself
-_OURS_OF_TRAINER = {
-    *(
-        "max_steps",
-        "max_epochs",
-        "max_time",
-        "accumulate_grad_batches",
-        "val_check_interval",
-        "check_val_every_n_epoch",
-    ),
-    *("callbacks", "logger", "limit_val_batches", "fast_dev_run", "overfit_batches", "enable_checkpointing"),
-}
-
-
-# fields of their own, or the conversion's to set
-_OURS_OF_STAGES = {*(field.name for cls in (Recipe, StageRecipe) for field in fields(cls)), "init_from"}
-
-
-def _typed_options(field: str, given: dict[str, Any], cls: type, ours: set[str]) -> dict[str, Any]:
-    """The options, each of the type that the class declares; what values it takes, it says itself when it is made."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, skip=ours, instantiate=False)
-    typed = {}
-    _check_names(field, given, set(parser.get_defaults().as_dict()))
-    for name, value in given.items():
-        if value is None:  # takes away what an earlier config said
-            continue
-        try:
-            typed[name] = parser.parse_object({name: value})[name]
-        except ArgumentError as error:
-            kinds = [line.strip() for line in str(error).splitlines() if "Expected" in line or "Subtypes" in line]
-            raise invalid(f"{field}.{name}", value, f"is of the wrong kind. {kinds[0] if kinds else error}") from error
-    return typed
-
-
-def _check_names(field: str, given: dict[str, Any], known: set[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise invalid(field, name, f"known are {', '.join(sorted(known))}")
 
 
 # where a recipe runs and is kept does not change what it computes
@@ -221,11 +217,22 @@ def recipe_parser() -> ArgumentParser:
     help_ = "recipe YAML; further ones, e.g. of configs/trainer, lie over it"
     parser.add_argument("-c", "--config", action=RecipeFile, help=help_)
     parser.add_class_arguments(Recipe)
+    [targets] = (action for action in parser._actions if action.dest == "targets")
+    targets.help = f"{targets.help} Fields: {_fields_of_targets()}."
     parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer", "phases"}, instantiate=False)
     dry_run = "only print what would be trained, cached and held in memory, and for how long: needs no weights, no text"
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
+
+
+def _fields_of_targets() -> str:
+    """With their defaults, where they have one."""
+    found = []
+    for name, target in TARGETS.items():
+        each = (f.name if f.default is MISSING else f"{f.name} ({f.default})" for f in fields(target.config_class))
+        found.append(f"{name}: {', '.join(each)}")
+    return "; ".join(found)
 
 
 def read_recipe(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, dict[str, Any]]:
@@ -234,6 +241,9 @@ def read_recipe(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, dict
     Raises:
         UserError: a value that is out of range.
     """
+    for name in ("trainer", "stage1.options", "stage2.options"):
+        if config.get(name) is None:
+            raise invalid(name, None, "must be a mapping; null takes away one of its fields")
     ready = parser.instantiate_classes(config)
     return Recipe(**{field.name: getattr(ready, field.name) for field in fields(Recipe)}), dict(ready.data)
 
@@ -253,5 +263,7 @@ def as_plain(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
         (plain["stage1"], "options"),
         (plain["stage2"], "options"),
     ):
-        owner[name] = {key: value for key, value in owner[name].items() if value is not None}  # those taken away
+        owner[name] = {
+            key: value for key, value in (owner[name] or {}).items() if value is not None
+        }  # those taken away
     return {name: value for name, value in plain.items() if name not in PLACE_FIELDS}
