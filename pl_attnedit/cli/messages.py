@@ -66,6 +66,8 @@ def farewell(command: str, stopped: Interrupted) -> str:
 
 def _compact(message: str) -> str:
     """A message of jsonargparse in one line, without its account of types and of the values it was given."""
+    if "Unable to load config '{" in message:  # a mapping on the command line: what is wrong in it
+        message = message.partition("\n  - ")[2] or message
     lines = [line.strip() for line in message.splitlines()]
     kept = dict.fromkeys(line.removeprefix("- ") for line in lines if not line.startswith(_NOISE))
     text = re.sub(r"(?<!:)\n", ", or ", "\n".join(kept or lines)).replace("\n", " ")
