@@ -104,7 +104,7 @@ def test_options_are_listed_and_typed(layers: Any, capsys: pytest.CaptureFixture
         "[--stage1.options.nothing, 1]",
         "[--stage1.options.weight_decay, much]",
     ):
-        assert main(["convert", *layers(RECIPE), *yaml.safe_load(changed)]) == 2
+        assert main(["convert", *layers(RECIPE), *map(str, yaml.safe_load(changed))]) == 2
         assert yaml.safe_load(changed)[0].removeprefix("--") in capsys.readouterr().err
     assert main(["convert", *layers(RECIPE, {"trainer": None})]) == 2
     assert "trainer = None: must be a mapping" in capsys.readouterr().err
