@@ -7,6 +7,7 @@ interrupted computes only what is missing, and a teacher's answers are computed 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -136,7 +137,8 @@ def _prepare(task: Task, request: TaskRequest) -> LoadedTask:
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     config = {key: value for key, value in task.dump_config().items() if key != "dataset_kwargs"}  # paths
     asked = hashlib.sha256(_dumps([version("lm_eval"), config, request.limit]).encode())
-    for doc in islice(task.eval_docs, request.limit):
+    examples = task.fewshot_docs() if task.get_config("num_fewshot") else []
+    for doc in itertools.chain(islice(task.eval_docs, request.limit), examples):
         asked.update(_dumps(doc).encode())
     return LoadedTask(task, request.limit, asked.hexdigest())
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pl_attnedit.config_files import read_yaml
-from pl_attnedit.data.sources import BUILTIN
+from pl_attnedit.data.files import find_files
+from pl_attnedit.data.sources import BUILTIN, SUFFIXES
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.teachers.sources.resolve import file_sha256
 
 SUITES = Path(__file__).parents[2] / "configs" / "suites"
 # Raised where the tasks that we write ask something else than before, or where results.json says more of the same answers:
@@ -193,14 +194,28 @@ class Suite:
         return self.version_on()
 
     def version_on(self, text: str = BUILTIN, bigbench: str | Path | Sequence[str | Path] | None = None) -> str:
-        """The version of an evaluation on this text and these questions, which are known by their names."""
+        """The version of an evaluation on this text and these questions: of files by their content.
+
+        Raises:
+            UserError: no such file.
+        """
         later = ("generation", "instructions")  # suites without them keep the version that they had before these came
         parts = {name: part for name, part in asdict(self).items() if part or name not in later}
         content = [parts, TASKS_VERSION, version("lm_eval") if self.library else None]
         files = [bigbench] if isinstance(bigbench, str | Path) else bigbench or []
         if text != BUILTIN or files:
-            content += [os.path.abspath(name) if os.path.exists(name) else str(name) for name in (text, *files)]
+            content += [
+                _identity("text", text, SUFFIXES),
+                *(_identity("bigbench", str(one), (".jsonl",)) for one in files),
+            ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _identity(field: str, name: str, kinds: Sequence[str]) -> list[str] | str:
+    """Of what is on this machine its content, else the name."""
+    if name == BUILTIN:
+        return name
+    return [file_sha256(file) for file in find_files(field, name, kinds, ", ".join(kinds))] or name
 
 
 def _numbers(path: str, value: Any) -> list[tuple[str, float]]:

@@ -195,6 +195,22 @@ def test_answers(
     assert asks(other, **ANSWERS.get(change, {})) == (change != "nothing")
 
 
+@pytest.mark.parametrize("file", ["asked", "examples"])
+def test_questions_and_their_examples(file: str, tmp_path: Path) -> None:
+    task = {"task": "sums", "dataset_path": "json", "test_split": "test", "fewshot_split": "shots", "num_fewshot": 1}
+    task |= {
+        "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/asked.jsonl", "shots": f"{tmp_path}/examples.jsonl"}}
+    }
+    task |= {"output_type": "multiple_choice", "doc_to_text": "q", "doc_to_target": 0, "doc_to_choice": ["1", "2"]}
+    (tmp_path / "sums.yaml").write_text(json.dumps(task))
+    digests = set()
+    for question in ("one", "two"):
+        for name in ("asked", "examples"):
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps({"q": question if name == file else "same"}) + "\n")
+        digests.add(answers.load_tasks([TaskRequest("sums", tmp_path)])["sums"][0].digest)
+    assert len(digests) == 2
+
+
 def test_hidden_states(teacher: PreTrainedModel, tmp_path: Path) -> None:
     """Their folder stands for the circumstances, their file for the tokens."""
     ids = torch.arange(1, 9).view(2, 4)
@@ -244,7 +260,8 @@ def test_a_digest_is_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert file_sha256(file) != before
 
 
-def test_suite_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suite_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     base: dict[str, Any] = {"name": "a"}
     changes: list[dict[str, Any]] = [{"name": "b"}, {"max_length": 9}, {"margins": {"x": 1.0}}]
     changes += [{"text": TextTasks()}, {"text": TextTasks(cloze=9)}, {"by_position": PositionTask(2)}]
@@ -252,9 +269,12 @@ def test_suite_version(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = [Suite(**{**base, **change}).version for change in [{}, *changes]]
     assert len(set(versions)) == len(versions)
     assert Suite(**base).version == versions[0] == Suite(**base).version_on("builtin:", [])
+    for name in ("a", "b", "q", "r", "a again"):
+        Path(f"{name}.jsonl").write_text(name[0])
     questions = [
-        ("a.parquet", None),
-        ("b.parquet", None),
+        ("a.jsonl", None),
+        ("a again.jsonl", None),
+        ("b.jsonl", None),
         ("builtin:", "q.jsonl"),
         ("builtin:", ["q.jsonl", "r.jsonl"]),
     ]
