@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from pl_attnedit.cli.options import show
+from pl_attnedit.cli.options import OptionParser, show
+from pl_attnedit.conversion.defaults import chosen_recipe
 from pl_attnedit.conversion.dry_run import dry_run, dry_run_table
 from pl_attnedit.conversion.pipeline import convert
 from pl_attnedit.conversion.recipe import as_plain, read_recipe, recipe_parser
 from pl_attnedit.data import TextDataModule
+from pl_attnedit.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = recipe_parser()
-    config = parser.parse_args(list(arguments))
+    with TemporaryDirectory() as folder:
+        config = parser.parse_args([*_chosen(arguments, Path(folder)), *arguments])
     plain = as_plain(parser, config)
     recipe, data = read_recipe(parser, config)
     if config.dry_run:
@@ -27,6 +33,26 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     show(summary, _found(summary, Path(recipe.runs) / recipe.name), as_json=config.json)
     return 0
+
+
+def _chosen(arguments: Sequence[str], folder: Path) -> list[str]:
+    """Where the target is given without a recipe: one that everything else lies over."""
+    parser = OptionParser(add_help=False, allow_abbrev=False)
+    for name, kind in (("--target", str), ("--teacher", str), ("--budget", float), ("--context", int)):
+        parser.add_argument(name, type=kind)
+    given, _ = parser.parse_known_args(list(arguments))
+    if given.target is None:
+        if given.budget is not None or given.context is not None:
+            raise UserError("--budget and --context: need --target")
+        return []
+    for name in ("teacher", "budget"):
+        if getattr(given, name) is None:
+            raise UserError(f"--{name}: must be given with --target")
+    recipe, said = chosen_recipe(given.teacher, given.target, given.budget, given.context)
+    print(f"convert  {said}; {Path(recipe.get('runs', 'runs')) / recipe['name'] / 'recipe.yaml'}", file=sys.stderr)
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps(recipe), "utf-8")  # JSON is YAML
+    return ["-c", str(file)]
 
 
 def _found(summary: dict[str, Any], folder: Path) -> str:

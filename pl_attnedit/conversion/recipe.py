@@ -204,7 +204,18 @@ def phases_text(recipe: Recipe) -> str:
 
 
 # where a recipe runs and is kept does not change what it computes
-PLACE_FIELDS = ("config", "dry_run", "json", "runs", "experiment", "tracking_uri", "register")
+PLACE_FIELDS = (
+    "config",
+    "dry_run",
+    "json",
+    "target",
+    "budget",
+    "context",
+    "runs",
+    "experiment",
+    "tracking_uri",
+    "register",
+)
 
 
 def recipe_parser() -> ArgumentParser:
@@ -222,6 +233,15 @@ def recipe_parser() -> ArgumentParser:
     parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer", "phases"}, instantiate=False)
     dry_run = "only print what would be trained, cached and held in memory, and for how long: needs no weights, no text"
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    target = (
+        "instead of a recipe: gate_swa or mla, with --teacher and --budget; RUNS/NAME/recipe.yaml says what was chosen"
+    )
+    parser.add_argument("--target", type=str | None, help=target)
+    parser.add_argument(
+        "--budget", type=float | None, help="with --target: KV budget, cached bytes of student / teacher"
+    )
+    context = "with --budget: at so many tokens; default 32k, or the teacher's limit"
+    parser.add_argument("--context", type=int | None, help=context)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
