@@ -17,6 +17,21 @@ if TYPE_CHECKING:  # it imports lm-eval, which takes seconds
 
 
 def main(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(list(arguments))
+    options.out = Path(options.out or Path(options.student).parent / "eval" / Path(options.suite or "").stem)
+    _check(options)
+    options.teacher = known_teacher(options.teacher, options.student)
+    options.device = str(torch_device(options.device))
+    if options.log_to is not None:
+        _check_run(options.log_to, options.teacher, options.tracking_uri)
+    result = _by_suite(options) if options.suite else _by_tasks(options)
+    if options.log_to:
+        _log(result, options)
+    show(result.content(), _table(result), f"{options.out}/results.json", as_json=options.json)
+    return 0
+
+
+def _parser() -> OptionParser:
     parser = OptionParser(prog="pl-attnedit eval", description="Evaluate a converted model against its teacher.")
     parser.add_argument(
         "student",
@@ -62,8 +77,11 @@ def main(arguments: Sequence[str]) -> int:
     json_option(parser)
     parser.add_argument("--log-to", help="MLflow run id of the conversion, or of an evaluation that has begun")
     parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
-    options = parser.parse_args(list(arguments))
-    options.out = Path(options.out or Path(options.student).parent / "eval" / Path(options.suite or "").stem)
+    return parser
+
+
+def _check(options: Namespace) -> None:
+    """Options that exclude each other or are out of range; `batch_size` becomes a number."""
     if options.batch_size != "auto":
         if not options.batch_size.isdigit():
             raise invalid("--batch-size", options.batch_size, "must be a number or auto")
@@ -76,15 +94,6 @@ def main(arguments: Sequence[str]) -> int:
             raise invalid(f"--{name}", getattr(options, name), "must be at least 2: one sample has no interval")
     if options.task_folder and not options.tasks:
         raise invalid("--task-folder", options.task_folder, "needs --tasks")
-    options.teacher = known_teacher(options.teacher, options.student)
-    options.device = str(torch_device(options.device))
-    if options.log_to is not None:
-        _check_run(options.log_to, options.teacher, options.tracking_uri)
-    result = _by_suite(options) if options.suite else _by_tasks(options)
-    if options.log_to:
-        _log(result, options)
-    show(result.content(), _table(result), f"{options.out}/results.json", as_json=options.json)
-    return 0
 
 
 def _by_suite(options: Namespace) -> EvaluationResult:

@@ -63,7 +63,7 @@ class AttentionEditingCLI(LightningCLI):
             check_checkpoint(Path(settings.ckpt_path))
 
     def _parse_ckpt_path(self) -> None:
-        """Not as Lightning: a checkpoint's settings would silently replace those of the config. The module compares them."""
+        """Does nothing: Lightning would let a checkpoint's settings replace the config's. The module compares them."""
 
     def before_fit(self) -> None:
         for name in ("max_steps", "max_epochs", "limit_train_batches"):

@@ -13,7 +13,7 @@ from pl_attnedit.files import no_room
 if TYPE_CHECKING:  # it imports Lightning, which takes seconds
     from pl_attnedit.interruption import Interrupted
 
-_OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+_FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 # of a value that fits none of several types: what those types are in general
 _NOISE = (
     *("Errors:", "Subtypes: ", "Given value", "Does not validate against any", "- Does not validate against any"),
@@ -46,7 +46,7 @@ def message_of(error: BaseException) -> str | None:
         return _compact(str(error))
     if (reason := no_room(error)) is not None:
         return reason
-    if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM and error.filename is not None:
+    if isinstance(error, OSError) and error.errno in _FILE_ERRORS and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return None
 

@@ -21,13 +21,13 @@ from pl_attnedit.tracking import check_registered_name
 from pl_attnedit.tracking.client import EXPERIMENT
 
 # what a conversion sets itself
-_OURS_OF_TRAINER = {
+SET_BY_CONVERSION = {
     *("max_steps", "max_epochs", "max_time", "accumulate_grad_batches", "val_check_interval"),
     *("check_val_every_n_epoch", "callbacks", "logger", "limit_val_batches", "fast_dev_run", "overfit_batches"),
     "enable_checkpointing",
 }
 # fields of the recipe or of a stage, or the conversion's to set
-_OURS_OF_STAGES = {
+SET_BY_RECIPE = {
     *("teacher", "targets", "pattern", "layers", "init", "calibration_tokens", "init_from", "dtype"),
     *("learning_rate", "warmup_steps"),
 }
@@ -35,9 +35,9 @@ _OURS_OF_STAGES = {
 # What a parser lists and checks. A recipe itself holds those that were given, as a mapping.
 # `check_recipe` says which precisions there are; of a union jsonargparse takes the first type that fits.
 _TYPES = {"precision": Any, "devices": list[int] | int | str}
-TrainerOptions: Any = options_of("TrainerOptions", Trainer, _OURS_OF_TRAINER, **_TYPES)
-Stage1Options: Any = options_of("Stage1Options", LayerwiseDistillation, _OURS_OF_STAGES)
-Stage2Options: Any = options_of("Stage2Options", ModelDistillation, _OURS_OF_STAGES)
+TrainerOptions: Any = options_of("TrainerOptions", Trainer, SET_BY_CONVERSION, **_TYPES)
+Stage1Options: Any = options_of("Stage1Options", LayerwiseDistillation, SET_BY_RECIPE)
+Stage2Options: Any = options_of("Stage2Options", ModelDistillation, SET_BY_RECIPE)
 
 
 @dataclass
