@@ -1,6 +1,7 @@
 """Whether `Pairs` runs a family's decoder as Hugging Face does: one short sequence through both, a layer at a time.
 
-A block that scales its residuals, norms its outputs or shares a norm would train to something else without a word.
+A block that scales its residuals, norms its outputs or shares a norm would train to something else without a word. So would
+an attention that turns or scales other than the targets do, which are made of its projections.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pl_attnedit.attention.base import as_bool_mask, attend
+from pl_attnedit.distillation.engine.calls import Call
 from pl_attnedit.distillation.engine.pairs import Pairs
 from pl_attnedit.errors import UserError
+from pl_attnedit.modeling import edited_attention
+from pl_attnedit.teachers import AttentionSpec, apply_rotary, attention_spec, project_qkv
 
 TOKENS = 8  # so few that even a model of 30B parameters takes seconds on a CPU, where the weights' way decides
 
@@ -43,12 +48,24 @@ def check_forward(teacher: Any, student: Any) -> None:
             of_pair, left = pair(first[index], second[index], call)
             for role, ours, states in (("teacher", of_pair.output, first), ("student", left, second)):
                 _compare(f"layer {index} of the {role}", share, ours, states[index + 1], states[index])
+            if index in edited_attention(student):
+                attention = teacher.model.layers[index].self_attn
+                ours = _attention(attention, attention_spec(teacher.config), of_pair.attention_input, call)
+                _compare(f"the attention of layer {index} of the teacher", share, ours, of_pair.attention_output)
 
         def logits(student: Tensor, teacher: Tensor, student_head: nn.Module, teacher_head: nn.Module) -> None:
             _compare("the head of the teacher", share, teacher_head(teacher), of_teacher)
             _compare("the head of the student", share, student_head(student), of_student)
 
         pairs.heads(first[-1], second[-1], logits)
+
+
+def _attention(attention: Any, spec: AttentionSpec, normed: Tensor, call: Call) -> Tensor:
+    """What targets take the teacher's attention for: (batch, time, hidden)."""
+    query, key, value = project_qkv(attention, normed, spec.head_dim)
+    query, key = apply_rotary(query, key, *call["position_embeddings"])
+    mask = call["attention_mask"]
+    return attention.o_proj(attend(query, key, value, None if mask is None else as_bool_mask(mask), spec.scaling))
 
 
 def _own_forward(model: Any, ids: Tensor) -> tuple[list[Tensor], Tensor]:

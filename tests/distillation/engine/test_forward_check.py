@@ -71,6 +71,29 @@ def test_no_training_begins_on_another_forward_pass(
         UntrainedPlans(make_teacher("llama"), {"S": WINDOW})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_attention_that_does_more(make_teacher: Make, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Granite's factor on the scores, and a rotation of neighbours as in ERNIE 4.5."""
+    teacher = make_teacher("llama").to(dtype)
+    student = edit_model(teacher, WINDOW, pattern="FFSF")
+    check_forward(teacher, student)
+    teacher.model.layers[2].self_attn.scaling *= 1.5
+    with pytest.raises(UserError, match=r"the attention of layer 2 of the teacher: .* off by"):
+        check_forward(teacher, student)
+    teacher.model.layers[2].self_attn.scaling /= 1.5
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+
+    def neighbours(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **_: Any) -> Any:
+        cos, sin = (each[..., : each.shape[-1] // 2].repeat_interleave(2, -1)[:, None] for each in (cos, sin))
+        return tuple(x * cos + turned(x) * sin for x in (query, key))
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", neighbours)
+    with pytest.raises(UserError, match="the attention of layer 2 of the teacher"):
+        check_forward(teacher, student)
+
+
 def test_one_layer_that_is_another(make_teacher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = make_teacher("llama")
     student = edit_model(teacher, WINDOW, pattern="FFSF")
