@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
 from pl_attnedit.teachers.sources.resolve import resolve_teacher
 
 SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none
+log = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
 Files = str | Path | Sequence[str | Path]
 
@@ -95,6 +98,9 @@ def evaluate_suite(
         {"name": suite.name, "version": suite.version_on(text, bigbench)},
         further,
     )
+    for name in suite.margins:
+        if not any(fnmatch(f"{row.task}/{row.metric}", name) for row in result.tasks):
+            log.warning("suite %s: margins: %s fits nothing that was measured", suite.name, name)
     write_atomically(out / "results.json", result.to_json())
     return result
 

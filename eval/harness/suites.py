@@ -16,7 +16,7 @@ from typing import Any
 from pl_attnedit.config_files import read_yaml
 from pl_attnedit.data.files import find_files
 from pl_attnedit.data.sources import BUILTIN, SUFFIXES
-from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.errors import UserError, in_one_line, invalid
 from pl_attnedit.teachers.sources.resolve import file_sha256
 
 SUITES = Path(__file__).parents[2] / "configs" / "suites"
@@ -179,6 +179,10 @@ class Suite:
         for name, value in _numbers("", asdict(self)):
             if value < 1 and not name.startswith((".retrieval.depths", ".margins", ".library", ".efficiency.budget")):
                 raise invalid(f"suite {self.name}: {name[1:]}", value, "must be at least 1")
+        known = ("needle_1", "needle_4", "variables", "copy")
+        for task in self.retrieval.tasks if self.retrieval else ():
+            if task not in known:
+                raise invalid(f"suite {self.name}: retrieval.tasks", task, f"must be one of {', '.join(known)}")
         for name, value in self.margins.items():
             if value <= 0:
                 raise invalid(f"suite {self.name}: margins", f"{name}: {value}", "must be positive")
@@ -247,4 +251,5 @@ def load_suite(name: str) -> Suite:
     except ArgumentError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise invalid("suite", str(path), f"cannot be read: {error}") from error
+        message = in_one_line(str(error)).replace("; --help lists them", "; docs/add/suite.md lists them")
+        raise invalid("suite", str(path), f"cannot be read: {message}") from error

@@ -47,8 +47,13 @@ def test_the_pooled_row_has_a_margin_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("name: x\nretrival: {samples: 1}", "does not accept option 'retrival.samples'"),
-        ("name: x\ntext: {documents: many}", "Expected a <class 'int'>. Got value: many"),
+        (
+            "name: x\nretrival: {samples: 1}",
+            r"suite.retrival.samples: there is no such field; docs/add/suite.md lists them",
+        ),
+        ("name: x\ntext: {documents: many}", "documents: must be of type int, not many"),
+        ("name: x\nretrieval: {depth: [0.5]}", "Option 'depth' is not accepted"),
+        ("name: x\nretrieval: {tasks: [kopy]}", "retrieval.tasks = 'kopy': must be one of needle_1, needle_4"),
         ("name: x\nretrieval: {samples: 0}", "suite x: retrieval.samples = 0: must be at least 1"),
         ("name: x\nmargins: {a/acc: -1}", "suite x: margins = 'a/acc: -1.0': must be positive"),
         ("max_length: 64", "required: suite.name"),
@@ -57,7 +62,8 @@ def test_the_pooled_row_has_a_margin_of_its_own() -> None:
 def test_mistakes(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         load_suite(str(path))
+    assert len(str(error.value).splitlines()) == 1
     with pytest.raises(UserError, match="suite = 'quik': must be one of fidelity, fidelity_2k, offline, paper, quick"):
         load_suite("quik")
