@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from pl_attnedit.attention import INITS, TARGETS, Init, Target, TargetConfig
 from pl_attnedit.teachers import FAMILIES
 
 torch._dynamo.config.fail_on_recompile_limit_hit = True  # elsewhere torch.compile only warns where it gives up
@@ -91,6 +93,40 @@ def random_ids(batch: int, time: int, seed: int = 0) -> torch.Tensor:
 def make_ids() -> Callable[..., torch.Tensor]:
     """`make_ids(batch, time, seed=0)`: random token ids, none of them the pad token 0."""
     return random_ids
+
+
+@dataclass(frozen=True)
+class AloneConfig(TargetConfig):
+    """A token sees itself alone. The field means nothing; GateSWA has one of this name."""
+
+    window: int = 3
+
+    type: ClassVar[str] = "alone"
+    default_pattern: ClassVar[str] = "S"
+
+
+class Alone(Target):
+    config_class = AloneConfig
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.o_proj = torch.nn.Linear(self.spec.hidden_size, self.spec.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            past_key_values.update(hidden_states[:, None], hidden_states[:, None, :, :0], self.layer_idx)
+        return self.o_proj(hidden_states), None
+
+    def cached_values_per_token(self, context: int) -> float:
+        return self.spec.hidden_size
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> AloneConfig:
+    """A target that nothing in the package knows, among those that it does."""
+    monkeypatch.setitem(TARGETS, "alone", Alone)
+    monkeypatch.setitem(INITS, "alone", {name: Init(lambda *given: None) for name in ("random", "calibrated")})
+    return AloneConfig()
 
 
 TONGUES = 4  # languages of the trained teachers' text: each follows a bigram rule of its own

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pl_attnedit.attention import MLA, Target
+from pl_attnedit.attention import Target
 from pl_attnedit.eval.bench.timing import median_seconds
 from pl_attnedit.teachers import attention_spec
 
@@ -31,19 +31,16 @@ def _mixture_flops(mixture: Any) -> int:
 
 def head_widths(attention: Any, config: Any) -> tuple[int, int, int]:
     """Number of query heads, width of a query (and key) head, width of a value head."""
-    if isinstance(attention, MLA):
-        return attention.num_heads, attention.nope_dim + attention.rope_dim, attention.v_dim
+    if isinstance(attention, Target):
+        return attention.head_widths()
     spec = attention_spec(config)
     return spec.num_heads, spec.head_dim, spec.head_dim
 
 
 def score_flops(attention: Any, config: Any, seq_len: int) -> float:
-    """Forward FLOPs per token of scores and weighted values; causal, so half of the square, or the window."""
+    """Forward FLOPs per token of scores and weighted values; causal, so half of the square, or what a target sees."""
     heads, query, value = head_widths(attention, config)
-    visible = (seq_len + 1) / 2
-    if isinstance(attention, Target) and getattr(attention.target, "window", None) is not None:
-        reach = min(attention.target.window + attention.target.sinks, seq_len)  # type: ignore[attr-defined]
-        visible = reach - reach * (reach - 1) / (2 * seq_len)
+    visible = attention.visible_per_token(seq_len) if isinstance(attention, Target) else (seq_len + 1) / 2
     return 2 * visible * heads * (query + value)
 
 

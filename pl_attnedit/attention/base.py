@@ -65,6 +65,14 @@ class Target(nn.Module, ABC):
     def cached_values_per_token(self, context: int) -> float:
         """Values (not bytes) cached by this layer after `context` tokens, divided by `context`."""
 
+    def visible_per_token(self, seq_len: int) -> float:
+        """Keys that a query sees, on average over a text of `seq_len` tokens."""
+        return (seq_len + 1) / 2
+
+    def head_widths(self) -> tuple[int, int, int]:
+        """Number of query heads, width of a query (and key) head, width of a value head."""
+        return self.spec.num_heads, self.spec.head_dim, self.spec.head_dim
+
 
 @dataclass(frozen=True)
 class Init:

@@ -11,7 +11,7 @@ from pl_attnedit.conversion.checks import check_devices, check_recipe, world_siz
 from pl_attnedit.conversion.recipe import Recipe, StageRecipe
 from pl_attnedit.data import Phase, TextDataModule
 from pl_attnedit.distillation.settings import frozen_dtype, trained_dtype
-from pl_attnedit.errors import invalid
+from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
 from pl_attnedit.eval.bench.memory import StageMemory, Step, init_memory, stage_memory, trained_parameters
 from pl_attnedit.eval.report.formatting import count, duration, percent
@@ -90,14 +90,17 @@ def _work(teacher: Any, student: Any, stage: StageRecipe, phase: Phase, step: St
 
 
 def _kv(teacher: Any, student: Any, limit: int) -> list[dict[str, Any]]:
-    """Cached bytes of one sequence, by context: in Hugging Face's caches, and in the blocks of vLLM."""
+    """Cached bytes of one sequence, by context: in Hugging Face's caches, and in the blocks of vLLM, or why it refuses."""
     rows = []
     for context in sorted({*(c for c in CONTEXTS if c < limit), limit}):
         found = {"teacher": sum(next(fill_cache(teacher, context))), "student": sum(next(fill_cache(student, context)))}
-        vllm = {
-            name: held_bytes(model.config, context, model.dtype.itemsize)
-            for name, model in {"teacher": teacher, "student": student}.items()
-        }
+        try:
+            vllm: dict[str, Any] = {
+                name: held_bytes(model.config, context, model.dtype.itemsize)
+                for name, model in {"teacher": teacher, "student": student}.items()
+            }
+        except UserError as error:
+            vllm = {"refused": str(error)}
         rows.append({"context": context, **found, "budget": found["student"] / found["teacher"], "vllm": vllm})
     return rows
 
@@ -135,6 +138,20 @@ def _budget(found: dict[str, Any]) -> str:
     return f"{found['steps']:5}   {count(found['tokens']):>8} {work}   {duration(found['seconds'])}"
 
 
+def _served(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of what vLLM holds."""
+    if refused := rows[0]["vllm"].get("refused"):
+        return [f"not served by vLLM as it is: {refused}"]
+    lines = ["served by vLLM             bytes per token           sequences in 1 GB"]
+    lines += [f"blocks of {BLOCK} tokens       teacher     student     teacher     student     ratio"]
+    for row in rows:
+        teacher, student = row["vllm"]["teacher"], row["vllm"]["student"]
+        bytes_ = f"{teacher / row['context']:10,.0f}  {student / row['context']:10,.0f}"
+        sequences = f"{1e9 / teacher:10,.2f}  {1e9 / student:10,.2f}"
+        lines.append(f"{row['context']:16,} tokens  {bytes_}  {sequences}  {teacher / student:7.2f}x")
+    return lines
+
+
 def dry_run_table(result: dict[str, Any]) -> str:
     """The estimate as text."""
     stages = result["stages"]
@@ -147,14 +164,7 @@ def dry_run_table(result: dict[str, Any]) -> str:
     for row in result["kv"]:
         sizes = f"{row['teacher'] / 1e9:10.3f}   {row['student'] / 1e9:10.3f}"
         lines.append(f"{row['context']:16,} tokens   {sizes}   {percent(row['budget']):>9}")
-    lines += ["", "served by vLLM             bytes per token           sequences in 1 GB"]
-    lines += [f"blocks of {BLOCK} tokens       teacher     student     teacher     student     ratio"]
-    for row in result["kv"]:
-        teacher, student = row["vllm"]["teacher"], row["vllm"]["student"]
-        bytes_ = f"{teacher / row['context']:10,.0f}  {student / row['context']:10,.0f}"
-        sequences = f"{1e9 / teacher:10,.2f}  {1e9 / student:10,.2f}"
-        lines.append(f"{row['context']:16,} tokens  {bytes_}  {sequences}  {teacher / student:7.2f}x")
-    lines += ["", "         trained parameters   steps     tokens      PFLOP   time here"]
+    lines += ["", *_served(result["kv"]), "", "         trained parameters   steps     tokens      PFLOP   time here"]
     for name, stage in stages.items():
         trained = count(stage["trained_parameters"])
         lines.append(f"{name}   {trained:>18}   {_budget(stage)}")

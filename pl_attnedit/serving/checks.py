@@ -10,6 +10,7 @@ import torch
 from pl_attnedit.attention import TARGETS, GateSWAConfig, MLAConfig
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling.plan import EditPlan
+from pl_attnedit.serving.memory import layers_of
 from pl_attnedit.teachers import attention_spec, family_of
 
 _ATTENTION = re.compile(r"(model\.layers\.(\d+)\.self_attn\.)(.*)")
@@ -51,6 +52,7 @@ def check_config(config: Any, all_tokens: bool = False) -> None:
     plan = EditPlan.from_dict(config.attention_edit)
     if len(plan.letters) != config.num_hidden_layers:
         raise invalid("attention_edit", plan.letters, f"needs a letter for each of {config.num_hidden_layers} layers")
+    layers_of(config)  # refuses what is not served
     family, spec = family_of(config), attention_spec(config)
     family.check(config)
     if spec.o_bias and family.model_type != "llama":

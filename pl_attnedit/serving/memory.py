@@ -50,7 +50,11 @@ class Group:
 
 
 def layers_of(config: Any, ranks: int = 1) -> list[Layer]:
-    """What each layer of a converted model or a teacher caches on one of `ranks` tensor-parallel devices."""
+    """What each layer of a converted model or a teacher caches on one of `ranks` tensor-parallel devices.
+
+    Raises:
+        UserError: a target that vLLM does not serve.
+    """
     spec = attention_spec(config)
     full = 2 * spec.head_dim * max(1, spec.num_kv_heads // ranks)
     edit = getattr(config, "attention_edit", None)
@@ -63,8 +67,10 @@ def layers_of(config: Any, ranks: int = 1) -> list[Layer]:
             layers.append(Layer(target.kv_lora_rank + target.qk_rope_head_dim, latent=True))
         elif isinstance(target, GateSWAConfig) and target.window is not None:
             layers.append(Layer(full, target.window, target.sinks))
-        else:
+        elif target is None or isinstance(target, GateSWAConfig):
             layers.append(Layer(full))
+        else:
+            raise UserError(f"target {target.type}: vLLM does not know it")
     return layers
 
 

@@ -113,6 +113,15 @@ def test_printed_and_nothing_written(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_target_that_vllm_does_not_serve(
+    recipe: Callable[..., Path], alone: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "--dry-run", "-c", str(recipe(targets={"S": {"type": "alone"}}))]) == 0
+    printed = capsys.readouterr().out
+    assert "not served by vLLM as it is: target alone: vLLM does not know it" in printed
+    assert "sequences in 1 GB" not in printed
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -8,6 +8,7 @@ import pytest
 
 from pl_attnedit import EditPlan, GateSWAConfig, MLAConfig, UserError
 from pl_attnedit.modeling.hf import edited_config
+from pl_attnedit.serving.checks import check_config
 from pl_attnedit.serving.memory import Group, Layer, groups_of, held_bytes, latent_block, layers_of
 
 FULL, WINDOW, LATENT = Layer(384), Layer(384, 64, 4), Layer(152, latent=True)
@@ -21,6 +22,13 @@ def test_layers_of_a_plan(make_teacher: Any) -> None:
     assert layers_of(student) == [Layer(64, 8, 2), Layer(24, latent=True), Layer(64), Layer(64)]
     assert layers_of(student, ranks=2) == [Layer(32, 8, 2), Layer(24, latent=True), Layer(32), Layer(32)]
     assert layers_of(student, ranks=4)[2:] == [Layer(32)] * 2, "a KV head is the least that a device holds"
+
+
+def test_an_unknown_target_is_refused(make_teacher: Any, alone: Any) -> None:
+    config = edited_config(make_teacher("qwen3").config, EditPlan.build(4, alone))
+    for refuse in (layers_of, check_config):
+        with pytest.raises(UserError, match="target alone: vLLM does not know it"):
+            refuse(config)
 
 
 def test_blocks_of_a_window_and_its_sinks() -> None:

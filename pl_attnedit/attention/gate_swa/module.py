@@ -137,3 +137,9 @@ class GateSWA(Target):
         window, sinks = self.target.window, self.target.sinks
         kept = context if window is None else min(context, sinks + window - 1)
         return self.spec.cached_values_per_token * kept / context
+
+    def visible_per_token(self, seq_len: int) -> float:
+        if self.target.window is None:
+            return super().visible_per_token(seq_len)
+        reach = min(self.target.window + self.target.sinks, seq_len)
+        return reach - reach * (reach - 1) / (2 * seq_len)

@@ -203,6 +203,9 @@ class MLA(Target):
     def cached_values_per_token(self, context: int) -> float:
         return self.rank + self.rope_dim
 
+    def head_widths(self) -> tuple[int, int, int]:
+        return self.num_heads, self.nope_dim + self.rope_dim, self.v_dim
+
 
 def attend_cached(query: torch.Tensor, cached: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Attention of one query token per head (batch, heads, 1, width) over (batch, 1, keys, width): (batch, heads, width).

@@ -87,6 +87,16 @@ def test_a_window_counts_the_keys_that_are_seen(make_teacher: Callable[..., Any]
     assert score_flops(attention, config, 16) == pytest.approx(2 * seen * spec.num_heads * 2 * spec.head_dim)
 
 
+def test_a_target_states_what_it_sees(make_teacher: Callable[..., Any], alone: Any, monkeypatch: Any) -> None:
+    teacher = make_teacher("llama")
+    student = edit_model(teacher, alone, init="random")
+    new, old = (model.model.layers[0].self_attn for model in (student, teacher))
+    assert score_flops(new, teacher.config, 16) == score_flops(old, teacher.config, 16), "unless it says otherwise"
+    monkeypatch.setattr(type(new), "visible_per_token", lambda self, seq_len: 1.0)
+    monkeypatch.setattr(type(new), "head_widths", lambda self: (3, 6, 10))
+    assert score_flops(new, teacher.config, 16) == 2 * 3 * (6 + 10)
+
+
 def test_flops_of_what_does_not_run_are_not_counted(make_teacher: Callable[..., Any]) -> None:
     teacher = make_teacher("llama")
     early, late = (edit_model(teacher, LATENT, init="random", layers=[index]) for index in (0, 3))
