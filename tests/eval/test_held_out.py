@@ -30,7 +30,8 @@ from fixtures_stages import (  # noqa: F401
 from pl_attnedit import UserError
 from pl_attnedit.cli import main
 from pl_attnedit.conversion.trainers import save_student
-from pl_attnedit.data import TextDataModule, datamodule
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.data import text as data_text
 from pl_attnedit.data.chat import Conversation
 from pl_attnedit.data.sources import OpenSource, document_hash
 from pl_attnedit.eval import held_out
@@ -88,9 +89,9 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         by_hash = {document_hash(name): name for name in names}
         return [by_hash[key] for key in data.held_out.corpus.hashes[data.held_out.documents].tolist()]
 
-    monkeypatch.setattr(datamodule, "open_source", opened)
+    monkeypatch.setattr(data_text, "open_source", opened)
     monkeypatch.setattr(held_out, "open_source", opened)
-    monkeypatch.setattr(datamodule, "tokenize", tokenized)
+    monkeypatch.setattr(data_text, "tokenize", tokenized)
     monkeypatch.setattr(TextDataModule, "held_out_texts", decoded)
     return found
 
