@@ -114,6 +114,19 @@ def termination_as_exception() -> Iterator[None]:
         _put_back(before)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A signal that comes inside the block acts behind it: for what must not be left half done, like starting a process."""
+    received: list[int] = []
+    before = _handle({signal.SIGINT, signal.SIGTERM, signal.SIGHUP}, lambda signum, frame: received.append(signum))
+    try:
+        yield
+    finally:
+        _put_back(before)
+        for signum in received[:1]:
+            signal.raise_signal(signum)
+
+
 def ignore_signals(worker: int = 0) -> None:
     """For processes that load data: a signal to the whole group is the main process's business, which still needs them.
 

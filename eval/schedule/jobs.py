@@ -14,6 +14,7 @@ from typing import IO
 
 from pl_attnedit.eval.report.formatting import duration
 from pl_attnedit.eval.schedule.subjects import EvaluationFailed, Subject
+from pl_attnedit.interruption import uninterrupted
 from pl_attnedit.tracking.client import WORKING_FOLDER_TAG
 from pl_attnedit.tracking.places import present
 
@@ -46,22 +47,24 @@ def evaluate_in_process(job: Job) -> None:
     command += ["--tracking-uri", job.tracking_uri, *job.options]
     tags = job.subject.run.data.tags
     working_folder = present(tags.get(WORKING_FOLDER_TAG, "."), job.subject.run, job.tracking_uri)
+    process = None
     with (job.folder / LOG_FILE).open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=working_folder if working_folder.is_dir() else None,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=[job.lock.fileno()],
-            start_new_session=True,  # Ctrl-C is for us; we tell it
-        )
         try:
+            with uninterrupted():  # else a signal could leave a process that nobody knows
+                process = subprocess.Popen(
+                    command,
+                    cwd=working_folder if working_folder.is_dir() else None,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[job.lock.fileno()],
+                    start_new_session=True,  # Ctrl-C is for us; we tell it
+                )
             process.wait(job.timeout)
         except subprocess.TimeoutExpired as error:
             raise EvaluationFailed(f"took longer than {duration(job.timeout)}") from error
         finally:
-            if process.poll() is None:
+            if process is not None and process.poll() is None:
                 process.terminate()
                 try:
                     process.wait(GRACE_SECONDS)

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from pl_attnedit.callbacks import ResumableCheckpoint
 from pl_attnedit.callbacks.random_state import random_state, restore_random_state
-from pl_attnedit.interruption import Interrupted, requeue_slurm_job, termination_as_exception
+from pl_attnedit.interruption import Interrupted, requeue_slurm_job, termination_as_exception, uninterrupted
 
 NEVER = 3600.0  # so that only a signal and the end save
 
@@ -218,3 +218,17 @@ def test_a_job_of_an_array_is_requeued_by_its_own_number(tmp_path: Path, monkeyp
     fake_scontrol(tmp_path, 1)
     with pytest.warns(UserWarning, match=r"not allowed\); the training goes on"):
         assert not requeue_slurm_job()
+
+
+def test_what_must_not_be_interrupted_is_finished_first() -> None:
+    done = []
+
+    def start() -> None:
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("started")
+        done.append("more")
+
+    with termination_as_exception(), pytest.raises(Interrupted):
+        start()
+    assert done == ["started"]
