@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from dataclasses import asdict
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,7 +54,7 @@ def json_option(parser: ArgumentParser) -> None:
 
 def show(result: Any, table: str, written: str | Path | None = None, *, as_json: bool) -> None:
     """The table, or JSON alone, and where it was written."""
-    print(json_text(result).strip() if as_json else table)
+    print(json_text(result, default=asdict).strip() if as_json else table)
     if written is not None:
         print(written, file=sys.stderr if as_json else sys.stdout)
 

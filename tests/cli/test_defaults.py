@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from pl_attnedit.conversion.defaults import chosen_recipe
+from pl_attnedit.cli import main
+from pl_attnedit.conversion.defaults import RECIPES, chosen_recipe
 from pl_attnedit.conversion.recipe import as_plain, recipe_parser
 
 Make = Callable[..., Any]
@@ -22,6 +23,26 @@ def _no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=True: None)
 
 
+@pytest.mark.parametrize(("target", "budget"), [("gate_swa", 0.25), ("gate_swa", 0.6), ("mla", 0.5)])
+def test_the_budget_is_kept(
+    teacher_folder: Make, target: str, budget: float, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    teacher = teacher_folder()
+    given = ["--teacher", teacher, "--target", target, "--budget", str(budget), "--data.batch_size", "3"]
+    assert main(["convert", *given, "--dry-run", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    shares = {row["context"]: row["budget"] for row in found["kv"]}
+    context = max(shares)
+    assert budget / 2 < shares[context] <= budget
+    [line] = [line for line in printed.err.splitlines() if line.startswith("convert ")]
+    assert f"{target}, " in line
+    assert f"KV budget {shares[context]:.1%} at {context} tokens" in line
+    assert "configs/quickstart" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_was_chosen_gives_the_same_run(teacher_folder: Make, tmp_path: Path) -> None:
     recipe, _ = chosen_recipe(teacher_folder(), "gate_swa", 0.5)
     parser = recipe_parser()
@@ -30,3 +51,40 @@ def test_what_was_chosen_gives_the_same_run(teacher_folder: Make, tmp_path: Path
     assert as_plain(parser, parser.parse_args(["-c", str(tmp_path / "recipe.yaml")])) == plain
     assert plain["stage1"]["steps"] == 40
     assert plain["data"]["source"] == "builtin:"
+
+
+@pytest.mark.parametrize(("target", "files"), RECIPES.items())
+def test_devices(target: str, files: tuple[str, ...], teacher_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=True: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    recipe, said = chosen_recipe(teacher_folder(), target, 0.6)
+    assert f"configs/{files[1]}.yaml" in said
+    assert recipe["trainer"]["devices"] == 1
+    assert recipe["stage2"]["options"]["cuda_graph"]
+    if target == "gate_swa":  # of the larger teachers' windows, the tiny one has no room for one
+        return
+    monkeypatch.setattr("pl_attnedit.conversion.defaults.SMALL", 0)
+    recipe, said = chosen_recipe(teacher_folder(), target, 0.6)
+    assert f"configs/{files[2]}.yaml" in said
+    assert (recipe["trainer"]["devices"], recipe["stage1"]["accumulate"]) == (4, 4)  # 16 batches in a step, as on eight
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "0.5"], "need --target"),
+        (["--target", "mla"], "--budget: must be given with --target"),
+        (["--target", "nsa", "--budget", "0.5"], "--target = 'nsa': must be one of gate_swa, mla"),
+        (["--target", "mla", "--budget", "0.01"], "--budget = 0.01: must be at least"),
+        (["--target", "gate_swa", "--budget", "1e-9"], "budget = 1e-09: must be from"),
+        (["--target", "mla", "--budget", "1.5"], "--budget = 1.5: must be above 0 and below 1"),
+        (["--target", "mla", "--budget", "0.5", "--context", "99999"], "--context = 99999: must be from 1 to"),
+    ],
+)
+def test_mistakes(
+    teacher_folder: Make, options: list[str], message: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "--teacher", teacher_folder(), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
