@@ -38,7 +38,7 @@ def invalid(field: str, value: object, allowed: str) -> UserError:
 
 
 def in_one_line(message: str) -> str:
-    """A message of jsonargparse, without its account of types and of the values it was given."""
+    """A message of jsonargparse, with the value that was given, without its account of types."""
     if "Unable to load config '{" in message:  # a mapping on the command line: what is wrong in it
         message = message.partition("\n  - ")[2] or message
     lines = [line.strip() for line in message.splitlines()]
@@ -46,4 +46,6 @@ def in_one_line(message: str) -> str:
     text = re.sub(r"(?<!:)\n", ", or ", "\n".join(kept or lines)).replace("\n", " ")
     for pattern, words in _PLAINER:
         text = re.sub(pattern, words, text)
+    if given := re.search("Given value: (.*)", message):
+        text = re.sub(r"^([\w.]+):", lambda field: f"{field[1]} = {given[1]!r}:", text)
     return text

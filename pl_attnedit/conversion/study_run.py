@@ -26,7 +26,7 @@ from pl_attnedit.conversion.run_folder import changed_fields, is_finished, is_ru
 from pl_attnedit.conversion.study import SET_BY_STUDY, Study
 from pl_attnedit.conversion.study_results import rows
 from pl_attnedit.conversion.trainers import check_machine
-from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.errors import UserError, in_one_line, invalid
 from pl_attnedit.files import write_atomically
 from pl_attnedit.teachers.sources.resolve import resolve_teacher
 from pl_attnedit.tracking import connect
@@ -84,7 +84,7 @@ class StudyRun:
             config = parser.parse_args(["-c", json.dumps(fields), *self.options])
             recipe, _ = read_recipe(parser, config)
         except (ArgumentError, UserError) as error:
-            raise UserError(f"variant {variant!r}: {error}") from error
+            raise UserError(f"variant {variant!r}: {in_one_line(str(error))}") from error
         ours = {"dry_run": False, "runs": fields.get("runs", "runs"), **{key: fields[key] for key in SET_BY_STUDY}}
         if changed := [key for key, value in ours.items() if getattr(config, key) != value]:
             raise UserError(f"options after --: {', '.join(changed)} cannot be given, the study sets what it needs")

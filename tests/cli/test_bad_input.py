@@ -79,7 +79,7 @@ def fails(
             ["q_lora_rank = 4", "full-rank"],
         ),
         (["--data.source", "[{name: 'builtin:', weight: 0}]"], ["weight = 0", "positive"]),
-        (["--stage2.options", "{train: bogus}"], ["stage2.options.train: must be one of ", "'layers'"]),
+        (["--stage2.options", "{train: bogus}"], ["stage2.options.train = 'bogus': must be one of ", "'layers'"]),
         (["--stage2.options", "{final_lr_share: 5}"], ["final_lr_share = 5", "from 0 to 1"]),
         (["--stage2.options", "{cuda_graph: true}"], ["cuda_graph = True", "one NVIDIA GPU"]),
         (["--dtype", "bfloat16"], ["dtype = 'bfloat16'", "precision: bf16-mixed"]),

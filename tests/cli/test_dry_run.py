@@ -140,7 +140,7 @@ def test_a_target_that_vllm_does_not_serve(
         ({"trainer": {"strategy": "layers"}}, "trainer.strategy = 'layers': must be one of"),
         ({"dtype": "bogus"}, "dtype = 'bogus': must be one of float32"),
         ({"dtype": "float16"}, "dtype = 'float16': must be one of float32"),
-        ({"trainer": {"log_every_n_steps": "abc"}}, "trainer.log_every_n_steps = 'abc': is of the wrong kind"),
+        ({"trainer": {"log_every_n_steps": "abc"}}, "trainer.log_every_n_steps = 'abc': must be of type int"),
         ({"runs": ""}, "runs = '': must be a folder"),
         ({"seed": -1}, "seed = -1: must be from 0"),
         ({"experiment": ""}, "experiment = '': must be a name"),
@@ -153,7 +153,10 @@ def test_a_target_that_vllm_does_not_serve(
             {"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"train": "bogus"}}},
             "stage2.options.train = 'bogus'",
         ),
-        ({"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"feature_weight": "abc"}}}, "is of the wrong kind"),
+        (
+            {"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"feature_weight": "abc"}}},
+            "feature_weight = 'abc': must be",
+        ),
         (
             {"stage2": {"steps": 1, "learning_rate": 1.0, "options": {"weight_decay": -1}}},
             "weight_decay = -1.0: must be",
