@@ -6,7 +6,7 @@ them. torch and transformers are imported when they are first needed.
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ for _name in ("callbacks", "configs", "eval"):
             "or clone it with git and core.symlinks=true"
         )
 
-if find_spec("torch_npu") is not None:  # torch and transformers import it wherever it is installed
+if PathFinder.find_spec("torch_npu") is not None:  # torch and transformers import it wherever it is installed
     try:
         import transformers.modeling_utils  # noqa: F401
     except (ImportError, RuntimeError) as error:
