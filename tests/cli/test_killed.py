@@ -25,7 +25,7 @@ def killed(run: ForkedFit, kills: int, seed: int) -> None:
         run.wait_for_step(step)
         time.sleep(2 * STEP_SECONDS * rng.random())
         run.kill()
-        resume = "last" if any(name.startswith("last") for name in run.names()) else None  # killed before the first
+        resume = "last" if any(run.checkpoints.glob("last-*.ckpt")) else None  # killed before the first
     run.start(resume)
     assert run.end() == 0, run.output()
 
