@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,11 +14,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import torch.nn.functional as F
+from drawing import Drawing
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import INITS, TARGETS, Init, Target, TargetConfig
 from pl_attnedit.teachers import FAMILIES
 
+with suppress(ImportError):  # the environment of vLLM draws nothing
+    import vl_convert
+
+    vl_convert.vegalite_to_svg = Drawing()
 torch._dynamo.config.fail_on_recompile_limit_hit = True  # elsewhere torch.compile only warns where it gives up
 
 VOCAB = 64

@@ -94,7 +94,6 @@ def convert(recipe: Path) -> None:
     torch.save(peak_bytes(torch.device("npu", 0)), recipe.parent / "memory.pt")
 
 
-@pytest.mark.slow  # beside other tests it was seen to stand still in the calibration until its time limit
 def test_a_recipe_on_one_npu(
     teacher_folder: Callable[..., str], tiny_corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
