@@ -26,7 +26,7 @@ PARENT_TAG = "mlflow.parentRunId"
 # Where things are, as absolute paths; children do not inherit these.
 STUDENT_TAG = "pl_attnedit.student"  # of a conversion: the folder of its saved student
 STUDENT_FINGERPRINT_TAG = "pl_attnedit.student_fingerprint"
-CHECKPOINTS_TAG = "pl_attnedit.checkpoints.io"  # of a training: the folder of its checkpoints
+CHECKPOINTS_TAG = "pl_attnedit.checkpoints"  # of a training: the folder of its checkpoints
 WORKING_FOLDER_TAG = "pl_attnedit.working_folder"  # where relative names in its settings begin
 
 UNREACHABLE = (MlflowException, SQLAlchemyError, requests.RequestException, sqlite3.Error)

@@ -78,7 +78,7 @@ def test_from_a_recipe_to_a_report_and_again(
         "student_fingerprint": model_fingerprint(folder / "student"),
         "working_folder": str(tmp_path),
     }
-    assert runs["stage2"].data.tags["pl_attnedit.checkpoints.io"] == str(folder / "stage2")
+    assert runs["stage2"].data.tags["pl_attnedit.checkpoints"] == str(folder / "stage2")
     for run in (parent, *runs.values()):
         assert run.info.status == "FINISHED"
     for run in runs.values():
