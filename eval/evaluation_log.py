@@ -62,8 +62,8 @@ def log_evaluation(
     run.set_tags(verdicts | ({SUITE_TAG: suite["name"], VERSION_TAG: suite["version"]} if suite else {}))
     _log_tables(run, {name: content[name] for name in TABLES if content.get(name)})
     settings = content.get("settings") or {}
-    if digest := settings.get("text_digest"):
-        run.log_datasets([used_text(settings["text"], "evaluation", digest, documents=settings["documents"])])
+    if documents := settings.get("documents"):  # of a suite without text there are none
+        run.log_datasets([used_text(settings["text"], "evaluation", settings["text_digest"], documents=documents)])
     run.log_text(result.to_json(), RESULTS_FILE)
     for path in result.samples:
         run.log_file(path, "samples")

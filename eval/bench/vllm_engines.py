@@ -141,12 +141,12 @@ async def _get(port: int, path: str) -> tuple[int, str]:
     """Status and text; 0 where nobody answers."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
+        writer.close()
     except OSError:
         return 0, ""
-    writer.write(f"GET {path} HTTP/1.0\r\n\r\n".encode())
-    head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
-    writer.close()
-    return int(head.split()[1]), body
+    return (int(head.split()[1]), body) if head else (0, "")
 
 
 def vllm_version(command: str | None) -> str:

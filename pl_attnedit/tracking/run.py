@@ -66,7 +66,7 @@ class TrackedRun:
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int = 0, *, of_model: bool = False) -> None:
         """Log numbers (anything that ``float`` takes) at an optimizer step; `of_model`: they are the logged model's, too."""
-        values = {_valid_key(key): float(value) for key, value in metrics.items()}
+        values = {valid_key(key): float(value) for key, value in metrics.items()}
         for part in _parts(values, MAX_METRICS_PER_BATCH):
             self._add("metrics", values=part, step=step, **({"of_model": True} if of_model else {}))
 
@@ -76,7 +76,7 @@ class TrackedRun:
         Values are cut at MLflow's 6000 characters. MLflow never changes a parameter: where a continued run has
         another value, the first stays and one warning names it.
         """
-        values = {_valid_key(key): str(value)[:MAX_PARAM_VAL_LENGTH] for key, value in flatten(params)}
+        values = {valid_key(key): str(value)[:MAX_PARAM_VAL_LENGTH] for key, value in flatten(params)}
         changed = [f"{k}: {self._params[k]} -> {v}" for k, v in values.items() if self._params.get(k, v) != v]
         if changed:
             rank_zero_warn(f"MLflow keeps the first value of parameters that changed: {'; '.join(changed)[:500]}")
@@ -87,7 +87,7 @@ class TrackedRun:
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; a later value replaces an earlier one."""
-        values = {_valid_key(key): str(value)[:MAX_TAG_VAL_LENGTH] for key, value in tags.items()}
+        values = {valid_key(key): str(value)[:MAX_TAG_VAL_LENGTH] for key, value in tags.items()}
         for part in _parts(values, MAX_PARAMS_TAGS_PER_BATCH):
             self._add("tags", values=part)
 
@@ -162,7 +162,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def _valid_key(key: str) -> str:
+def valid_key(key: str) -> str:
     return re.sub(r"[^\w/.\- :]", "_", key)[:MAX_ENTITY_KEY_LENGTH]
 
 

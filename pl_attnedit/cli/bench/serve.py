@@ -73,9 +73,9 @@ def run(options: Namespace) -> int:
     loads = loads_of(options.contexts, options.rates, options.shared, options.requests, options.new_tokens)
     result = bench_serve(models, start, loads, vocabulary)
     result |= {"engine": engine, "vllm": vllm_version(options.vllm), "models": models}
+    show(result, serve_table(result), as_json=options.json)
     if client is not None:
         log(client, result)
-    show(result, serve_table(result), as_json=options.json)
     return 0
 
 
@@ -88,22 +88,25 @@ def names(folders: list[str]) -> dict[str, str]:
 
 def log(client: Any, result: Mapping[str, Any]) -> str:
     """A run of its own: figures as metrics, named by model and load, and all as serve.json. Returns its id."""
+    from time import time
+
     from mlflow.entities import Metric, Param
 
     from pl_attnedit.tracking.client import EXPERIMENT, KIND_TAG
     from pl_attnedit.tracking.conversion import experiment_id
     from pl_attnedit.tracking.environment import source_tags
+    from pl_attnedit.tracking.run import valid_key
 
     tags = {**source_tags(), KIND_TAG: "serving"}
     run = client.create_run(experiment_id(client, EXPERIMENT), tags=tags, run_name="bench serve")
-    metrics = []
+    now, metrics = round(1000 * time()), []
     for row in result["rows"]:
         place = f"serve/{row['model']}/{row['context']}_rate_{row['rate']}_shared_{row['shared']}"
         flat = {key: row[key] for key in ("at_once", "output_tokens_per_s", "hits", "preemptions")}
         flat |= {f"{key}_{q}": value for key in ("first_ms", "between_ms") for q, value in row[key].items()}
-        metrics += [Metric(f"{place}/{key}", value, 0, 0) for key, value in flat.items()]
+        metrics += [Metric(valid_key(f"{place}/{key}"), value, now, 0) for key, value in flat.items()]
     params = [
-        Param(key, str(value))
+        Param(valid_key(key), str(value))
         for key, value in {"vllm": result["vllm"], **result["models"], **result["engine"]}.items()
     ]
     client.log_batch(run.info.run_id, metrics=metrics, params=params)
