@@ -135,7 +135,8 @@ def _prepare(task: Task, request: TaskRequest) -> LoadedTask:
     if own is None or (own != 0 and request.num_fewshot is not None):
         task.set_config("num_fewshot", request.num_fewshot or 0)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    config = {key: value for key, value in task.dump_config().items() if key != "dataset_kwargs"}  # paths
+    config = {key: value for key, value in task.dump_config().items() if key != "dataset_kwargs"}  # paths, as is
+    config["metadata"] = {key: value for key, value in (config.get("metadata") or {}).items() if key != "config_source"}
     asked = hashlib.sha256(_dumps([version("lm_eval"), config, request.limit]).encode())
     examples = task.fewshot_docs() if task.get_config("num_fewshot") else []
     for doc in itertools.chain(islice(task.eval_docs, request.limit), examples):

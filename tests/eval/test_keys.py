@@ -26,7 +26,7 @@ from pl_attnedit.eval.harness import paired as harness
 from pl_attnedit.eval.harness.answers import TaskRequest, circumstances
 from pl_attnedit.eval.harness.paired import answer_both
 from pl_attnedit.eval.harness.suites import Efficiency, LibraryTask, PositionTask, RetrievalTasks, Suite, TextTasks
-from pl_attnedit.eval.harness.tasks import CLOZE_TASK, build_offline_tasks
+from pl_attnedit.eval.harness.tasks import CHOICES, CLOZE_TASK, build_offline_tasks, write_task
 from pl_attnedit.teachers.sources import fingerprint
 from pl_attnedit.teachers.sources.fingerprint import file_sha256, model_fingerprint
 
@@ -209,6 +209,15 @@ def test_questions_and_their_examples(file: str, tmp_path: Path) -> None:
             (tmp_path / f"{name}.jsonl").write_text(json.dumps({"q": question if name == file else "same"}) + "\n")
         digests.add(answers.load_tasks([TaskRequest("sums", tmp_path)])["sums"][0].digest)
     assert len(digests) == 2
+
+
+def test_tasks_are_the_same_wherever_they_lie(tmp_path: Path) -> None:
+    digests = set()
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        rows = [{"question": "2 + 2 =", "answer": 0}, {"question": "3 + 3 =", "answer": 1}]
+        write_task(folder, "sums", rows, doc_to_text="question", **{**CHOICES, "doc_to_choice": ["4", "6"]})
+        digests.add(answers.load_tasks([TaskRequest("sums", folder)])["sums"][0].digest)
+    assert len(digests) == 1
 
 
 def test_hidden_states(teacher: PreTrainedModel, tmp_path: Path) -> None:
