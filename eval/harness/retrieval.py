@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.data.encoding import encode
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.harness.tasks import N_CHOICES, write_task
+from pl_attnedit.eval.harness.suites import RETRIEVAL_TASKS
+from pl_attnedit.eval.harness.tasks import CHOICES, N_CHOICES, write_task
 
 WORDS = (
     "apple bridge candle desert engine forest garden hammer island jacket kitchen ladder market needle orange pencil "
@@ -91,14 +92,7 @@ PROBES: dict[str, Callable[[float, random.Random], Probe]] = {
     "variables": _variables,
     "copy": _copy,
 }
-RETRIEVAL_TASKS = tuple(PROBES)
-MULTIPLE_CHOICE = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "prompt",
-    "doc_to_target": "answer",
-    "doc_to_choice": "choices",
-    "metric_list": [{"metric": "acc"}],
-}
+MULTIPLE_CHOICE = {**CHOICES, "doc_to_text": "prompt", "metric_list": [{"metric": "acc"}]}
 GENERATION = {
     "output_type": "generate_until",
     "doc_to_text": "prompt",

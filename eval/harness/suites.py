@@ -17,13 +17,14 @@ from pl_attnedit.config_files import read_yaml
 from pl_attnedit.data.files import find_files
 from pl_attnedit.data.sources import BUILTIN, SUFFIXES
 from pl_attnedit.errors import UserError, in_one_line, invalid
-from pl_attnedit.teachers.sources.resolve import file_sha256
+from pl_attnedit.teachers.sources.fingerprint import file_sha256
 
 SUITES = Path(__file__).parents[2] / "configs" / "suites"
 # Raised where the tasks that we write ask something else than before, or where results.json says more of the same answers:
 # suites then have a new version, too. 2: `fidelity` beside `by_position`; 3: `bigbench`, its tasks pooled;
 # 4: texts begin as in training.
 TASKS_VERSION = 4
+RETRIEVAL_TASKS = ("needle_1", "needle_4", "variables", "copy")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class RetrievalTasks:
     """
 
     contexts: list[int] | None = None
-    tasks: list[str] = field(default_factory=lambda: ["needle_1", "needle_4", "variables", "copy"])
+    tasks: list[str] = field(default_factory=lambda: [*RETRIEVAL_TASKS])
     depths: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     samples: int = 4
 
@@ -179,10 +180,10 @@ class Suite:
         for name, value in _numbers("", asdict(self)):
             if value < 1 and not name.startswith((".retrieval.depths", ".margins", ".library", ".efficiency.budget")):
                 raise invalid(f"suite {self.name}: {name[1:]}", value, "must be at least 1")
-        known = ("needle_1", "needle_4", "variables", "copy")
         for task in self.retrieval.tasks if self.retrieval else ():
-            if task not in known:
-                raise invalid(f"suite {self.name}: retrieval.tasks", task, f"must be one of {', '.join(known)}")
+            if task not in RETRIEVAL_TASKS:
+                allowed = ", ".join(RETRIEVAL_TASKS)
+                raise invalid(f"suite {self.name}: retrieval.tasks", task, f"must be one of {allowed}")
         for name, value in self.margins.items():
             if value <= 0:
                 raise invalid(f"suite {self.name}: margins", f"{name}: {value}", "must be positive")

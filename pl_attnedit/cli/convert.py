@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
 from pl_attnedit.cli.options import OptionParser, show
 from pl_attnedit.conversion.defaults import chosen_recipe
 from pl_attnedit.conversion.dry_run import dry_run, dry_run_table
@@ -21,9 +23,15 @@ from pl_attnedit.errors import UserError
 def main(arguments: Sequence[str]) -> int:
     parser = recipe_parser()
     with TemporaryDirectory() as folder:
-        config = parser.parse_args([*_chosen(arguments, Path(folder)), *arguments])
+        file, said = _chosen(arguments, Path(folder))
+        config = parser.parse_args([*file, *arguments])
+    if not said and (config.target, config.budget, config.context) != (None, None, None):
+        raise UserError("target, budget and context: are options of the command, no fields of a recipe")
     plain = as_plain(parser, config)
     recipe, data = read_recipe(parser, config)
+    if said:
+        written = "" if config.dry_run else f"; {Path(recipe.runs) / recipe.name / 'recipe.yaml'}"
+        rank_zero_only(print)(f"convert  {said}{written}", file=sys.stderr)
     if config.dry_run:
         estimate = dry_run(recipe, TextDataModule(recipe.teacher, **data))
         show(estimate, dry_run_table(estimate), as_json=config.json)
@@ -35,8 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _chosen(arguments: Sequence[str], folder: Path) -> list[str]:
-    """Where the target is given without a recipe: one that everything else lies over."""
+def _chosen(arguments: Sequence[str], folder: Path) -> tuple[list[str], str]:
+    """Where the target is given without a recipe: one that everything else lies over, as options, and what it is."""
     parser = OptionParser(add_help=False, allow_abbrev=False)
     for name, kind in (("--target", str), ("--teacher", str), ("--budget", float), ("--context", int)):
         parser.add_argument(name, type=kind)
@@ -44,15 +52,14 @@ def _chosen(arguments: Sequence[str], folder: Path) -> list[str]:
     if given.target is None:
         if given.budget is not None or given.context is not None:
             raise UserError("--budget and --context: need --target")
-        return []
+        return [], ""
     for name in ("teacher", "budget"):
         if getattr(given, name) is None:
             raise UserError(f"--{name}: must be given with --target")
     recipe, said = chosen_recipe(given.teacher, given.target, given.budget, given.context)
-    print(f"convert  {said}; {Path(recipe.get('runs', 'runs')) / recipe['name'] / 'recipe.yaml'}", file=sys.stderr)
     file = folder / "recipe.yaml"
     file.write_text(json.dumps(recipe), "utf-8")  # JSON is YAML
-    return ["-c", str(file)]
+    return ["-c", str(file)], said
 
 
 def _found(summary: dict[str, Any], folder: Path) -> str:

@@ -63,7 +63,14 @@ def main(arguments: Sequence[str]) -> int:
     out_option(parser, "sensitivity.json", "file for the result (default sensitivity.json)")
     json_option(parser)
     options = parser.parse_args(list(arguments))
-    for name, least in {"seq_len": 2, "batch_size": 1, "tokens": 1, "context": 1, "answers": 4}.items():
+    for name, least in {
+        "seq_len": 2,
+        "batch_size": 1,
+        "tokens": 1,
+        "context": 1,
+        "answer_context": 1,
+        "answers": 4,
+    }.items():
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise invalid("--" + name.replace("_", "-"), getattr(options, name), f"must be at least {least}")
     if options.budget is not None and options.budget >= 1:
@@ -92,6 +99,8 @@ def _measure(options: Any) -> dict[str, Any]:
     context = kv_context(teacher) if options.context is None else options.context
     if context > limit:
         raise invalid("--context", context, f"must be at most {limit}, the teacher's limit")
+    if options.answer_context is not None and options.answer_context > limit:
+        raise invalid("--answer-context", options.answer_context, f"must be at most {limit}, the teacher's limit")
     cached = None if options.budget is None else cached_by_letter(teacher, targets, context)
     if cached is not None:  # a budget that cannot be kept is an error before the work
         Sensitivity({letter: [1.0] * layers for letter in targets}).plan(cached, options.budget)
@@ -130,9 +139,7 @@ def _questions(options: Any, tokenizer: Any, batches: Any, limit: int) -> list[A
 
     from pl_attnedit.eval.harness.retrieval import answered_prompts
 
-    context = options.answer_context or min(8192, limit)
-    if context > limit:
-        raise invalid("--answer-context", context, f"must be at most {limit}, the teacher's limit")
+    context = min(8192, limit) if options.answer_context is None else options.answer_context
     texts = [tokenizer.decode(row, skip_special_tokens=True) for batch in batches for row in batch]
     found = []
     for task in ("needle_4", "copy"):
@@ -165,16 +172,14 @@ def _text(options: Any, tokenizer: Any, targets: dict[str, Any]) -> tuple[Any, A
 
 def _plans(plans: Any, chosen: dict[str, str], cached: dict[str, Any], batches: Any, questions: Any) -> dict[str, Any]:
     """The plan for a budget, measured as a whole, beside as many full layers evenly spread."""
-    from pl_attnedit.modeling.ranking import spread_evenly
+    from pl_attnedit.modeling.ranking import kv_share, spread_evenly
 
     if len(plans.targets) == 1 and "F" in chosen["plan"]:
         chosen["evenly_spread"] = spread_evenly(chosen["plan"], next(iter(plans.targets)))
     measured = _rows(plans, list(chosen.values()), batches, questions)
-    full = sum(cached["F"])
-    shares = [sum(cached[letter][i] for i, letter in enumerate(letters)) / full for letters in chosen.values()]
     return {
-        name: {"pattern": letters, "kv_budget": share, **row}
-        for (name, letters), share, row in zip(chosen.items(), shares, measured)
+        name: {"pattern": letters, "kv_budget": kv_share(cached, letters), **row}
+        for (name, letters), row in zip(chosen.items(), measured)
     }
 
 

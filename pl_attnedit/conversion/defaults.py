@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from pl_attnedit.attention import GateSWAConfig, MLAConfig
+from pl_attnedit.attention import target_from_dict
 from pl_attnedit.config_files import read_yaml
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.fidelity.untrained import cached_by_letter
 from pl_attnedit.modeling.kv import kv_context, on_meta
-from pl_attnedit.modeling.ranking import Sensitivity, spread_evenly
+from pl_attnedit.modeling.ranking import Sensitivity, kv_share, spread_evenly
 from pl_attnedit.teachers import attention_spec
 from pl_attnedit.teachers.sources.resolve import teacher_config
 
@@ -45,7 +45,7 @@ def chosen_recipe(teacher: str, target: str, budget: float, context: int | None 
         raise invalid("--budget", budget, "must be above 0 and below 1")
     model = on_meta(teacher_config(teacher), torch.float32)
     limit = model.config.max_position_embeddings
-    context = context or kv_context(model)
+    context = kv_context(model) if context is None else context
     if not 1 <= context <= limit:
         raise invalid("--context", context, f"must be from 1 to {limit}, the teacher's limit")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -54,14 +54,13 @@ def chosen_recipe(teacher: str, target: str, budget: float, context: int | None 
     recipe = read_yaml(CONFIGS / f"{file}.yaml", "recipe", "recipe")
     letter: dict[str, Any] = recipe["targets"]["S"]
     if target == "gate_swa":
-        window = {"S": GateSWAConfig(letter["window"], sinks=letter["sinks"])}
-        cached = cached_by_letter(model, window, context)
+        cached = cached_by_letter(model, {"S": target_from_dict(letter)}, context)
         plan = Sensitivity({"S": [1.0] * len(cached["S"])}).plan(cached, budget)
         recipe["pattern"] = spread_evenly(plan, "S")
         what = (
             f"window {letter['window']}, {letter['sinks']} first tokens, {plan.count('F')} of {len(plan)} layers full"
         )
-        share = sum(cached[each][i] for i, each in enumerate(recipe["pattern"])) / sum(cached["F"])
+        share = kv_share(cached, recipe["pattern"])
     else:
         spec = attention_spec(model.config)
         rope = spec.head_dim // 2
@@ -70,7 +69,7 @@ def chosen_recipe(teacher: str, target: str, budget: float, context: int | None 
             least = (RANKS + rope) / spec.cached_values_per_token
             raise invalid("--budget", budget, f"must be at least {least:.3f} with a rotated width of {rope}")
         letter |= {"kv_lora_rank": rank, "qk_rope_head_dim": rope}
-        MLAConfig(**{name: value for name, value in letter.items() if name != "type"}).check(spec)
+        target_from_dict(letter).check(spec)
         what = f"latent {rank} + {rope} rotated values in every layer"
         share = (rank + rope) / spec.cached_values_per_token
     recipe |= {"teacher": teacher, "name": f"{_short(teacher)}_{target}_{budget:g}"}

@@ -39,8 +39,7 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     frozen = frozen_dtype(recipe.trainer.get("precision"), recipe.dtype)
     dtype = trained_dtype(frozen)
     teacher, student = on_meta(config, frozen), on_meta(edited_config(config, plan), dtype)
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    assert here is not None
+    here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     parameters = sum(p.numel() for p in teacher.parameters())
     mixture = any(is_mixture(layer.mlp) for layer in teacher.model.layers)
     result: dict[str, Any] = {

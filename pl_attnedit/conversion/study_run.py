@@ -85,7 +85,12 @@ class StudyRun:
             recipe, _ = read_recipe(parser, config)
         except (ArgumentError, UserError) as error:
             raise UserError(f"variant {variant!r}: {in_one_line(str(error))}") from error
-        ours = {"dry_run": False, "runs": fields.get("runs", "runs"), **{key: fields[key] for key in SET_BY_STUDY}}
+        ours = {
+            "dry_run": False,
+            "target": None,
+            "runs": fields.get("runs", "runs"),
+            **{key: fields[key] for key in SET_BY_STUDY},
+        }
         if changed := [key for key, value in ours.items() if getattr(config, key) != value]:
             raise UserError(f"options after --: {', '.join(changed)} cannot be given, the study sets what it needs")
         return StudyConversion(variant, seed, fields, recipe, as_plain(parser, config))
@@ -148,7 +153,8 @@ class StudyRun:
                 self._processes.add(process)
             self._say(f"{name}: runs" + ("" if device is None else f" on GPU {device}"))
             status = process.wait()
-            self._processes.discard(process)
+            with self._lock:
+                self._processes.discard(process)
         if status == 0 or self._stopped:
             return self._say(f"{name}: {'done' if status == 0 else 'stopped'}")
         if is_running(folder):  # by a process that began meanwhile and was quicker

@@ -83,6 +83,11 @@ def _no_number(constant: str) -> float:
     raise ValueError(f"{constant} is no number")
 
 
+def kv_share(cached: Mapping[str, Sequence[int]], letters: str) -> float:
+    """The KV budget of an edit plan, a letter for each layer; cached: as in `Sensitivity.plan`."""
+    return sum(cached[letter][index] for index, letter in enumerate(letters)) / sum(cached[FULL])
+
+
 def spread_evenly(letters: str, letter: str) -> str:
     """As many full layers as in `letters`, evenly spread as in SSSF; the others get `letter`."""
     layers, full = len(letters), letters.count(FULL)

@@ -73,6 +73,7 @@ def test_devices(target: str, files: tuple[str, ...], teacher_folder: Make, monk
     ("options", "message"),
     [
         (["--budget", "0.5"], "need --target"),
+        (["--target", "mla", "--budget", "0.5", "--context", "0"], "--context = 0: must be from 1"),
         (["--target", "mla"], "--budget: must be given with --target"),
         (["--target", "nsa", "--budget", "0.5"], "--target = 'nsa': must be one of gate_swa, mla"),
         (["--target", "mla", "--budget", "0.01"], "--budget = 0.01: must be at least"),
@@ -88,3 +89,10 @@ def test_mistakes(
     assert main(["convert", "--teacher", teacher_folder(), *options]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_options_are_no_fields_of_a_recipe(recipe: Callable[..., Path], capsys: Any) -> None:
+    path = recipe()
+    path.write_text(path.read_text() + "\nbudget: 0.3\n")
+    assert main(["convert", "-c", str(path), "--dry-run"]) == 2
+    assert "target, budget and context: are options of the command" in capsys.readouterr().err

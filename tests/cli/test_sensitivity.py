@@ -98,6 +98,7 @@ def test_fewer_tokens_than_a_sequence_are_one_sequence(measure: Run) -> None:
         (["--target", "{type: none}"], "none"),
         (["--tokens", "100000000"], "--tokens = 100000000: must be at most"),
         (["--by", "answers", "--answer-context", "513"], "--answer-context = 513: must be at most 512"),
+        (["--by", "answers", "--answer-context", "0"], "--answer-context = 0: must be at least 1"),
         (["--by", "luck"], "argument --by"),
         (["--answers", "3"], "--answers = 3: must be at least 4"),
         (["--seq-len", "1"], "--seq-len = 1: must be at least 2"),

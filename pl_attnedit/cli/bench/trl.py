@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from pl_attnedit.cli.bench.shared import at_least_1
 from pl_attnedit.cli.options import show
 
 
@@ -28,6 +29,7 @@ def run(options: Namespace) -> int:
     from pl_attnedit.eval.bench.trl import bench_trl, trl_table
     from pl_attnedit.eval.bench.trl_runs import TrlBench
 
+    at_least_1(options, "batch", "seq", "steps", "rounds")
     bench = TrlBench(train=options.train, batch=options.batch, seq=options.seq, steps=options.steps)
     result = bench_trl(bench, options.beside, rounds=options.rounds)
     show(result, trl_table(result), as_json=options.json)

@@ -35,14 +35,14 @@ def file_sha256(path: str | Path) -> str:
     path = Path(path).resolve()
     status = path.stat()
     if status.st_size < _DIGEST_CACHED_FROM:
-        return _sha256(path)
+        return sha256_of(path)
     changed = f"{status.st_mtime_ns}|{status.st_ctime_ns}"  # a copied file may keep the old modification time
     key = hashlib.sha256(f"{path}|{status.st_size}|{changed}".encode()).hexdigest()
-    cached = build_once(cache_root() / "digests" / key, lambda part: _write(part / "sha256", _sha256(path)))
+    cached = build_once(cache_root() / "digests" / key, lambda part: _write(part / "sha256", sha256_of(path)))
     return (cached / "sha256").read_text("ascii")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**22):

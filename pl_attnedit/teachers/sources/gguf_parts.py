@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 import gguf
 
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.teachers.sources.fingerprint import sha256_of
 
 PACKAGE_PREFIX = "package:"
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})")
@@ -86,20 +86,17 @@ def join(files: list[Path], target: Path) -> None:
     """
     if files[0].suffix == ".gguf":
         return _merge(files, target)
-    digest = hashlib.sha256()
     with target.open("wb") as whole:
         for file in files:
             with file.open("rb") as piece:
                 shutil.copyfileobj(piece, whole, 2**22)
-    with target.open("rb") as whole:
-        while chunk := whole.read(2**22):
-            digest.update(chunk)
+    digest = sha256_of(target)
     package = re.sub(r"_part\d+$", "", next(p.name for p in files[0].parents if (p / "__init__.py").is_file()))
     for folder in _folders(package) or []:
         for sums in folder.rglob(_CHECKSUMS):
             lines = [line.split() for line in sums.read_text("utf-8").splitlines()]
             promised = [line[0] for line in lines if len(line) == 2 and line[1].lstrip("*") == target.name]
-            if promised not in ([], [digest.hexdigest()]):
+            if promised not in ([], [digest]):
                 raise UserError(f"teacher {package}: its pieces do not give the file of {sums.name}: install it again")
     return None
 

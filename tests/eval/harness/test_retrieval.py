@@ -11,7 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.harness.retrieval import RETRIEVAL_TASKS, WORDS, answered_prompts, build_retrieval_tasks
+from pl_attnedit.eval.harness.retrieval import PROBES, WORDS, answered_prompts, build_retrieval_tasks
+from pl_attnedit.eval.harness.suites import RETRIEVAL_TASKS
 
 SIZES: dict[str, Any] = {"contexts": [512, 1024], "depths": [0.0, 0.5, 1.0], "samples": 2}
 
@@ -23,6 +24,10 @@ def folder(documents: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path_fa
 
 def read(folder: Path, task: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+
+
+def test_suites_know_the_tasks() -> None:
+    assert tuple(PROBES) == RETRIEVAL_TASKS
 
 
 @pytest.mark.parametrize("task", RETRIEVAL_TASKS)

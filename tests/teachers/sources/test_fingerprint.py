@@ -40,7 +40,7 @@ def test_digest_of_a_large_file_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     file.write_bytes(b"one")
     first = file_sha256(file)
     with monkeypatch.context() as patch:
-        patch.setattr(fingerprint, "_sha256", lambda path: pytest.fail("hashed again"))
+        patch.setattr(fingerprint, "sha256_of", lambda path: pytest.fail("hashed again"))
         assert file_sha256(file) == first
     file.write_bytes(b"other")
     assert file_sha256(file) != first
