@@ -72,7 +72,7 @@ def log_evaluation(
 
 
 def compared_metrics(content: dict[str, Any]) -> dict[str, float]:
-    """What a conversion's parent run shows of an evaluation, by the names that the columns of ``compare --format csv`` have.
+    """What a conversion's parent run shows of an evaluation, mostly by the names of columns of ``compare --format csv``.
 
     Metrics:
         ``<task>/<metric>/{difference,ci_low,ci_high}`` of each task's first metric, of a suite as ``<suite>: <task>/...``;

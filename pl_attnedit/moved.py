@@ -70,6 +70,6 @@ class _Moved(MetaPathFinder, Loader):
 
 
 def find_moved() -> None:
-    """From now on."""
+    """Lets imports of old module names find the new ones."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())

@@ -52,6 +52,15 @@ def windows_of(student: PreTrainedModel, format: str) -> dict[str, GateSWAConfig
     return targets
 
 
+def head_gated_windows_of(student: PreTrainedModel, format: str) -> dict[str, GateSWAConfig]:
+    """Those of a student that also has no learned sinks and no gate, or one for each head."""
+    targets = windows_of(student, format)
+    for target in targets.values():
+        refuse_unless(not target.learned_sink, format, "learned_sink", True, "convert with learned_sink: false")
+        refuse_unless(target.gate != "element", format, "gate", target.gate, "convert with gate: head or none")
+    return targets
+
+
 def layer_types_of(student: PreTrainedModel, targets: dict[str, GateSWAConfig]) -> tuple[list[str], int | None]:
     """Hugging Face's word for each layer, and the window of those that have one."""
     windows = [targets[letter].window if letter in targets else None for letter in plan_of(student).letters]

@@ -15,7 +15,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.export.checks import layer_types_of, plain_rope_theta, refuse_unless, teacher_type, windows_of
+from pl_attnedit.export.checks import (
+    head_gated_windows_of,
+    layer_types_of,
+    plain_rope_theta,
+    refuse_unless,
+    teacher_type,
+)
 from pl_attnedit.teachers import attention_spec
 
 FORMAT = "gguf"
@@ -47,10 +53,7 @@ def write(student: PreTrainedModel, folder: Path) -> None:
     config, spec, kind = student.config, attention_spec(student.config), teacher_type(student)
     if kind == "qwen3_moe":
         raise UserError(f"{FORMAT}: a {kind} teacher cannot be expressed: its experts are routed in another way")
-    targets = windows_of(student, FORMAT)
-    for target in targets.values():
-        refuse_unless(not target.learned_sink, FORMAT, "learned_sink", True, "convert with learned_sink: false")
-        refuse_unless(target.gate != "element", FORMAT, "gate", target.gate, "convert with gate: head or none")
+    targets = head_gated_windows_of(student, FORMAT)
     biased = spec.o_bias or getattr(config, "mlp_bias", False)
     refuse_unless(not biased, FORMAT, "biases of o_proj or mlp", True, "it needs a teacher without them")
     theta = plain_rope_theta(student, FORMAT)

@@ -15,7 +15,13 @@ from transformers import PreTrainedModel
 
 from pl_attnedit.attention import GateSWAConfig
 from pl_attnedit.errors import UserError
-from pl_attnedit.export.checks import layer_types_of, plain_rope_theta, refuse_unless, teacher_type, windows_of
+from pl_attnedit.export.checks import (
+    head_gated_windows_of,
+    layer_types_of,
+    plain_rope_theta,
+    refuse_unless,
+    teacher_type,
+)
 
 FORMAT = "step3p7"
 COPIED_FIELDS = (
@@ -86,14 +92,11 @@ def check(student: PreTrainedModel, format: str) -> dict[str, GateSWAConfig]:
             f"{format}: a {kind} teacher cannot be expressed: QK-norm is always on there, without biases, and its experts"
             " are routed in another way; dense Qwen3 teachers can"
         )
-    targets = windows_of(student, format)
+    targets = head_gated_windows_of(student, format)
     refuse_unless(
         not student.config.attention_bias, format, "attention_bias", True, "it needs a teacher without attention biases"
     )
     plain_rope_theta(student, format)
-    for target in targets.values():
-        refuse_unless(not target.learned_sink, format, "learned_sink", True, "convert with learned_sink: false")
-        refuse_unless(target.gate != "element", format, "gate", target.gate, "convert with gate: head or none")
     return targets
 
 
