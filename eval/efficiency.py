@@ -13,6 +13,7 @@ Memory is that of one model, as if it were alone: its weights and whatever its r
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import weakref
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.flops import is_mixture
+from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.bench.timing import synchronize
 from pl_attnedit.eval.decoding import WARMUP_STEPS, Decoder, prefill
 from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
@@ -44,6 +46,8 @@ def measure_efficiency(
     repeats: int = 5,
     prefill_tokens: int = 32768,
     cuda_graph: bool = True,
+    runs: Runs | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Speed and memory of models, in eval mode on the devices where they are, for every context and batch.
 
@@ -56,6 +60,8 @@ def measure_efficiency(
         new_tokens: decode steps that are timed together.
         prefill_tokens: most tokens of one forward pass of the prefill (at least one sequence's).
         cuda_graph: False = launch each kernel of a decode step from Python, on CUDA too.
+        runs: gets each run as it ends, for `efficiency_rows`.
+        progress: of a caller that measures more.
 
     Returns:
         A row for each context, batch and model: `cache_bytes_per_token` of the real cache after the prefill;
@@ -69,24 +75,31 @@ def measure_efficiency(
     """
     single = {"new_tokens": [new_tokens], "repeats": [repeats], "prefill_tokens": [prefill_tokens]}
     _check(models, contexts=contexts, batches=batches, **single)
-    rows = []
-    for context in contexts:
-        for batch in batches:
-            runs: dict[str, list[_Run]] = {name: [] for name in models}
-            for _ in range(repeats + 1):
-                for name, model in models.items():
-                    try:
-                        runs[name].append(_run(model, context, batch, new_tokens, prefill_tokens, cuda_graph))
-                    except torch.OutOfMemoryError as error:
-                        problem = f"of {context} tokens each: {name} runs out of the device's memory"
-                        raise invalid("batches", batch, problem) from error
-            for name, model in models.items():
-                head = {"model": name, "context": context, "batch": batch}
-                graph = cuda_graph and model.device.type == "cuda"
-                rows.append(
-                    {**head, **_summary(runs[name][1:], context, batch), "decode": "cuda graph" if graph else "eager"}
-                )
-    return rows
+    runs = {} if runs is None else runs
+    progress = progress or Progress().begin(len(contexts) * len(batches) * repeats * len(models), dict)
+    for context, batch, repeat in itertools.product(contexts, batches, range(repeats + 1)):
+        for name, model in models.items():
+            what = f"{name}, {context:,} tokens, batch {batch:,}"
+            if repeat:
+                progress.next(f"{what}, run {repeat}")
+            else:
+                progress.say(f"{what}, warm-up")
+            try:
+                run = _run(model, context, batch, new_tokens, prefill_tokens, cuda_graph)
+            except torch.OutOfMemoryError as error:
+                problem = f"of {context} tokens each: {name} runs out of the device's memory"
+                raise invalid("batches", batch, problem) from error
+            runs.setdefault((name, context, batch), []).append(run)
+    return efficiency_rows(runs)
+
+
+def efficiency_rows(runs: Runs) -> list[dict[str, Any]]:
+    """The rows of `measure_efficiency`, of what has run after its warm-up."""
+    return [
+        {"model": name, "context": context, "batch": batch, **_summary(found[1:], context, batch)}
+        for (name, context, batch), found in runs.items()
+        if len(found) > 1
+    ]
 
 
 def largest_batch(model: PreTrainedModel, context: int, budget_bytes: int) -> dict[str, Any]:
@@ -176,6 +189,10 @@ class _Run:
     decode_seconds: float  # of each step
     cache_bytes: int
     peak_bytes: int | None
+    decode: str
+
+
+Runs = dict[tuple[str, int, int], list[_Run]]  # of a model, context and batch
 
 
 @torch.no_grad()
@@ -195,7 +212,8 @@ def _run(
     cache = caches[0]
     del caches  # of other sequences: those of the first one are as long
     decoder = Decoder(model, cache, batch)
-    if cuda_graph and device.type == "cuda":
+    graph = cuda_graph and device.type == "cuda"
+    if graph:
         decoder.capture()
     for _ in range(WARMUP_STEPS):
         decoder()
@@ -206,7 +224,7 @@ def _run(
     synchronize(device)
     decode = (time.perf_counter() - begin) / new_tokens
     peak = None if device.type == "cpu" else weights_bytes(model) + peak_bytes(device) - before
-    return _Run(prefilled, decode, cached, peak)
+    return _Run(prefilled, decode, cached, peak, "cuda graph" if graph else "eager")
 
 
 def _summary(runs: Sequence[_Run], context: int, batch: int) -> dict[str, Any]:
@@ -217,6 +235,7 @@ def _summary(runs: Sequence[_Run], context: int, batch: int) -> dict[str, Any]:
         "decode_tokens_per_s": _spread([batch / run.decode_seconds for run in runs]),
         "first_token_s": _spread([run.prefill_seconds for run in runs]),
         "peak_bytes": max(peaks) if peaks else None,
+        "decode": runs[0].decode,
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pl_attnedit.errors import invalid
+from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.report.formatting import aligned
 from pl_attnedit.modeling import EditedModelMixin
 from pl_attnedit.modeling.kv import fill_cache, promised_bytes
@@ -15,7 +16,9 @@ from pl_attnedit.modeling.kv import fill_cache, promised_bytes
 CONTEXTS = (1024, 8192, 32768)
 
 
-def bench_cache(models: Mapping[str, PreTrainedModel], contexts: Sequence[int] = CONTEXTS) -> dict[str, Any]:
+def bench_cache(
+    models: Mapping[str, PreTrainedModel], contexts: Sequence[int] = CONTEXTS, progress: Progress | None = None
+) -> dict[str, Any]:
     """Allocates a cache for each model and context, fills it, and measures its storage right after prefill and a step later.
 
     Returns:
@@ -31,9 +34,15 @@ def bench_cache(models: Mapping[str, PreTrainedModel], contexts: Sequence[int] =
             raise invalid("contexts", context, "must be at least 1 token")
     rows: list[dict[str, Any]] = []
     budgets: list[dict[str, Any]] = []
+
+    progress = (progress or Progress()).begin(
+        len(contexts) * len(models),
+        lambda: {"rows": rows, "budgets": budgets, "agree": all(row["agree"] for row in rows)},
+    )
     for context in contexts:
         whole: float | None = None
         for name, model in models.items():
+            progress.next(f"{name}, {context:,} tokens")
             measured = list(fill_cache(model, context))
             promised = [promised_bytes(model, context), promised_bytes(model, context + 1)]
             rows += [
@@ -44,7 +53,7 @@ def bench_cache(models: Mapping[str, PreTrainedModel], contexts: Sequence[int] =
             budgets.append(
                 {"model": name, "context": context, "bytes_per_token": per_token, "kv_budget": per_token / whole}
             )
-    return {"rows": rows, "budgets": budgets, "agree": all(row["agree"] for row in rows)}
+    return progress.result()
 
 
 def _by_letter(

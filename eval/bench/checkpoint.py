@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from pl_attnedit.callbacks import AtomicCheckpointIO, ResumableCheckpoint
 from pl_attnedit.callbacks.checkpoint_time import SHARE
+from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.bench.stages import RandomTokens, StepBench, machine, make_module
 from pl_attnedit.eval.bench.timing import synchronize
 
@@ -24,7 +25,11 @@ MOST = 100_000  # steps
 
 
 def bench_checkpoint(
-    teacher: PreTrainedModel, options: StepBench, folder: Path, mb_per_s: float | None = None
+    teacher: PreTrainedModel,
+    options: StepBench,
+    folder: Path,
+    mb_per_s: float | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains until one checkpoint, begun in the background as in any training, is complete.
 
@@ -42,7 +47,8 @@ def bench_checkpoint(
     folder = folder / f"bench-checkpoint-{os.getpid()}"
     io = TimedIO(None if mb_per_s is None else 1e6 * mb_per_s / options.devices)
     callback = ResumableCheckpoint(folder, every_seconds=MOST)
-    timed = UntilComplete(callback, io, options.warmup, device)
+    timed = UntilComplete(callback, io, options.warmup, device, progress or Progress())
+    timed.progress.begin(ALONE + 1, timed.result)
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=options.devices,
@@ -60,7 +66,7 @@ def bench_checkpoint(
     loader = DataLoader(tokens, batch_size=options.batch)
     try:
         trainer.fit(make_module(teacher, options), loader)
-        return timed.result()
+        return timed.progress.result()
     finally:
         if trainer.is_global_zero:
             shutil.rmtree(folder, ignore_errors=True)
@@ -92,8 +98,10 @@ class TimedIO(AtomicCheckpointIO):
 class UntilComplete(Callback):
     """Times steps alone, has a checkpoint begun, times steps until it is complete, and ends the training there."""
 
-    def __init__(self, callback: ResumableCheckpoint, io: TimedIO, warmup: int, device: torch.device) -> None:
-        self.callback, self.io, self.warmup, self.device = callback, io, warmup, device
+    def __init__(
+        self, callback: ResumableCheckpoint, io: TimedIO, warmup: int, device: torch.device, progress: Progress
+    ) -> None:
+        self.callback, self.io, self.warmup, self.device, self.progress = callback, io, warmup, device, progress
         self.alone: list[float] = []
         self.during: list[float] = []
         self.blocked, self.bytes = 0.0, 0
@@ -105,6 +113,10 @@ class UntilComplete(Callback):
             self.bytes = sum(file.stat().st_size for file in files)
             self.callback.on_train_end = lambda *_: None  # type: ignore[method-assign]  # none at the end
             trainer.should_stop = True
+        elif trainer.global_step < self.warmup:
+            self.progress.say(f"step {trainer.global_step + 1}, warm-up")
+        elif len(self.alone) < ALONE:
+            self.progress.next("a step alone")
         synchronize(self.device)
         self._began = time.perf_counter()
 
@@ -117,12 +129,17 @@ class UntilComplete(Callback):
         elif self.callback.time.spent == 0 and trainer.global_step > self.warmup:
             self.alone.append(seconds)
             if len(self.alone) == ALONE:
+                self.progress.next("a checkpoint, and steps until it is complete")
                 self.callback.every_seconds = 1e-9  # now
 
     def result(self) -> dict[str, Any]:
+        """Of the steps alone, where the checkpoint is not complete."""
         every = ResumableCheckpoint().every_seconds
-        alone = statistics.median(self.alone)
-        slower = max(0.0, statistics.mean(self.during) / alone - 1) if self.during else 0.0
+        alone, during = statistics.median(self.alone), statistics.mean(self.during) if self.during else None
+        steps = {"step_ms": 1e3 * alone, "machine": machine(self.device)}
+        if not self.bytes:
+            return steps
+        slower = 0.0 if during is None else max(0.0, during / alone - 1)
         in_background = self.io.seconds if self.io.in_background else 0.0
         cycle = max((in_background or self.blocked) + every, self.blocked / SHARE)  # from one checkpoint to the next
         return {
@@ -131,12 +148,11 @@ class UntilComplete(Callback):
             "seconds_of_write": self.io.seconds,
             "in_background": self.io.in_background,
             "mb_per_s": self.bytes / self.io.seconds / 1e6,
-            "step_ms": 1e3 * alone,
-            "step_ms_during_write": 1e3 * statistics.mean(self.during) if self.during else None,
+            "step_ms_during_write": None if during is None else 1e3 * during,
             "every_seconds": every,
             "seconds_between_checkpoints": cycle,
             "share": (self.blocked + in_background * slower / (1 + slower)) / cycle,
             "share_blocked": self.blocked / cycle,
             "lost_at_most_seconds": cycle + (in_background or self.blocked),  # killed as the next is nearly complete
-            "machine": machine(self.device),
+            **steps,
         }

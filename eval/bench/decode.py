@@ -10,8 +10,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import TargetConfig
+from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.bench.stages import machine
-from pl_attnedit.eval.efficiency import largest_batch, measure_efficiency
+from pl_attnedit.eval.efficiency import Runs, efficiency_rows, largest_batch, measure_efficiency
 from pl_attnedit.eval.report.formatting import aligned
 from pl_attnedit.modeling.plan import EditPlan
 
@@ -21,7 +22,9 @@ def bench_decode(
     *,
     contexts: Sequence[int],
     batches: Sequence[int],
+    repeats: int = 5,
     budget_bytes: int | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """`models` are named, the teacher first.
@@ -30,16 +33,24 @@ def bench_decode(
         `efficiency`: the rows of `measure_efficiency`, which takes `settings`; `ratios`: each student over the teacher by
         context and batch; `largest_batch`: rows of all models by context, where a budget is given; `machine`.
     """
-    rows = measure_efficiency(models, contexts=contexts, batches=batches, **settings)
-    largest = [
-        {"model": name, **largest_batch(model, context, budget_bytes)}
-        for context in contexts
-        for name, model in models.items()
-        if budget_bytes is not None
-    ]
-    ratios = [_ratios(place[0], of_student) for place in _places(rows) for of_student in place[1:]]
+    runs: Runs = {}
+    largest: list[dict[str, Any]] = []
     device = next(iter(models.values())).device
-    return {"efficiency": rows, "ratios": ratios, "largest_batch": largest, "machine": machine(device)}
+
+    def result() -> dict[str, Any]:
+        rows = efficiency_rows(runs)
+        ratios = [_ratios(place[0], of_student) for place in _places(rows) for of_student in place[1:]]
+        return {"efficiency": rows, "ratios": ratios, "largest_batch": largest, "machine": machine(device)}
+
+    budgets = [] if budget_bytes is None else [budget_bytes]
+    of_each = len(contexts) * (len(batches) * repeats + len(budgets))
+    progress = (progress or Progress()).begin(len(models) * of_each, result)
+    settings |= {"repeats": repeats, "runs": runs, "progress": progress}
+    measure_efficiency(models, contexts=contexts, batches=batches, **settings)
+    for context, (name, model), budget in itertools.product(contexts, models.items(), budgets):
+        progress.next(f"{name}, {context:,} tokens, largest batch")
+        largest.append({"model": name, **largest_batch(model, context, budget)})
+    return result()
 
 
 def student_name(plan: EditPlan) -> str:

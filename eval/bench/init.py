@@ -17,6 +17,7 @@ from pl_attnedit.data.encoding import encode
 from pl_attnedit.data.sources import document_hash, open_source
 from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.report.formatting import aligned
 from pl_attnedit.modeling import EditPlan
 from pl_attnedit.modeling.calibration import collect_statistics
@@ -71,6 +72,7 @@ def bench_init(
     seq_len: int = 512,
     calibration_sequences: int = 64,
     heldout_sequences: int = 16,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """KL(teacher || student) in nats per token and top-1 agreement of untrained students, in the teacher's dtype.
 
@@ -92,19 +94,25 @@ def bench_init(
     needed = any(init_of(row.target, row.init).needs_text for row in chosen)
     known = {document_hash(document) for document in open_source(calibration).documents()} if needed else ()
     asked = sequences("heldout", heldout, tokenizer, heldout_sequences, seq_len, known=known).to(teacher.device)
+    progress = progress or Progress()
+    progress.say(f"statistics of {text.numel():,} tokens")
     start = time.perf_counter()
     layers = list(range(teacher.config.num_hidden_layers))
     statistics = collect_statistics(teacher, layers, text.split(BATCH)) if needed else {}
     seconds = time.perf_counter() - start
     reference = last_hidden(teacher, asked)
-    found = [measure(row, teacher, statistics, asked, reference) for row in chosen]
-    return {
+    result: dict[str, Any] = {
         "teacher": teacher.config.name_or_path,
         "calibration_tokens": text.numel(),
         "heldout_tokens": asked.numel(),
         "statistics_seconds": round(seconds, 1),
-        "rows": found,
+        "rows": [],
     }
+    progress.begin(len(chosen), lambda: result)
+    for row in chosen:
+        progress.next(row.name)
+        result["rows"].append(measure(row, teacher, statistics, asked, reference))
+    return result
 
 
 def sequences(

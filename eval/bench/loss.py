@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from pl_attnedit.distillation.losses import ChunkedKL, kl_divergence
+from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.bench.timing import median_seconds, synchronize
 from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
 
 
 def bench_loss(
-    *, vocabulary: int, hidden: int, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int = 3
+    *,
+    vocabulary: int,
+    hidden: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int = 3,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Loss and gradient of the hidden states: milliseconds, bytes above what was there before, their difference."""
     student, teacher = (torch.randn(1, tokens, hidden, device=device).to(dtype) for _ in range(2))
@@ -32,7 +40,9 @@ def bench_loss(
 
     result: dict[str, Any] = {"vocabulary": vocabulary, "hidden": hidden, "tokens": tokens, "dtype": str(dtype)}
     gradients = []
+    progress = (progress or Progress()).begin(2, lambda: result)
     for name, loss in (("loss", ours), ("reference", full)):
+        progress.next(name)
         gradient, extra = _above(loss, student, device)
         gradients.append(gradient.float())
         result[f"{name}_bytes"] = extra

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.report.formatting import aligned
 
 SAMPLED_S = 0.05  # how often the number of running texts is read
@@ -128,6 +129,7 @@ def bench_serve(
     loads: Sequence[Load],
     vocabulary: int,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """All loads on all models, one engine at a time.
 
@@ -139,20 +141,25 @@ def bench_serve(
         `rows`: a model, a load and what `measure` returns each; `ratios`: each student over the teacher by load.
     """
 
-    async def run() -> list[dict[str, Any]]:
-        rows = []
+    rows: list[dict[str, Any]] = []
+    progress = (progress or Progress()).begin(
+        len(models) * len(loads), lambda: {"rows": rows, "ratios": list(_ratios(rows, len(loads)))}
+    )
+
+    async def run() -> None:
         for name, model in models.items():
+            progress.say(f"{name}: vLLM starts")
             async with start(model) as engine:
                 await _answer(
                     engine, [1] * min(load.context for load in loads), 2
                 )  # what only a first request waits for
                 for load in loads:
+                    progress.next(f"{name}, {load.context:,} tokens, {load.rate:g} requests/s, {load.shared:,} shared")
                     found = await measure(engine, load, vocabulary, seed)
                     rows.append({"model": name, **asdict(load), "rate": str(load.rate), **found})
-        return rows
 
-    rows = asyncio.run(run())
-    return {"rows": rows, "ratios": list(_ratios(rows, len(loads)))}
+    asyncio.run(run())
+    return progress.result()
 
 
 def _ratios(rows: Sequence[dict[str, Any]], loads: int) -> Iterator[dict[str, Any]]:

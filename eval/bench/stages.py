@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, 
 from pl_attnedit.distillation.engine.sharding import local
 from pl_attnedit.eval.bench.bounds import LayerwiseBound, ModelBound, naive, step_of
 from pl_attnedit.eval.bench.flops import matmul_rate, step_flops
+from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.bench.timing import spread, synchronize
 from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
 
@@ -62,14 +64,23 @@ class StepBench:
         profiled = max(PROFILED, self.accumulate) if self.devices > 1 else 0
         return max(self.warmup, self.accumulate), self.window * self.repeats, profiled
 
+    @property
+    def others(self) -> list[str]:
+        """The variants that run beside ours."""
+        bounds = ["bound_eager", "bound_compiled"] if self.compiled is not False else ["bound_eager"]
+        return [*(bounds if "bound" in self.beside else ()), *(["naive"] if "naive" in self.beside else ())]
 
-def bench_step(teacher: PreTrainedModel, options: StepBench) -> dict[str, Any]:
+
+def bench_step(teacher: PreTrainedModel, options: StepBench, progress: Progress | None = None) -> dict[str, Any]:
     """Measures one stage on the teacher's device; the keys are those of the JSON."""
     import pl_attnedit.strategies  # noqa: F401  # registers fsdp2
 
     device = next(teacher.parameters()).device
     module = make_module(teacher, options)
-    measured = Windows(options, device)
+    measured = Windows(options, device, progress or Progress())
+    measured.progress.begin(
+        options.repeats * (1 + len(options.others)), lambda: summarise(module, measured, options, device)
+    )
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=options.devices,
@@ -87,7 +98,7 @@ def bench_step(teacher: PreTrainedModel, options: StepBench) -> dict[str, Any]:
     sequences = options.batch * sum(options.batches) * options.devices
     tokens = RandomTokens(teacher.config.vocab_size, options.seq, sequences)
     trainer.fit(module, DataLoader(tokens, batch_size=options.batch, pin_memory=device.type == "cuda"))
-    return summarise(module, measured, options, device)
+    return measured.progress.result()
 
 
 def make_module(teacher: PreTrainedModel, options: StepBench) -> DistillationModule:
@@ -130,8 +141,8 @@ class RandomTokens(Dataset[dict[str, Tensor]]):
 class Windows(Callback):
     """Times windows of training steps, and after each a window of every other variant."""
 
-    def __init__(self, options: StepBench, device: torch.device) -> None:
-        self.options, self.device = options, device
+    def __init__(self, options: StepBench, device: torch.device, progress: Progress) -> None:
+        self.options, self.device, self.progress = options, device, progress
         self.seconds: dict[str, list[float]] = {"ours": []}
         self.peaks: dict[str, int] = {}
         self.above: dict[str, int] = {}  # peaks above what stays between steps: weights and optimizer states
@@ -142,8 +153,10 @@ class Windows(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         warmup, timed, _ = self.options.batches
+        if batch_idx == 0:
+            self.progress.say("ours, warm-up")
         if batch_idx == warmup:
-            self.begin()
+            self.begin("ours")
         if batch_idx == warmup + timed:
             synchronize(self.device)
             self._profiler = torch.profiler.profile()
@@ -167,16 +180,18 @@ class Windows(Callback):
         if done <= 0 or done > timed or done % self.options.window:
             return
         self.end("ours")
-        if not self.variants and self.options.beside:
+        if not self.variants and self.options.others:
             self.prepare(pl_module, trainer.optimizers[0], batch)
         for name, step in self.variants.items():
-            self.begin()
+            self.begin(name)
             for _ in range(self.options.window):
                 step()
             self.end(name)
-        self.begin()
+        if done < timed:
+            self.begin("ours")
 
-    def begin(self) -> None:
+    def begin(self, name: str) -> None:
+        self.progress.next(f"{name}, window {len(self.seconds.get(name, ())) + 1}")
         synchronize(self.device)
         reset_peak(self.device)
         self._resident = current_bytes(self.device)
@@ -202,14 +217,12 @@ class Windows(Callback):
             torch.cuda.empty_cache()
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper counts steps
         bound = LayerwiseBound if self.options.stage == "stage1" else ModelBound
-        if "bound" in self.options.beside:
-            for kind in ("eager", "compiled") if self.options.compiled is not False else ("eager",):
-                self.variants[f"bound_{kind}"] = step_of(
-                    bound(module, batch, compiled=kind == "compiled"), module, optimizer
-                )
-        if "naive" in self.options.beside:
-            self.variants["naive"] = step_of(lambda: naive(module, batch, self.options.stage), module, optimizer)
-        for step in self.variants.values():
+        for name in self.options.others:
+            self.progress.say(f"{name}, warm-up")
+            gradients: Callable[[], None] = partial(naive, module, batch, self.options.stage)
+            if name != "naive":
+                gradients = bound(module, batch, compiled=name == "bound_compiled")
+            step = self.variants[name] = step_of(gradients, module, optimizer)
             for _ in range(self.options.warmup):
                 step()
 
@@ -235,7 +248,7 @@ def summarise(module: Any, measured: Windows, options: StepBench, device: torch.
         "variants": {name: spread(s) | {"peak_bytes": measured.peaks[name]} for name, s in measured.seconds.items()},
         "machine": machine(device),
     }
-    if options.devices > 1:
+    if measured.ranks and options.devices > 1:
         result["ranks"] = measured.ranks
         result["communication_share"] = measured.communication
     if "naive" in measured.seconds:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.bench.trl_runs import TrlBench
 from pl_attnedit.eval.report.formatting import aligned
 
@@ -44,7 +45,12 @@ def launch(name: str, bench: TrlBench) -> dict[str, Any]:
 
 
 def bench_trl(
-    bench: TrlBench, beside: Sequence[str] = BESIDE, *, rounds: int = 3, launch: Launch = launch
+    bench: TrlBench,
+    beside: Sequence[str] = BESIDE,
+    *,
+    rounds: int = 3,
+    launch: Launch = launch,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains ours and each of `beside` once per round.
 
@@ -74,10 +80,12 @@ def bench_trl(
     if any(name.split("+")[0] != "ours" for name in names) and importlib.util.find_spec("trl") is None:
         raise UserError("trl: is not installed; pip install 'pl_attnedit[bench]' does it")
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for _ in range(rounds):
+    progress = (progress or Progress()).begin(rounds * len(names), lambda: summarise(bench, found))
+    for index in range(rounds):
         for name, runs in found.items():
+            progress.next(f"{name}, round {index + 1}")
             runs.append(launch(name, bench))
-    return summarise(bench, found)
+    return progress.result()
 
 
 def check_name(name: str) -> None:
@@ -91,7 +99,7 @@ def check_name(name: str) -> None:
 
 
 def summarise(bench: TrlBench, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    rows = [row(name, bench, runs) for name, runs in found.items()]
+    rows = [row(name, bench, runs) for name, runs in found.items() if runs]
     ours = rows[0]
     for other in rows[1:]:
         pairs = [a / b for a, b in zip(ours["of_rounds"], other["of_rounds"])]

@@ -39,6 +39,6 @@ def farewell(command: str, stopped: Interrupted) -> str:
     if command == "convert":
         there = f"from {stopped.checkpoint}" if stopped.checkpoint else "where it was"
         return f"{what}; the same command goes on {there}"
-    if stopped.checkpoint:
+    if stopped.checkpoint and command != "bench":  # which removes its own
         return f"{what}; the same command with --ckpt_path {stopped.checkpoint} goes on there"
     return f"{what}; " + ("there is no checkpoint yet" if command == "fit" else "start it again")

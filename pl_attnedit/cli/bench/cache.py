@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from os.path import expanduser
 from typing import Any
 
-from pl_attnedit.cli.bench.shared import folder_name, new_name
+from pl_attnedit.cli.bench.shared import folder_name, new_name, show_measured
 from pl_attnedit.cli.devices import device_option, torch_device
-from pl_attnedit.cli.options import known_teacher, show, teacher_option
+from pl_attnedit.cli.options import known_teacher, teacher_option
 
 
 def add_to(commands: Any) -> None:
@@ -29,6 +30,5 @@ def run(options: Namespace) -> int:
     models = {"teacher": load_teacher(known_teacher(options.teacher, *options.student))[0].to(device)}
     for folder in options.student:
         models[new_name(folder_name(folder), models)] = load(folder).to(device)  # type: ignore[arg-type]
-    result = bench_cache(models, options.contexts)
-    show(result, cache_table(result), as_json=options.json)
+    result = show_measured(partial(bench_cache, models, options.contexts), cache_table, as_json=options.json)
     return 0 if result["agree"] else 1

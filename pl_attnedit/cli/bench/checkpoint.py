@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pl_attnedit.cli.bench.shared import at_least_1, local_rank, teacher_of_training, training_options
-from pl_attnedit.cli.options import show
+from pl_attnedit.cli.bench.shared import (
+    at_least_1,
+    lines,
+    local_rank,
+    show_measured,
+    teacher_of_training,
+    training_options,
+)
 
 
 def add_to(commands: Any) -> None:
@@ -27,15 +34,13 @@ def run(options: Namespace) -> int:
     from pl_attnedit.eval.bench.stages import StepBench
 
     at_least_1(options, "batch", "seq", "devices")
-    rank = local_rank()
-    teacher = teacher_of_training(options, rank)
+    teacher = teacher_of_training(options, local_rank())
     bench = StepBench(
         "stage1",
         parse_targets(options.target),
         strategy="auto" if options.devices == 1 else "fsdp2",
         **{name: getattr(options, name) for name in ("pattern", "batch", "seq", "precision", "compiled", "devices")},
     )
-    result = bench_checkpoint(teacher, bench, Path(options.folder), options.mb_per_s)
-    if rank == 0:
-        show(result, "\n".join(f"{name:32} {value}" for name, value in result.items()), as_json=options.json)
+    measure = partial(bench_checkpoint, teacher, bench, Path(options.folder), options.mb_per_s)
+    show_measured(measure, lines, as_json=options.json)
     return 0

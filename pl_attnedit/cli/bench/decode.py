@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from os.path import expanduser
 from typing import Any
 
-from pl_attnedit.cli.bench.shared import MODEL_HELP, TARGET, TARGET_HELP, folder_name, model_of, new_name
+from pl_attnedit.cli.bench.shared import MODEL_HELP, TARGET, TARGET_HELP, folder_name, model_of, new_name, show_measured
 from pl_attnedit.cli.devices import device_option, torch_device
-from pl_attnedit.cli.options import known_teacher, show, yaml_value
+from pl_attnedit.cli.options import known_teacher, yaml_value
 from pl_attnedit.errors import invalid
 
 
@@ -60,7 +61,8 @@ def run(options: Namespace) -> int:
     for target, pattern in zip(targets, patterns * (len(targets) // len(patterns))):
         student = edit_model(models["teacher"], target, pattern=pattern, init="random")
         models[new_name(student_name(student.edit_plan), models)] = student
-    result = bench_decode(
+    measure = partial(
+        bench_decode,
         models,
         contexts=options.contexts,
         batches=options.batches,
@@ -69,5 +71,5 @@ def run(options: Namespace) -> int:
         cuda_graph=not options.eager,
         budget_bytes=None if options.budget_gb is None else int(1e9 * options.budget_gb),
     )
-    show(result, decode_table(result), as_json=options.json)
+    show_measured(measure, decode_table, as_json=options.json)
     return 0

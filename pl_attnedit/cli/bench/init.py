@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from os.path import expanduser
 from typing import Any
 
-from pl_attnedit.cli.bench.shared import at_least_1
+from pl_attnedit.cli.bench.shared import at_least_1, show_measured
 from pl_attnedit.cli.devices import device_option, torch_device
-from pl_attnedit.cli.options import TEACHER_HELP, show
+from pl_attnedit.cli.options import TEACHER_HELP
 
 
 def add_to(commands: Any) -> None:
@@ -35,7 +36,8 @@ def run(options: Namespace) -> int:
     at_least_1(options, "seq_len", "calibration_sequences", "heldout_sequences")
     device = torch_device(options.device)
     teacher, tokenizer = load_teacher(options.teacher, dtype="float32")
-    result = bench_init(
+    measure = partial(
+        bench_init,
         teacher.to(device),
         tokenizer,
         calibration=options.calibration,
@@ -45,5 +47,5 @@ def run(options: Namespace) -> int:
         calibration_sequences=options.calibration_sequences,
         heldout_sequences=options.heldout_sequences,
     )
-    show(result, init_table(result), as_json=options.json)
+    show_measured(measure, init_table, as_json=options.json)
     return 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
-from pl_attnedit.cli.bench.shared import at_least_1
+from pl_attnedit.cli.bench.shared import at_least_1, lines, show_measured
 from pl_attnedit.cli.devices import device_option, torch_device
-from pl_attnedit.cli.options import show
 
 
 def add_to(commands: Any) -> None:
@@ -26,12 +26,13 @@ def run(options: Namespace) -> int:
     from pl_attnedit.eval.bench.loss import bench_loss
 
     at_least_1(options, "vocabulary", "hidden", "tokens")
-    result = bench_loss(
+    measure = partial(
+        bench_loss,
         vocabulary=options.vocabulary,
         hidden=options.hidden,
         tokens=options.tokens,
         dtype=getattr(torch, options.dtype),
         device=torch_device(options.device),
     )
-    show(result, "\n".join(f"{name:22} {value}" for name, value in result.items()), as_json=options.json)
+    show_measured(measure, lines, as_json=options.json)
     return 0

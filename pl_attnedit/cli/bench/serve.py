@@ -8,8 +8,8 @@ from functools import partial
 from os.path import expanduser
 from typing import Any
 
-from pl_attnedit.cli.bench.shared import folder_name, new_name
-from pl_attnedit.cli.options import known_teacher, show, yaml_value
+from pl_attnedit.cli.bench.shared import folder_name, new_name, show_measured
+from pl_attnedit.cli.options import known_teacher, yaml_value
 from pl_attnedit.errors import invalid
 
 
@@ -71,9 +71,12 @@ def run(options: Namespace) -> int:
     if options.vllm is not None:
         start = partial(over_http, options.vllm, options=engine)
     loads = loads_of(options.contexts, options.rates, options.shared, options.requests, options.new_tokens)
-    result = bench_serve(models, start, loads, vocabulary)
-    result |= {"engine": engine, "vllm": vllm_version(options.vllm), "models": models}
-    show(result, serve_table(result), as_json=options.json)
+    result = show_measured(
+        partial(bench_serve, models, start, loads, vocabulary),
+        serve_table,
+        lambda _: {"engine": engine, "vllm": vllm_version(options.vllm), "models": models},
+        as_json=options.json,
+    )
     if client is not None:
         log(client, result)
     return 0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pl_attnedit.cli.devices import device_option, torch_device
-from pl_attnedit.cli.options import TEACHER_HELP, yaml_value
+from pl_attnedit.cli.options import TEACHER_HELP, show, yaml_value
 from pl_attnedit.errors import invalid
+from pl_attnedit.eval.bench.progress import Progress, Result
 from pl_attnedit.eval.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -65,6 +66,42 @@ def model_of(name: str, layers: int | None, dtype: torch.dtype, device: torch.de
     if name in SHAPES:
         return random_model(name, layers=layers, dtype=dtype, device=device)
     return load_teacher(name, dtype=dtype)[0].to(device)
+
+
+def show_measured(
+    measure: Callable[..., Result],
+    table: Callable[[Result], str],
+    also: Callable[[Result], Result] = lambda result: {},
+    *,
+    as_json: bool,
+) -> Result:
+    """Shows and returns a benchmark's result; where a signal or an error ends it early, that of what was measured so far.
+
+    measure: gets `progress`.
+    also: what is added to a result, whole or not.
+    """
+    from pl_attnedit.interruption import uninterrupted
+
+    progress = Progress(shown=local_rank() == 0)
+    try:
+        result = measure(progress=progress)
+        result |= also(result)
+    except BaseException:
+        with uninterrupted():
+            if progress.shown and progress.count > 1:
+                found = progress.result()
+                found |= also(found)
+                ended = f"incomplete: ended in measurement {progress.count} of {progress.total}"
+                show({**found, "incomplete": True}, f"{table(found)}\n{ended}", as_json=as_json)
+        raise
+    if progress.shown:
+        show(result, table(result), as_json=as_json)
+    return result
+
+
+def lines(result: Result) -> str:
+    """A table of one value per line."""
+    return "\n".join(f"{name:32} {value}" for name, value in result.items())
 
 
 def at_least_1(options: Namespace, *names: str) -> None:

@@ -7,10 +7,10 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
-from pl_attnedit.cli.bench.shared import at_least_1, local_rank, teacher_of_training, training_options
-from pl_attnedit.cli.options import show
+from pl_attnedit.cli.bench.shared import at_least_1, local_rank, show_measured, teacher_of_training, training_options
 from pl_attnedit.errors import invalid
 
 
@@ -49,13 +49,13 @@ def run(options: Namespace) -> int:
     chosen["beside"] = tuple(chosen["beside"]) if options.devices == 1 else ()
     chosen["strategy"] = "auto" if options.devices == 1 else options.strategy
     bench = StepBench(stage=options.command, targets=parse_targets(options.target), **chosen)
-    result = bench_step(teacher, bench)
-    if rank > 0:
-        return 0
-    if alone is not None:
-        result["alone"] = alone
-        result["scaling_efficiency"] = result["tokens_per_s"] / alone["tokens_per_s"]
-    show(result, step_table(result), as_json=options.json)
+
+    def beside_one(result: dict[str, Any]) -> dict[str, Any]:
+        if alone is None:
+            return {}
+        return {"alone": alone, "scaling_efficiency": result["tokens_per_s"] / alone["tokens_per_s"]}
+
+    show_measured(partial(bench_step, teacher, bench), step_table, beside_one, as_json=options.json)
     return 0
 
 

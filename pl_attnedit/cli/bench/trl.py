@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
-from pl_attnedit.cli.bench.shared import at_least_1
-from pl_attnedit.cli.options import show
+from pl_attnedit.cli.bench.shared import at_least_1, show_measured
 
 
 def add_to(commands: Any) -> None:
@@ -31,6 +31,7 @@ def run(options: Namespace) -> int:
 
     at_least_1(options, "batch", "seq", "steps", "rounds")
     bench = TrlBench(train=options.train, batch=options.batch, seq=options.seq, steps=options.steps)
-    result = bench_trl(bench, options.beside, rounds=options.rounds)
-    show(result, trl_table(result), as_json=options.json)
+    result = show_measured(
+        partial(bench_trl, bench, options.beside, rounds=options.rounds), trl_table, as_json=options.json
+    )
     return 0 if result["agree"] else 1
