@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pl_attnedit.distillation.engine.operations import attend
+from pl_attnedit.distillation.engine.decoder import attend
 from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden, plain_kl, plain_layer_losses
 
 

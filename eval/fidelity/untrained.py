@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import TargetConfig
-from pl_attnedit.distillation.engine.calls import Call
+from pl_attnedit.distillation.engine.decoder import Call
 from pl_attnedit.distillation.engine.forward_check import check_forward
 from pl_attnedit.distillation.engine.pairs import Pairs
 from pl_attnedit.distillation.losses import tokens_of_a_chunk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,17 +53,28 @@ def kl_divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor) ->
 
 
 def chunk_terms(
-    student: torch.Tensor, teacher: torch.Tensor, student_head: torch.Tensor, teacher_head: torch.Tensor, weight: Any
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    student_head: torch.Tensor,
+    teacher_head: torch.Tensor,
+    weight: Any,
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of the KL over some tokens, and its gradient for the student's logits, (tokens, vocabulary).
+    """The sum of the KL over some tokens, and its gradient for the student's products with its head, (tokens, vocabulary).
 
-    student and teacher (tokens, hidden); heads (vocabulary, hidden); weight (tokens, 1) float32, 0 for what does not count.
+    student and teacher (tokens, hidden); heads (vocabulary, hidden); weight (tokens, 1) float32, 0 for what does not count;
+    finish makes logits of the products, if they are none yet.
     """
-    student_log = (student @ student_head.T).float().log_softmax(-1)
-    teacher_log = (teacher @ teacher_head.T).float().log_softmax(-1)
+    student_logits, teacher_logits = student @ student_head.T, teacher @ teacher_head.T
+    if finish is not None:
+        student_logits, gradient_of = torch.func.vjp(finish, student_logits)  # type: ignore[misc]
+        teacher_logits = finish(teacher_logits)
+    student_log = student_logits.float().log_softmax(-1)
+    teacher_log = teacher_logits.float().log_softmax(-1)
     teacher_probability = teacher_log.exp()
     loss = (teacher_log.sub_(student_log).mul_(teacher_probability).sum(-1, keepdim=True) * weight).sum()
-    return loss, student_log.exp_().sub_(teacher_probability).mul_(weight).to(student.dtype)
+    gradient = student_log.exp_().sub_(teacher_probability).mul_(weight).to(student_logits.dtype)
+    return loss, gradient if finish is None else gradient_of(gradient)[0].to(student.dtype)
 
 
 def chunk_terms_in_cache(
@@ -153,8 +165,9 @@ class ChunkedKL:
         mask: torch.Tensor,
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """student and teacher (batch, time, hidden) after the final norm; heads without bias; mask (batch, time), True =
-        counts; rows: where the flattened mask is True, if that is known already."""
+        """student and teacher (batch, time, hidden) after the final norm; heads without bias, whose `finish`, if they have
+        one, makes logits of the products; mask (batch, time), True = counts; rows: where the flattened mask is True, if
+        that is known already."""
         if rows is None:
             rows = mask.flatten().nonzero().flatten()
         counted = len(rows)
@@ -168,5 +181,7 @@ class ChunkedKL:
         if not counted == len(student) == len(rows):
             student, teacher = student[rows], teacher[rows]
         terms = self.terms or (chunk_terms_in_cache if student.device.type == "cpu" else chunk_terms)
+        if finish := getattr(student_head, "finish", None):
+            terms = partial(self.terms or chunk_terms, finish=finish)
         total = _ChunkedKL.apply(student, teacher, student_head.weight, teacher_head.weight, weight, chunk, terms)
         return total / max(counted, 1)

@@ -103,7 +103,7 @@ class LayerwiseDistillation(DistillationModule):
                 states = pair.run_teacher(hidden, call, last=at_end)
                 hidden = states.output
                 if trains:
-                    taken.append(pair.distil(states, call))
+                    taken.append(pair.distil(states))
             if trains:
                 [losses[index]] = taken
         return losses

@@ -56,7 +56,7 @@ class ValidatedModule(OptimisedModule):
             states, student = pair(teacher, student, call)
             teacher = states.output
             if pair.attention is not None and batch_idx < self.hparams["nmse_batches"]:
-                output = pair.attention(states.attention_input, call)
+                output = pair.attention(states.attention_input, states.attention_call)
                 self.layer_nmse.update(edited.index(index), output[:rows], states.attention_output[:rows])
         if known is not None:
             teacher = known.to(self.device)

@@ -127,7 +127,8 @@ def initialise_from(
 
 def edited_attention(student: PreTrainedModel) -> dict[int, Target]:
     """The student's new attention modules by layer index."""
-    return {i: layer.self_attn for i, layer in enumerate(student.model.layers) if isinstance(layer.self_attn, Target)}
+    attention = {index: getattr(layer, "self_attn", None) for index, layer in enumerate(student.model.layers)}
+    return {index: module for index, module in attention.items() if isinstance(module, Target)}
 
 
 def unshare_trunk(student: PreTrainedModel) -> None:

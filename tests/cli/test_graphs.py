@@ -39,7 +39,7 @@ def test_graphs_of_a_whole_conversion_and_evaluation(
     path = recipe(teacher="teacher", targets={"S": WINDOW, "M": LATENT}, pattern="SMF", stage1=stage, stage2=stage)
     assert main(["convert", "-c", str(path)]) == 0
     found = graphs.frame_count
-    assert 0 < found <= 30
+    assert 0 < found <= 32
     Path("other.txt").write_text("\n\n".join(f"A text of {n}. " + "words and more of them " * n for n in range(9, 40)))
     Path("suite.yaml").write_text("name: small\nmax_length: 64\ntext: {documents: 8, document_chars: 200, cloze: 8}\n")
     options = ["--teacher", "teacher", "--suite", "suite.yaml", "--text", "other.txt"]

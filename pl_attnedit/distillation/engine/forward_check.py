@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_attnedit.attention.base import as_bool_mask, attend
-from pl_attnedit.distillation.engine.calls import Call
+from pl_attnedit.distillation.engine.decoder import Call, final_norm
 from pl_attnedit.distillation.engine.pairs import Pairs
 from pl_attnedit.errors import UserError
 from pl_attnedit.modeling import edited_attention
@@ -50,12 +50,14 @@ def check_forward(teacher: Any, student: Any) -> None:
                 _compare(f"layer {index} of the {role}", share, ours, states[index + 1], states[index])
             if index in edited_attention(student):
                 attention = teacher.model.layers[index].self_attn
-                ours = _attention(attention, attention_spec(teacher.config), of_pair.attention_input, call)
+                ours = _attention(
+                    attention, attention_spec(teacher.config), of_pair.attention_input, of_pair.attention_call
+                )
                 _compare(f"the attention of layer {index} of the teacher", share, ours, of_pair.attention_output)
 
         def logits(student: Tensor, teacher: Tensor, student_head: nn.Module, teacher_head: nn.Module) -> None:
-            _compare("the head of the teacher", share, teacher_head(teacher), of_teacher)
-            _compare("the head of the student", share, student_head(student), of_student)
+            _compare("the head of the teacher", share, teacher_head(teacher[0]), of_teacher[0])
+            _compare("the head of the student", share, student_head(student[0]), of_student[0])
 
         pairs.heads(first[-1], second[-1], logits)
 
@@ -75,7 +77,7 @@ def _own_forward(model: Any, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states.append(args[0] if args else kwargs["hidden_states"])
 
-    watched = [*model.model.layers, model.model.norm]
+    watched = [*model.model.layers, final_norm(model.model)]
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in watched]
     try:
         return states, model(input_ids=ids, use_cache=False).logits

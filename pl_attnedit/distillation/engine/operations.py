@@ -1,4 +1,4 @@
-"""The parts of a decoder layer as functions of their modules, and the loss at the supervised point."""
+"""The parts of a decoder layer, compiled where wanted, and the loss at the supervised point."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pl_attnedit.attention import Target
-from pl_attnedit.distillation.engine.calls import Call
+from pl_attnedit.distillation.engine import decoder
+from pl_attnedit.distillation.engine.decoder import Call, attend, leave_layer
 from pl_attnedit.distillation.engine.local_gradients import compile_whole, eager_gradients, traced_gradients
 from pl_attnedit.distillation.losses import nmse
 
@@ -20,13 +21,13 @@ class BlockReference(NamedTuple):
     teacher_input: Tensor
     teacher_output: Tensor
     student_input: Tensor
-    norm: nn.Module  # the student's part of the block after the attention: used, never trained
-    mlp: nn.Module
+    layer: Any  # the student's, tapped: used, never trained
+    call: Call
 
     @property
     def functional(self) -> bool:
-        """Whether torch.func.grad can go through the MLP: not through kernels of Hugging Face's experts."""
-        return not hasattr(self.mlp, "experts")
+        """Whether torch.func.grad can go through the layer: not through kernels of Hugging Face's experts."""
+        return not any(hasattr(module, "experts") for module in self.layer.modules())
 
 
 class Operations:
@@ -36,53 +37,33 @@ class Operations:
         def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
             return compile_whole(function) if compiled else function
 
-        self.teacher_layer = wrap(teacher_layer)
-        self.normalise = wrap(normalise)
-        self.attend = wrap(attend)
-        self.feed_forward = wrap(feed_forward)
+        self.compiled = compiled
+        self.run_teacher = wrap(decoder.run_teacher)
+        self.run_layer = wrap(decoder.run_layer)
+        self.enter_layer = wrap(decoder.enter_layer)
+        self.leave_layer = wrap(decoder.leave_layer)
+        self.attend = wrap(decoder.attend)
         self.local_loss = wrap(local_loss)
         self._eager = partial(eager_gradients, self.local_loss)
         self._traced = wrap(partial(traced_gradients, local_loss)) if compiled else self._eager
 
     def local_gradients(
-        self, attention: Target, normed: Tensor, reference: Tensor | BlockReference, call: Call
+        self, attention: Target, entered: Tensor, reference: Tensor | BlockReference, call: Call
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Loss and activation as `local_loss` returns them, and the gradients of the new attention's parameters."""
         functional = attention.functional_gradients and (
             not isinstance(reference, BlockReference) or reference.functional
         )
-        return (self._traced if functional else self._eager)(attention, normed, reference, call)
-
-
-def teacher_layer(layer: Any, hidden: Tensor, call: Call, last: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Output of the layer (None where `last`, which stops after the attention), input and output of its attention."""
-    normed = layer.input_layernorm(hidden)
-    attention = attend(layer.self_attn, normed, call)
-    if last:
-        return None, normed, attention
-    return feed_forward(layer.post_attention_layernorm, layer.mlp, hidden, attention), normed, attention
-
-
-def normalise(norm: nn.Module, hidden: Tensor) -> Tensor:
-    return norm(hidden)
-
-
-def attend(attention: Callable[..., Any], normed: Tensor, call: Call) -> Tensor:
-    return attention(hidden_states=normed, **call)[0]
-
-
-def feed_forward(norm: nn.Module, mlp: nn.Module, hidden: Tensor, attention: Tensor) -> Tensor:
-    hidden = hidden + attention
-    return hidden + mlp(norm(hidden))
+        return (self._traced if functional else self._eager)(attention, entered, reference, call)
 
 
 def local_loss(
-    attention: Callable[..., Any], normed: Tensor, reference: Tensor | BlockReference, call: Call
+    attention: Callable[..., Any], entered: Tensor, reference: Tensor | BlockReference, call: Call
 ) -> tuple[Tensor, Tensor]:
     """The loss at the supervised point, and the student's activation there: the output of the attention or of the block."""
-    output = attend(attention, normed, call)
+    output = attend(attention, entered, call)
     if isinstance(reference, BlockReference):
-        output = feed_forward(reference.norm, reference.mlp, reference.student_input, output)
+        output = leave_layer(reference.layer, reference.student_input, reference.call, output)
         before = reference.teacher_input.float()
         return nmse(output.float() - before, reference.teacher_output.float() - before), output
     return nmse(output, reference), output

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import Target
-from pl_attnedit.distillation.engine.calls import Call, layer_calls
+from pl_attnedit.distillation.engine.decoder import Call, Head, enter_decoder, final_norm, run_around, tapped
 from pl_attnedit.distillation.engine.local_gradients import Anchor, LocalGradients
 from pl_attnedit.distillation.engine.operations import BlockReference, Operations
 
@@ -28,8 +28,11 @@ class TeacherStates(NamedTuple):
     """Activations of one layer of the teacher, (batch, time, hidden) each."""
 
     output: Any  # None where the layer was run no further than its attention
-    attention_input: Tensor  # after the input norm
-    attention_output: Tensor  # after `o_proj`, before the residual
+    attention_input: (
+        Any  # after the input norm, if the family has one; None, as the output, in layers without attention
+    )
+    attention_call: Call
+    attention_output: Any  # after the output projection, before whatever the family's layer does with it
 
 
 class EditedAttention(nn.Module):
@@ -39,25 +42,26 @@ class EditedAttention(nn.Module):
         super().__init__()
         self.attention, self.operations = attention, operations
 
-    def forward(self, normed: Tensor, call: Call) -> Tensor:
+    def forward(self, entered: Tensor, call: Call) -> Tensor:
         """The attention's output (batch, time, hidden)."""
-        return self.operations.attend(self.attention, normed, call)
+        return self.operations.attend(self.attention, entered, call)
 
-    def loss(self, normed: Tensor, call: Call, reference: Tensor | BlockReference) -> tuple[Tensor, Tensor]:
-        """`local_loss` with its gradients already computed and its graph freed. `normed` comes from `Anchor`."""
+    def loss(self, entered: Tensor, call: Call, reference: Tensor | BlockReference) -> tuple[Tensor, Tensor]:
+        """`local_loss` with its gradients already computed and its graph freed. `entered` comes from `Anchor`."""
         trained = [p for p in self.attention.parameters() if p.requires_grad]
         if not (torch.is_grad_enabled() and trained):
             with torch.no_grad():
-                return self.operations.local_loss(self.attention, normed, reference, call)
-        gradients = partial(self.operations.local_gradients, self.attention, normed.detach(), reference, call)
-        return LocalGradients.apply(gradients, normed, *trained)
+                return self.operations.local_loss(self.attention, entered, reference, call)
+        gradients = partial(self.operations.local_gradients, self.attention, entered.detach(), reference, call)
+        return LocalGradients.apply(gradients, entered, *trained)
 
 
 class LayerPair(nn.Module):
-    """The layers of the same index. Where the trunk is shared the student's norms and MLP are the teacher's modules.
+    """The layers of the same index. Where the trunk is shared the student's other parts are the teacher's modules.
 
-    Hidden states are (batch, time, hidden). FSDP2 gathers a pair's weights before `forward` and before each method in
-    `FORWARDS`, and frees them after it, so none of these methods may call another.
+    Both run by the family's own layer class, whose attention is tapped. Hidden states are (batch, time, hidden). FSDP2
+    gathers a pair's weights before `forward` and before each method in `FORWARDS`, and frees them after it, so none of these
+    methods may call another.
 
     Args:
         teacher: decoder layer of Hugging Face's model.
@@ -74,12 +78,17 @@ class LayerPair(nn.Module):
         super().__init__()
         self.teacher = teacher
         self.operations, self.recompute, self.block_loss = operations, recompute, block_loss
-        attention = student.self_attn
+        attention = getattr(student, "self_attn", None)  # hybrids have layers with something else
         self.attention = EditedAttention(attention, operations) if isinstance(attention, Target) else None
         self.trunk: nn.ModuleDict | None = None  # the student's own, once it has one
-        if student.mlp is not teacher.mlp:
-            parts = {name: part for name, part in student.named_children() if not isinstance(part, Target)}
+        parts = {name: part for name, part in student.named_children() if not isinstance(part, Target)}
+        if any(part is not teacher._modules[name] for name, part in parts.items()):
             self.trunk = nn.ModuleDict(parts)
+        # in a tuple: their parts are registered above
+        self._layers = (
+            teacher if attention is None else tapped(teacher),
+            student if self.attention is None else tapped(student),
+        )
 
     def forward(self, teacher: Tensor, student: Tensor, call: Call) -> tuple[TeacherStates, Tensor]:
         """Both layers, each on its own model's input, as stage 2 and validation need them."""
@@ -93,9 +102,9 @@ class LayerPair(nn.Module):
         """The student's layer alone."""
         return self._student(hidden, call)
 
-    def distil(self, states: TeacherStates, call: Call) -> Tensor:
+    def distil(self, states: TeacherStates) -> Tensor:
         """Loss of the new attention on the input of the teacher's. Reads no weights but the new attention's."""
-        return self._loss(states.attention_input, call, states.attention_output)[0]
+        return self._loss(states.attention_input, states.attention_call, states.attention_output)[0]
 
     def distil_block(self, hidden: Tensor, call: Call, take_loss: Callable[[Tensor], None]) -> Tensor:
         """Output of the teacher's layer; `take_loss` is called with the student's loss at the block's output.
@@ -103,7 +112,7 @@ class LayerPair(nn.Module):
         The loss is not returned, because FSDP2 would gather the whole layer again for the backward pass of an output.
         """
         states = self._teacher(hidden, call)
-        self._own_path(hidden, call, self._block_reference(hidden, states, hidden), take_loss)
+        self._own_path(hidden, call, self._block_reference(hidden, states, hidden, call), take_loss)
         return states.output
 
     def distil_on_own_path(
@@ -120,12 +129,15 @@ class LayerPair(nn.Module):
         the loss of the new attention, if the layer has one. For `take_loss` and `last` see `distil_block`, `run_teacher`."""
         states = self._teacher(teacher, call, last=last)
         mixed = teacher_share * teacher + (1 - teacher_share) * student.detach()
-        reference = self._block_reference(teacher, states, mixed) if self.block_loss else states.attention_output
+        reference = self._block_reference(teacher, states, mixed, call) if self.block_loss else states.attention_output
         return states.output, self._own_path(mixed, call, reference, take_loss)
 
     @torch.no_grad()
     def _teacher(self, hidden: Tensor, call: Call, *, last: bool = False) -> TeacherStates:
-        return TeacherStates(*self.operations.teacher_layer(self.teacher, hidden, call, last))
+        layer = self._layers[0]
+        if layer is self.teacher:
+            return TeacherStates(self.operations.run_layer(layer, hidden, call), None, {}, None)
+        return TeacherStates(*self.operations.run_teacher(layer, self.teacher.self_attn, hidden, call, last))
 
     def _student(self, hidden: Tensor, call: Call) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -133,43 +145,38 @@ class LayerPair(nn.Module):
         return self._student_layer(hidden, call)
 
     def _student_layer(self, hidden: Tensor, call: Call) -> Tensor:
-        normed = self.operations.normalise(self._part("input_layernorm"), hidden)
+        layer = self._layers[1]
         if self.attention is None:
-            output = self.operations.attend(self._part("self_attn"), normed, call)
-        else:
-            output = self.attention(normed, call)
-        return self._feed_forward(hidden, output)
+            return self.operations.run_layer(layer, hidden, call)
+        if not self.operations.compiled:
+            return run_around(layer, hidden, call, lambda *given: self.attention(*given))  # type: ignore[misc]
+        # two graphs: between them FSDP2 gathers the attention. What each does not need is cut out of it.
+        output = self.attention(*self.operations.enter_layer(layer, hidden, call))
+        return self.operations.leave_layer(layer, hidden, call, output)
 
-    def _block_reference(self, entered: Tensor, states: TeacherStates, hidden: Tensor) -> BlockReference:
-        return BlockReference(entered, states.output, hidden, self._part("post_attention_layernorm"), self._part("mlp"))
+    def _block_reference(self, entered: Tensor, states: TeacherStates, hidden: Tensor, call: Call) -> BlockReference:
+        return BlockReference(entered, states.output, hidden, self._layers[1], call)
 
-    def _loss(self, normed: Tensor, call: Call, reference: Tensor | BlockReference) -> tuple[Tensor, Tensor]:
+    def _loss(self, entered: Tensor, call: Call, reference: Tensor | BlockReference) -> tuple[Tensor, Tensor]:
         """The loss, and the student's activation at the supervised point, without a gradient."""
         assert self.attention is not None
-        anchor = torch.empty((), device=normed.device, requires_grad=True)
-        return self.attention.loss(Anchor.apply(anchor, normed), call, reference)
+        anchor = torch.empty((), device=entered.device, requires_grad=True)
+        return self.attention.loss(Anchor.apply(anchor, entered), call, reference)
 
     @torch.no_grad()
     def _own_path(
         self, hidden: Tensor, call: Call, reference: Tensor | BlockReference, take_loss: Callable[[Tensor], None]
     ) -> Tensor:
-        normed = self.operations.normalise(self._part("input_layernorm"), hidden)
+        layer = self._layers[1]
         if self.attention is None:
-            output = self.operations.attend(self._part("self_attn"), normed, call)
-        else:
-            with torch.enable_grad():
-                loss, output = self._loss(normed, call, reference)
-            take_loss(loss)
-            if isinstance(reference, BlockReference):
-                return output
-        return self._feed_forward(hidden, output)
-
-    def _part(self, name: str) -> nn.Module:
-        return getattr(self.teacher, name) if self.trunk is None else self.trunk[name]
-
-    def _feed_forward(self, hidden: Tensor, attention: Tensor) -> Tensor:
-        norm, mlp = self._part("post_attention_layernorm"), self._part("mlp")
-        return self.operations.feed_forward(norm, mlp, hidden, attention)
+            return self.operations.run_layer(layer, hidden, call)
+        entered, attention_call = self.operations.enter_layer(layer, hidden, call)
+        with torch.enable_grad():
+            loss, output = self._loss(entered, attention_call, reference)
+        take_loss(loss)
+        if isinstance(reference, BlockReference):
+            return output
+        return self.operations.leave_layer(layer, hidden, call, output)
 
 
 class Embeddings(nn.Module):
@@ -190,11 +197,11 @@ class Heads(nn.Module):
 
     def __init__(self, teacher: Any, student: Any) -> None:
         super().__init__()
-        self.teacher_norm, self.teacher_head = teacher.model.norm, teacher.lm_head
-        self.student_norm, self.student_head = student.model.norm, student.lm_head
+        self.teacher_norm, self.teacher_head = final_norm(teacher.model), Head(teacher)
+        self.student_norm, self.student_head = final_norm(student.model), Head(student)
 
     def forward(self, teacher: Tensor, student: Tensor, use: Callable[..., Any]) -> Any:
-        """`use(student, teacher, student_head, teacher_head)` on the hidden states after the final norm."""
+        """`use(student, teacher, student_head, teacher_head)` on hidden states after the final norm; heads are `Head`s."""
         with torch.no_grad():
             teacher = self.teacher_norm(teacher)
         return use(self.student_norm(student), teacher, self.student_head, self.teacher_head)
@@ -213,28 +220,32 @@ class Pairs(nn.Module):
         self.layers = nn.ModuleList(LayerPair(t, s, operations, **options) for t, s in layers)
         self.embeddings, self.heads = Embeddings(teacher, student), Heads(teacher, student)
         self._model = (teacher.model,)  # makes masks and positions; in a tuple, so that it is no submodule
-        self._calls: dict[
-            Hashable, list[Call]
-        ] = {}  # of batches without positions of their own; a CUDA graph reads them
+        # of batches without positions of their own; a CUDA graph reads them
+        self._calls: dict[Hashable, list[Call]] = {}
+        self._plain_entry = True  # the first layer gets the embeddings as they are
 
     def forward(self, work: Callable[..., Any], *args: Any) -> Any:
         """`work(*args)`. Everything that reads the pairs runs inside this call: one forward pass of FSDP2's root module."""
         return work(*args)
 
     def begin(self, batch: Batch) -> tuple[Tensor, Tensor, list[Call]]:
-        """Embeddings (batch, time, hidden) of teacher and student, and each layer's `Call`."""
+        """What enters the first layer of teacher and student, (batch, time, hidden), and each layer's `Call`."""
         teacher, student = self.embeddings(batch["input_ids"])
-        return teacher.detach(), student, self._calls_of(teacher.detach(), batch.get("position_ids"))
+        entered, calls = self._enter(teacher.detach(), batch.get("position_ids"))
+        if student is not teacher:
+            student = self._enter(student, batch.get("position_ids"))[0]
+        return entered, entered if student is teacher else student, calls
 
-    @torch.no_grad()
-    def _calls_of(self, embedded: Tensor, position_ids: Tensor | None) -> list[Call]:
-        if position_ids is not None:
-            return layer_calls(self._model[0], embedded, position_ids)
-        # the same for every batch of this shape; the decoder would wait for the device each time
+    def _enter(self, embedded: Tensor, position_ids: Tensor | None) -> tuple[Tensor, list[Call]]:
+        # calls are the same for every batch of this shape; the decoder would wait for the device each time
         key = (embedded.shape, embedded.dtype, embedded.device, torch.is_inference_mode_enabled())
-        if key not in self._calls:
-            self._calls[key] = layer_calls(self._model[0], embedded, None)
-        return self._calls[key]
+        if position_ids is None and self._plain_entry and key in self._calls:
+            return embedded, self._calls[key]
+        entered, calls = enter_decoder(self._model[0], embedded, position_ids)
+        self._plain_entry = entered is embedded
+        if position_ids is not None:
+            return entered, calls
+        return entered, self._calls.setdefault(key, calls)
 
     def with_calls(self, calls: list[Call]) -> Iterator[tuple[LayerPair, Call]]:
         """The first pairs with as many calls, in order."""

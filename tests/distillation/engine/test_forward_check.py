@@ -12,7 +12,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 from pl_attnedit import edit_model
 from pl_attnedit.attention import GateSWAConfig, MLAConfig
-from pl_attnedit.distillation.engine import operations
+from pl_attnedit.distillation.engine import decoder
 from pl_attnedit.distillation.engine.forward_check import check_forward
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.fidelity.untrained import UntrainedPlans
@@ -34,36 +34,22 @@ def test_every_family_is_run_as_it_is(family: str, make_teacher: Make, dtype: to
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("fields", "where"),
-    [
-        ({}, None),
-        ({"residual_multiplier": 0.22}, "layer 0 of the teacher: .* off by 3"),
-        ({"residual_multiplier": 1.2}, "layer 0 of the teacher: .* off by 1"),
-        ({"embedding_multiplier": 2.0}, "the embeddings of the teacher"),
-        ({"logits_scaling": 2.0}, "the head of the teacher"),
-    ],
+    "fields", [{"residual_multiplier": 0.22}, {"embedding_multiplier": 2.3}, {"logits_scaling": 2.0}]
 )
-def test_a_family_that_does_more(fields: dict[str, float], where: str | None, dtype: torch.dtype) -> None:
-    """Granite has Llama's modules and three multipliers."""
+def test_a_family_that_does_more(fields: dict[str, float], dtype: torch.dtype) -> None:
+    """Granite has Llama's modules and three multipliers, which its own layers, model and head apply."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = GraniteForCausalLM(GraniteConfig(vocab_size=64, initializer_range=0.2, **shape, **fields))
     model = model.to(dtype).eval()
-    if where is None:
-        check_forward(model, model)
-        return
-    with pytest.raises(UserError, match=where):
-        check_forward(model, model)
+    check_forward(model, model)
 
 
 def test_no_training_begins_on_another_forward_pass(
     make_stage1: Make, make_stage2: Make, make_teacher: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def scaled(norm: Any, mlp: Any, hidden: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        hidden = hidden + 0.5 * attention
-        return hidden + mlp(norm(hidden))
-
-    monkeypatch.setattr(operations, "feed_forward", scaled)
+    right = decoder.run_around
+    monkeypatch.setattr(decoder, "run_around", lambda *given: 1.5 * right(*given))
     for make in (make_stage1, make_stage2):
         with pytest.raises(UserError, match="layer 0 of the teacher"):
             make(targets=LATENT, init="random").configure_model()
@@ -98,9 +84,9 @@ def test_one_layer_that_is_another(make_teacher: Make, monkeypatch: pytest.Monke
     teacher = make_teacher("llama")
     student = edit_model(teacher, WINDOW, pattern="FFSF")
     edited = student.model.layers[2].self_attn
-    right = operations.attend
+    right = decoder.attend
     monkeypatch.setattr(
-        operations, "attend", lambda attention, *rest: right(attention, *rest) * (1.1 if attention is edited else 1)
+        decoder, "attend", lambda attention, *rest: right(attention, *rest) * (1.1 if attention is edited else 1)
     )
     with pytest.raises(UserError, match="layer 2 of the student"):
         check_forward(teacher, student)

@@ -1,0 +1,189 @@
+"""A family's own decoder in parts: what comes before its layers, what a layer does around its attention, the head.
+
+No form of a block is repeated here: Hugging Face's own forward passes run, in shallow copies in which one part is another.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from pl_attnedit.errors import UserError
+
+Call = dict[str, Any]  # the keyword arguments of a decoder layer, or of its attention, apart from the hidden states
+NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f")  # what families call the norm behind the last layer
+
+
+class _Enough(Exception):
+    """What was wanted is known; nothing later has to run."""
+
+
+def with_parts(module: nn.Module, **parts: nn.Module) -> Any:
+    """A shallow copy of a module with other submodules of these names. All else, weights included, is shared."""
+    shell = copy.copy(module)
+    shell._modules = {**module._modules, **parts}
+    return shell
+
+
+def _keywords(module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> Call:
+    """Keyword arguments of a forward pass; args: those behind the hidden states that were given by place."""
+    if not args:
+        return kwargs
+    return {**dict(zip(list(inspect.signature(module.forward).parameters)[1:], args)), **kwargs}
+
+
+class _Recorder(nn.Module):
+    """Replaces a layer and records how it is called. The decoder may read the layer's attributes."""
+
+    def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, Call]], layers: int) -> None:
+        super().__init__()
+        self._known = (layer, calls, layers)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__[name] if name in self.__dict__ else getattr(self.__dict__["_known"][0], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer, calls, layers = self._known
+        calls.append((hidden_states, _keywords(layer, args, kwargs)))
+        if len(calls) == layers:
+            raise _Enough
+        return hidden_states
+
+
+def enter_decoder(model: Any, embedded: Tensor, position_ids: Tensor | None) -> tuple[Tensor, list[Call]]:
+    """What a decoder passes to its first layer for these embeddings (batch, time, hidden), and to each layer with it."""
+    calls: list[tuple[Tensor, Call]] = []
+    recorders = [_Recorder(layer, calls, len(model.layers)) for layer in model.layers]
+    try:
+        shell = with_parts(model, layers=nn.ModuleList(recorders))
+        type(model).forward(shell, inputs_embeds=embedded, position_ids=position_ids, use_cache=False)
+    except _Enough:
+        pass
+    return calls[0][0], [call for _, call in calls]
+
+
+def final_norm(model: Any) -> nn.Module:
+    """The norm behind a decoder's last layer."""
+    for name in NORMS:
+        if hasattr(model, name):
+            return getattr(model, name)
+    raise UserError(f"teacher: {type(model).__name__} has no final norm under a known name ({', '.join(NORMS)})")
+
+
+class _Given(nn.Module):
+    """A decoder whose last hidden states are given."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+class Head(nn.Module):
+    """A language model's own head, with what it does to the logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.lm_head = model.lm_head
+        if self.lm_head.bias is not None:
+            raise UserError(f"teacher: the head of {type(model).__name__} has a bias, which the loss knows nothing of")
+        self._model = (with_parts(model, model=_Given(), lm_head=nn.Identity()),)  # in a tuple: no submodule
+        probe = torch.tensor([[-1e3, -10.0, 0.1, 10.0, 1e3]])
+        self.finish = None if torch.equal(self._finish(probe), probe) else self._finish
+
+    @property
+    def weight(self) -> Tensor:
+        """(vocabulary, hidden)"""
+        return self.lm_head.weight
+
+    def _finish(self, products: Tensor) -> Tensor:
+        """What becomes of the products with `weight`, (tokens, vocabulary), before they are logits."""
+        return self._model[0].forward(inputs_embeds=products[None]).logits[0]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits (tokens, vocabulary) of hidden states (tokens, hidden)."""
+        products = self.lm_head(hidden)
+        return products if self.finish is None else self.finish(products)
+
+
+class _Tap(nn.Module):
+    """Stands where a layer has its attention."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self._keywords = partial(_keywords, attention)
+        self.attend: Callable[[Tensor, Call], Tensor] | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        assert self.attend is not None
+        return self.attend(hidden_states, self._keywords(args, kwargs)), None
+
+
+def tapped(layer: Any) -> Any:
+    """The layer for the functions below: its own forward pass, its own modules, but its attention."""
+    return with_parts(layer, self_attn=_Tap(layer.self_attn))
+
+
+def run_around(layer: Any, hidden: Tensor, call: Call, attend: Callable[[Tensor, Call], Tensor]) -> Any:
+    """Output of a tapped layer (batch, time, hidden) whose attention is `attend`, called with its input and arguments."""
+    layer.self_attn.attend = attend
+    try:
+        return first(layer(hidden, **call))
+    except _Enough:
+        return None
+    finally:
+        layer.self_attn.attend = None
+
+
+def first(output: Any) -> Tensor:
+    """Hidden states out of what a layer returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def enter_layer(layer: Any, hidden: Tensor, call: Call) -> tuple[Tensor, Call]:
+    """What a tapped layer gives its attention: hidden states and arguments."""
+    seen = []
+
+    def note(entered: Tensor, attention_call: Call) -> Tensor:
+        seen.append((entered, attention_call))
+        raise _Enough
+
+    run_around(layer, hidden, call, note)
+    return seen[0]
+
+
+def leave_layer(layer: Any, hidden: Tensor, call: Call, attention: Tensor) -> Tensor:
+    """What a tapped layer makes of its attention's output."""
+    return run_around(layer, hidden, call, lambda entered, attention_call: attention)
+
+
+def run_teacher(
+    layer: Any, attention: nn.Module, hidden: Tensor, call: Call, last: bool
+) -> tuple[Tensor | None, Tensor, Call, Tensor]:
+    """Output of a tapped layer with its own attention (None where `last`, which stops behind it), the attention's input,
+    its arguments and its output."""
+    seen = []
+
+    def note(entered: Tensor, attention_call: Call) -> Tensor:
+        output = attend(attention, entered, attention_call)
+        seen.append((entered, attention_call, output))
+        if last:
+            raise _Enough
+        return output
+
+    return run_around(layer, hidden, call, note), *seen[0]
+
+
+def run_layer(layer: Any, hidden: Tensor, call: Call) -> Tensor:
+    """Output of a layer as it is."""
+    return first(layer(hidden, **call))
+
+
+def attend(attention: Callable[..., Any], entered: Tensor, call: Call) -> Tensor:
+    """Output of an attention, called as its layer does."""
+    return attention(hidden_states=entered, **call)[0]
