@@ -30,9 +30,9 @@ from transformers import PreTrainedModel
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.flops import is_mixture
-from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.bench.timing import synchronize
 from pl_attnedit.eval.decoding import WARMUP_STEPS, Decoder, prefill
+from pl_attnedit.eval.progress import Progress
 from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
 from pl_attnedit.modeling.kv import WithoutScores, cache_bytes
 

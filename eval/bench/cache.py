@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.bench.progress import Progress
+from pl_attnedit.eval.progress import Progress
 from pl_attnedit.eval.report.formatting import aligned
 from pl_attnedit.modeling import EditedModelMixin
 from pl_attnedit.modeling.kv import fill_cache, promised_bytes

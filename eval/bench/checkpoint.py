@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from pl_attnedit.callbacks import AtomicCheckpointIO, ResumableCheckpoint
 from pl_attnedit.callbacks.checkpoint_time import SHARE
-from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.bench.stages import RandomTokens, StepBench, machine, make_module
 from pl_attnedit.eval.bench.timing import synchronize
+from pl_attnedit.eval.progress import Progress
 
 ALONE = 4  # steps that are timed before the write
 MOST = 100_000  # steps

@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import TargetConfig
-from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.bench.stages import machine
 from pl_attnedit.eval.efficiency import Runs, efficiency_rows, largest_batch, measure_efficiency
+from pl_attnedit.eval.progress import Progress
 from pl_attnedit.eval.report.formatting import aligned
 from pl_attnedit.modeling.plan import EditPlan
 

@@ -17,7 +17,7 @@ from pl_attnedit.data.encoding import encode
 from pl_attnedit.data.sources import document_hash, open_source
 from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.eval.bench.progress import Progress
+from pl_attnedit.eval.progress import Progress
 from pl_attnedit.eval.report.formatting import aligned
 from pl_attnedit.modeling import EditPlan
 from pl_attnedit.modeling.calibration import collect_statistics

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pl_attnedit.distillation.losses import ChunkedKL, kl_divergence
-from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.bench.timing import median_seconds, synchronize
+from pl_attnedit.eval.progress import Progress
 from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pl_attnedit.eval.bench.progress import Progress
+from pl_attnedit.eval.progress import Progress
 from pl_attnedit.eval.report.formatting import aligned
 
 SAMPLED_S = 0.05  # how often the number of running texts is read

@@ -29,8 +29,8 @@ from pl_attnedit.distillation import DistillationModule, LayerwiseDistillation, 
 from pl_attnedit.distillation.engine.sharding import local
 from pl_attnedit.eval.bench.bounds import LayerwiseBound, ModelBound, naive, step_of
 from pl_attnedit.eval.bench.flops import matmul_rate, step_flops
-from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.bench.timing import spread, synchronize
+from pl_attnedit.eval.progress import Progress
 from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
 
 PROFILED = 2  # steps after the timed ones, whose kernels are looked at

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.eval.bench.progress import Progress
 from pl_attnedit.eval.bench.trl_runs import TrlBench
+from pl_attnedit.eval.progress import Progress
 from pl_attnedit.eval.report.formatting import aligned
 
 Launch = Callable[[str, TrlBench], dict[str, Any]]

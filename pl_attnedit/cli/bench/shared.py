@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pl_attnedit.cli.devices import device_option, torch_device
 from pl_attnedit.cli.options import TEACHER_HELP, show, yaml_value
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.bench.progress import Progress, Result
 from pl_attnedit.eval.bench.shapes import SHAPES
+from pl_attnedit.eval.progress import Progress, Result
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from test_bench_serve import Counting
 
 from pl_attnedit.cli import main
 from pl_attnedit.eval.bench import stages, vllm_engines
-from pl_attnedit.eval.bench.progress import Progress
+from pl_attnedit.eval.progress import Progress
 
 TARGET = ["--target", "{type: mla, kv_lora_rank: 8, qk_rope_head_dim: 4}", "--teacher", "{teacher}"]
 STEP = [*TARGET, "--batch", "1", "--seq", "8", "--compiled", "false"]
