@@ -16,7 +16,7 @@ from pl_attnedit.cli import COMMANDS
 from pl_attnedit.moved import MOVED
 
 NO_TORCH = "import sys; assert not {'torch', 'transformers', 'lightning', 'mlflow'} & sys.modules.keys()"
-OF_CLASSES = {"convert", "prepare", "fit", "validate", "doctor"}  # their options are those of Lightning's classes
+OF_CLASSES = {"convert", "prepare", "fit", "validate"}  # their options are those of Lightning's classes
 
 
 def _python(code: str, *arguments: str) -> str:

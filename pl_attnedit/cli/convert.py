@@ -12,9 +12,6 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from pl_attnedit.cli.options import OptionParser, show
-from pl_attnedit.conversion.defaults import chosen_recipe
-from pl_attnedit.conversion.dry_run import dry_run, dry_run_table
-from pl_attnedit.conversion.pipeline import convert
 from pl_attnedit.conversion.recipe import as_plain, read_recipe, recipe_parser
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.errors import UserError
@@ -33,9 +30,13 @@ def main(arguments: Sequence[str]) -> int:
         written = "" if config.dry_run else f"; {Path(recipe.runs) / recipe.name / 'recipe.yaml'}"
         rank_zero_only(print)(f"convert  {said}{written}", file=sys.stderr)
     if config.dry_run:
+        from pl_attnedit.conversion.dry_run import dry_run, dry_run_table
+
         estimate = dry_run(recipe, TextDataModule(recipe.teacher, **data))
         show(estimate, dry_run_table(estimate), as_json=config.json)
         return 0
+    from pl_attnedit.conversion.pipeline import convert
+
     summary = convert(recipe, data, plain)
     if summary is None:  # a further process of a distributed conversion
         return 0
@@ -56,6 +57,8 @@ def _chosen(arguments: Sequence[str], folder: Path) -> tuple[list[str], str]:
     for name in ("teacher", "budget"):
         if getattr(given, name) is None:
             raise UserError(f"--{name}: must be given with --target")
+    from pl_attnedit.conversion.defaults import chosen_recipe
+
     recipe, said = chosen_recipe(given.teacher, given.target, given.budget, given.context)
     file = folder / "recipe.yaml"
     file.write_text(json.dumps(recipe), "utf-8")  # JSON is YAML

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
-from lightning.pytorch import Trainer
 
-import pl_attnedit.strategies  # noqa: F401  # knows `strategy: fsdp2`
 from pl_attnedit.config_files import read_yaml
-from pl_attnedit.conversion.doctor import TRAINER_FIELDS, Platform, as_json, examine, obstacles
 from pl_attnedit.errors import invalid
 from pl_attnedit.files import json_text
-from pl_attnedit.tracking.environment import environment
+
+
+@dataclass
+class Placement:  # so that `--help` does not import Lightning
+    """Where it runs: fields of Lightning's Trainer.
+
+    Args:
+        accelerator: cpu, gpu, npu, auto.
+        devices: how many, or which.
+        num_nodes: machines.
+        strategy: auto, ddp, fsdp2, or a class with its arguments.
+        precision: such as 32-true or bf16-mixed.
+    """
+
+    accelerator: Any = "auto"
+    devices: Any = "auto"
+    num_nodes: Any = 1
+    strategy: Any = "auto"
+    precision: Any = None
+
+
+FIELDS = [field.name for field in fields(Placement)]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,16 +46,18 @@ def main(arguments: Sequence[str]) -> int:
     help_ = "recipe, or config of a stage: its trainer counts; a second one and options given after it override it"
     parser.add_argument("-c", "--config", action=_TrainerOfConfig, help=help_)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    others = set(inspect.signature(Trainer.__init__).parameters) - {"self", *TRAINER_FIELDS}
-    parser.add_class_arguments(Trainer, "trainer", skip=others, instantiate=False)
+    parser.add_class_arguments(Placement, "trainer", instantiate=False)
     config = parser.parse_args(list(arguments))
+    given = {name: value for name in FIELDS if (value := config.trainer[name]) != getattr(Placement, name)}
+    trainer = _checked(given)
+
+    from pl_attnedit.conversion.doctor import as_json, examine, obstacles
+    from pl_attnedit.tracking.environment import environment
+
     platforms = examine()
     reasons: list[str] = []
-    given = {
-        name: value for name, value in dict(config.trainer).items() if value != parser.get_default(f"trainer.{name}")
-    }
     if config.config or given:
-        reasons = obstacles(dict(parser.instantiate_classes(config).trainer), platforms)
+        reasons = obstacles(trainer, platforms)
     if config.json:
         result: dict[str, Any] = {"environment": environment(), "platforms": as_json(platforms)}
         if config.config or given:
@@ -50,6 +70,20 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if reasons else 0
 
 
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields as the Trainer takes them."""
+    import inspect
+
+    from lightning.pytorch import Trainer
+
+    import pl_attnedit.strategies  # noqa: F401  # knows `strategy: fsdp2`
+
+    parser = ArgumentParser(exit_on_error=False)
+    others = set(inspect.signature(Trainer.__init__).parameters) - {"self", *FIELDS}
+    parser.add_class_arguments(Trainer, "trainer", skip=others, instantiate=False)
+    return dict(parser.instantiate_classes(parser.parse_object({"trainer": given})).trainer)
+
+
 class _TrainerOfConfig(ActionConfigFile):
     """Takes out of a recipe or a LightningCLI config where it is to run, and leaves the rest."""
 
@@ -57,11 +91,12 @@ class _TrainerOfConfig(ActionConfigFile):
         trainer = read_yaml(values, "config", "recipe", "config of a stage").get("trainer") or {}
         if not isinstance(trainer, dict):
             raise invalid("trainer", trainer, "must be the fields of a Trainer")
-        chosen = {name: trainer[name] for name in TRAINER_FIELDS if name in trainer}
+        chosen = {name: trainer[name] for name in FIELDS if name in trainer}
         super().__call__(parser, cfg, json.dumps({"trainer": chosen}), option_string)
 
 
-def _text(platforms: dict[str, Platform]) -> str:
+def _text(platforms: dict[str, Any]) -> str:
+    """A `Platform` each."""
     lines = []
     for name, platform in platforms.items():
         about = [f"{count} x {device}" for device, count in _counted(platform.devices).items()] or ["no device"]

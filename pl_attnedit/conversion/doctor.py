@@ -21,7 +21,6 @@ from pl_attnedit.distillation.settings import check_precision
 from pl_attnedit.errors import UserError
 from pl_attnedit.strategies.npu_accelerator import load_torch_npu, require_npus, torch_npu_installed
 
-TRAINER_FIELDS = ("accelerator", "devices", "num_nodes", "strategy", "precision")  # what decides where a config runs
 _LARGEST_ERROR = 0.03  # of bfloat16 attention, relative to the largest value
 
 
@@ -174,7 +173,7 @@ def _run(attention: Any, inputs: list[torch.Tensor], device: str) -> list[torch.
 def obstacles(trainer: dict[str, Any], platforms: dict[str, Platform]) -> list[str]:
     """Why a Trainer with these settings cannot run on this machine; empty where it can.
 
-    trainer: the `TRAINER_FIELDS` of a config, those that it gives.
+    trainer: accelerator, devices, num_nodes, strategy and precision of a config.
 
     Raises:
         UserError: an accelerator that there is on no machine.

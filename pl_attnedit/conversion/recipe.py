@@ -17,8 +17,6 @@ from pl_attnedit.config_files import RULE, LayeredParser, RecipeFile, options_of
 from pl_attnedit.data import Phase, TextDataModule
 from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
 from pl_attnedit.errors import invalid
-from pl_attnedit.tracking import check_registered_name
-from pl_attnedit.tracking.client import EXPERIMENT
 
 # what a conversion sets itself
 SET_BY_CONVERSION = {
@@ -167,7 +165,7 @@ class Recipe:
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
     runs: str = "runs"
-    experiment: str = EXPERIMENT
+    experiment: str = "pl_attnedit"
     tracking_uri: str | None = None
     register: str | None = None
 
@@ -181,7 +179,10 @@ class Recipe:
         if not 0 <= self.seed < 2**32 - 1:  # stage 2 draws its text with the next one
             raise invalid("seed", self.seed, "must be from 0 to 2**32 - 2")
         refuse_url("runs", self.runs)
-        check_registered_name(self.register)
+        if self.register is not None:
+            from pl_attnedit.tracking import check_registered_name  # MLflow takes seconds, and `--help` needs none
+
+            check_registered_name(self.register)
         for name, kind in (("experiment", "a name"), ("runs", "a folder")):
             if not getattr(self, name):
                 raise invalid(name, getattr(self, name), f"must be {kind}")

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -233,6 +232,8 @@ def encodable(value: Any) -> Any:
 
 def use_writable_cache() -> None:
     """Where the cache of Hugging Face's datasets cannot be written to, a folder of ours takes its place in this process."""
+    import datasets
+
     theirs = datasets.config.HF_DATASETS_CACHE
     try:
         os.makedirs(theirs, exist_ok=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pl_attnedit.data.builtin import builtin_documents, builtin_identity
@@ -152,6 +151,8 @@ def _passages(lines: Iterable[str]) -> Iterator[str]:
 
 def _open_hub(source: Source) -> OpenSource:
     """A dataset of the hub. Its own fingerprint covers name, configuration, revision and split."""
+    import datasets  # takes a second
+
     # Fails at once without a connection, where load_dataset would try for half a minute.
     hub_snapshot("source", source.name, ["README.md"], ALLOWED, repo_type="dataset")
     use_writable_cache()
