@@ -1,4 +1,4 @@
-"""What a benchmark says while it measures, and what is left of it when it is ended early."""
+"""What a command says while it measures, and what is left of that when it is ended early."""
 
 from __future__ import annotations
 
@@ -14,31 +14,35 @@ Result = dict[str, Any]
 class Progress:
     """Says on standard error what is measured; see `begin`.
 
-    shown: False = say nothing, in all processes of a run but the first.
+    Args:
+        shown: False = say nothing, in all processes of a run but the first.
+        every: least seconds between two lines; what is measured in between is not said.
     """
 
-    def __init__(self, shown: bool = True) -> None:
-        self.shown = shown
-        self.total = self.count = 0
-        self._seconds = 0.0  # of the measurements that have ended
-        self._since: float | None = None  # when the running one started
-        self._started = time.monotonic()
-        self.result: Callable[[], Result] = dict
+    def __init__(self, shown: bool = True, every: float = 0.0) -> None:
+        self.shown, self.every = shown, every
+        self._said = float("-inf")
+        self.begin(0, dict)
 
     def begin(self, total: int, result: Callable[[], Result]) -> Progress:
         """How many measurements there will be, and what gives the result of those that have ended, at least one."""
-        self.total, self.result, self._started = total, result, time.monotonic()
+        self.total, self.result, self.count = total, result, 0
+        self._seconds = 0.0  # of the measurements that have ended
+        self._since: float | None = None  # when the running one started
+        self._started = time.monotonic()
         return self
 
     def next(self, what: str) -> None:
         """The measurement before has ended, and this one starts."""
         self._stop()
         ended, self.count = self.count, self.count + 1
-        line = f"{what} ({self.count} of {self.total}"
+        line, now = f"{what} ({self.count} of {self.total}", time.monotonic()
         if ended:
             left = self._seconds / ended * (self.total - ended)
-            line += f"; {_clock(time.monotonic() - self._started)} so far, about {_clock(left)} left"
-        self.say(f"{line})")
+            line += f"; {_clock(now - self._started)} so far, about {_clock(left)} left"
+        if now >= self._said + self.every:
+            self.say(f"{line})")
+            self._said = now
         self._since = time.monotonic()
 
     def say(self, what: str) -> None:

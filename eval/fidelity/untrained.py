@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from pl_attnedit.distillation.engine.forward_check import check_forward
 from pl_attnedit.distillation.engine.pairs import Pairs
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
 from pl_attnedit.distillation.metrics import Fidelity
+from pl_attnedit.eval.progress import Progress
 from pl_attnedit.modeling import FULL, EditPlan, edit_model
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.modeling.kv import fill_cache, on_meta
@@ -49,7 +50,7 @@ class UntrainedPlans:
         self,
         plans: Sequence[str],
         batches: Iterable[Tensor | tuple[Tensor, Tensor]],
-        report: Callable[[int], None] = lambda done: None,
+        progress: Progress | None = None,
     ) -> list[dict[str, float | None]]:
         """One row for each plan, a letter for each layer.
 
@@ -58,18 +59,19 @@ class UntrainedPlans:
 
         Args:
             batches: input ids (batch, time) int64; with a mask (batch, time), only the predictions made at its places count.
-            report: called after each batch with the number done.
+            progress: told of each plan on each batch.
         """
         weights: list[int] = []
         found: list[list[dict[str, float]]] = [[] for _ in plans]
-        for done, batch in enumerate(batches, start=1):
+        for number, batch in enumerate(batches, start=1):
             ids, mask = batch if isinstance(batch, tuple) else (batch, torch.ones_like(batch, dtype=torch.bool))
             ids, mask = ids.to(self.teacher.device), mask.to(self.teacher.device)
             weights.append(int(mask.sum()))
             states, calls = self._teacher_states(ids)
             for plan, rows in zip(plans, found):
+                if progress is not None:
+                    progress.next(f"batch {number}, {plan}")
                 rows.append(self._compare(plan, ids, mask, states, calls))
-            report(done)
         return [_mean(rows, weights) for rows in found]
 
     def _teacher_states(self, ids: Tensor) -> tuple[list[Tensor], list[Call]]:

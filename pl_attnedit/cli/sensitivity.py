@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from os.path import expanduser
 from typing import Any
@@ -84,6 +83,7 @@ def main(arguments: Sequence[str]) -> int:
 def _measure(options: Any) -> dict[str, Any]:
     from pl_attnedit.distillation.settings import parse_targets, plain_targets
     from pl_attnedit.eval.fidelity.untrained import UntrainedPlans, cached_by_letter, single_edits
+    from pl_attnedit.eval.progress import Progress
     from pl_attnedit.modeling import EditPlan
     from pl_attnedit.modeling.kv import kv_context
     from pl_attnedit.modeling.ranking import COST, Sensitivity
@@ -106,13 +106,11 @@ def _measure(options: Any) -> dict[str, Any]:
         Sensitivity({letter: [1.0] * layers for letter in targets}).plan(cached, options.budget)
     calibration, batches = _text(options, tokenizer, targets)
     questions = _questions(options, tokenizer, batches, limit) if options.by == "answers" else []
+    progress = Progress(every=5)
+    progress.say("init of all layers")
     plans = UntrainedPlans(teacher, targets, calibration)
-
-    def report(done: int) -> None:
-        print(f"sensitivity  batch {done}/{len(batches)}", file=sys.stderr)
-
     singles = [plan for letter in targets for plan in single_edits(layers, letter)]
-    rows = _rows(plans, singles, batches, questions, report)
+    rows = _rows(plans, singles, batches, questions, progress)
     columns = {letter: rows[i * layers : (i + 1) * layers] for i, letter in enumerate(targets)}
     text = {"source": options.text, "seq_len": options.seq_len, "tokens": sum(batch.numel() for batch in batches)}
     found = {"teacher": options.teacher, "targets": plain_targets(targets), "text": text}
@@ -120,15 +118,16 @@ def _measure(options: Any) -> dict[str, Any]:
     if cached is not None:
         scores = Sensitivity({letter: [row[COST[options.by]] for row in column] for letter, column in columns.items()})
         chosen = {"plan": scores.plan(cached, options.budget)}
-        found |= {"context": context, **_plans(plans, chosen, cached, batches, questions)}
+        found |= {"context": context, **_plans(plans, chosen, cached, batches, questions, progress)}
     return found
 
 
-def _rows(plans: Any, letters: list[str], batches: Any, questions: Any, report: Any = lambda done: None) -> list[Any]:
+def _rows(plans: Any, letters: list[str], batches: Any, questions: Any, progress: Any) -> list[Any]:
     """What `UntrainedPlans` measures on the text, and on answers where there are questions."""
-    rows = plans.measure(letters, batches, report)
+    progress.begin(len(letters) * (len(batches) + len(questions)), dict)
+    rows = plans.measure(letters, batches, progress)
     if questions:
-        for row, of_answers in zip(rows, plans.measure(letters, questions)):
+        for row, of_answers in zip(rows, plans.measure(letters, questions, progress)):
             row |= {"answer_loss": of_answers["nll_difference"], "answer_error": of_answers["nll_error"]}
     return rows
 
@@ -170,13 +169,15 @@ def _text(options: Any, tokenizer: Any, targets: dict[str, Any]) -> tuple[Any, A
     return both[0::2].split(options.batch_size), both[1::2].split(options.batch_size)
 
 
-def _plans(plans: Any, chosen: dict[str, str], cached: dict[str, Any], batches: Any, questions: Any) -> dict[str, Any]:
+def _plans(
+    plans: Any, chosen: dict[str, str], cached: dict[str, Any], batches: Any, questions: Any, progress: Any
+) -> dict[str, Any]:
     """The plan for a budget, measured as a whole, beside as many full layers evenly spread."""
     from pl_attnedit.modeling.ranking import kv_share, spread_evenly
 
     if len(plans.targets) == 1 and "F" in chosen["plan"]:
         chosen["evenly_spread"] = spread_evenly(chosen["plan"], next(iter(plans.targets)))
-    measured = _rows(plans, list(chosen.values()), batches, questions)
+    measured = _rows(plans, list(chosen.values()), batches, questions, progress)
     return {
         name: {"pattern": letters, "kv_budget": kv_share(cached, letters), **row}
         for (name, letters), row in zip(chosen.items(), measured)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -216,7 +216,8 @@ def _write(folder: Path, source: OpenSource, tokenizer: PreTrainedTokenizerBase,
     starts, hashes, token_hashes = array("q", [0]), array("Q"), array("Q")
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "int32"
     chat = False
-    documents = tqdm(source.documents(), "tokenising", unit=" documents", delay=2, leave=False, disable=None)
+    shown: Any = {"unit": " documents", "delay": 2, "mininterval": 5, "leave": False, "disable": False}
+    documents = tqdm(source.documents(), "tokenising", **shown)
     with (folder / f"tokens.{dtype}").open("wb") as tokens, (folder / "answers.bool").open("wb") as answers:
         for batch in _batches(documents):
             chat = chat or any(not isinstance(document, str) for document in batch)

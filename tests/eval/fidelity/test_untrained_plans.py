@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
 from pl_attnedit.distillation.losses import kl_divergence
 from pl_attnedit.eval.fidelity.untrained import UntrainedPlans, cached_by_letter, single_edits
+from pl_attnedit.eval.progress import Progress
 from pl_attnedit.modeling.kv import fill_cache
 
 TARGETS = {"S": GateSWAConfig(window=3), "M": MLAConfig(8, 4)}
@@ -60,11 +61,12 @@ def test_only_what_the_mask_asks_for_counts(make_teacher: Make, make_ids: Make) 
 
 
 @torch.no_grad()
-def test_one_batch_has_no_error_and_full_layers_change_nothing(make_teacher: Make, make_ids: Make) -> None:
+def test_one_batch_has_no_error_and_full_layers_change_nothing(
+    make_teacher: Make, make_ids: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
     plans = UntrainedPlans(make_teacher("llama"), {"S": GateSWAConfig(window=64)})
-    done: list[int] = []
-    [full, wide] = plans.measure(["FFFF", "SFSS"], [make_ids(2, 16)], done.append)
-    assert done == [1]
+    [full, wide] = plans.measure(["FFFF", "SFSS"], [make_ids(2, 16)], Progress().begin(2, dict))
+    assert capsys.readouterr().err.startswith("batch 1, FFFF (1 of 2)\nbatch 1, SFSS (2 of 2; 0:00:0")
     assert full["kl_error"] is None
     assert full["kl"] == pytest.approx(0, abs=1e-9)
     assert wide["kl"] == pytest.approx(0, abs=1e-6)  # a window longer than the text is the teacher
