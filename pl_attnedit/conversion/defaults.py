@@ -74,7 +74,9 @@ def chosen_recipe(teacher: str, target: str, budget: float, context: int | None 
         share = (rank + rope) / spec.cached_values_per_token
     recipe |= {"teacher": teacher, "name": f"{_short(teacher)}_{target}_{budget:g}"}
     recipe["data"] = {name: value for name, value in recipe["data"].items() if not name.endswith("source")}
-    recipe["data"]["seq_len"] = min(recipe["data"]["seq_len"], limit)
+    for lengths in (recipe["data"], *recipe["stage2"].get("phases", [])):
+        given, lengths["seq_len"] = lengths["seq_len"], min(lengths["seq_len"], limit)
+        lengths["batch_size"] = lengths["batch_size"] * given // lengths["seq_len"]  # as many tokens in a step
     _fit_devices(recipe, accelerator)
     said = f"{target}, {what}: KV budget {share:.1%} at {context:,} tokens; trained as in configs/{file}.yaml"
     return recipe, f"{said} on {accelerator or 'the CPU'}"

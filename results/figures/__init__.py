@@ -18,8 +18,25 @@ TABLES: dict[str, Callable[..., str]] = {
     made.__name__: made
     for made in (
         *(quality.conversions, quality.times, quality.quickstart, quality.study, quality.pilots, quality.bench_init),
-        *(quality.sensitivity, quality.sequences, quality.windows, quality.precision, tasks.offline, tasks.by_context),
-        *(speed.bench_one_gpu, speed.bench_two_gpus, speed.bench_trl, speed.bench_decode, speed.bench_cuda_graph),
+        *(
+            quality.recipes,
+            quality.phases,
+            quality.sensitivity,
+            quality.sequences,
+            quality.windows,
+            quality.precision,
+            tasks.offline,
+            tasks.by_context,
+            tasks.phases_tasks,
+        ),
+        *(
+            speed.bench_one_gpu,
+            speed.bench_two_gpus,
+            speed.bench_eval,
+            speed.bench_trl,
+            speed.bench_decode,
+            speed.bench_cuda_graph,
+        ),
     )
 }
 PLOTS = (plots.kv_budget, plots.random_init)

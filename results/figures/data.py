@@ -47,3 +47,4 @@ def bold_least(rows: list[list[str]], column: int) -> None:
 
 
 CONVERSIONS = {row["name"].rsplit("-", 1)[0].replace("_", " "): row for row in data("smollm2")}  # of the study smollm2
+PHASES = {row["name"]: row for row in data("smollm2_phases")["rows"]}  # the recipes that go through lengths

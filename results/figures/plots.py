@@ -6,12 +6,15 @@ from typing import Any
 
 from pl_attnedit.eval.report.charts import Series
 from pl_attnedit.eval.report.figures import TARGET_LOOKS, budget_chart, loss_chart
-from results.figures.data import CONVERSIONS, data
+from results.figures.data import CONVERSIONS, PHASES, data
 
 
 def kv_budget() -> str:
     """KL against KV budget of the conversions."""
     series = [Series("teacher", [(100.0, 0.0)], "teacher")]
+    for name, found in PHASES.items():
+        point = (100 * found["kv_budget"]["8192"], found["fidelity"]["512"]["kl"])
+        series.append(Series(name, [point], "other" if "M" in found["targets"] else "gate"))
     for name, found in CONVERSIONS.items():
         point = (100 * found["kv_budget"], found["fidelity"]["fidelity"]["kl"])
         series.append(Series(name, [point], TARGET_LOOKS.get(found["target"], "other")))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pl_attnedit.conversion.study_results import ratio_text
-from results.figures.data import CONVERSIONS, bold_least, data, digits, kl, table
+from results.figures.data import CONVERSIONS, PHASES, bold_least, data, digits, kl, table
 
 
 def conversions(*names: str) -> str:
@@ -23,6 +23,38 @@ def conversions(*names: str) -> str:
     bold_least(rows, 3)
     bold_least(rows, 5)
     return table(["", "KV budget at 8k", "tokens", "KL at 512", "top-1 at 512", "KL at 2,048"], rows)
+
+
+def recipes(*names: str) -> str:
+    """The shipped recipes beside other conversions, given as NAME=text."""
+    rows = []
+    for name, _, text in (each.partition("=") for each in names):
+        if name in PHASES:
+            found = PHASES[name]
+            budget, tokens = found["kv_budget"]["8192"], found["tokens_stage1"] + found["tokens_stage2"]
+            short, long, far = found["fidelity"]["512"], found["fidelity"]["2048"], kl(found["tokens_4k_8k"])
+        else:
+            found = CONVERSIONS[name]
+            budget, tokens, far = found["kv_budget"], found["tokens"], "-"
+            short, long = found["fidelity"]["fidelity"], found["fidelity"].get("fidelity_2k")
+        values = [kl(short), f"{short['top1']:.1%}", kl(long), far]
+        rows.append([text or name, f"{budget:.0%}", f"{tokens / 1e6:.0f}M", *values])
+    for column in (3, 5, 6):
+        bold_least(rows, column)
+    head = ["", "KV budget at 8k", "tokens", "KL at 512", "top-1 at 512", "KL at 2,048", "KL at 4k to 8k"]
+    return table(head, rows)
+
+
+def phases() -> str:
+    """The conversions that went through lengths, by context."""
+    rows = []
+    for name, found in PHASES.items():
+        far = found["tokens_4k_8k"]
+        values = [kl(found["fidelity"]["512"]), kl(found["fidelity"]["2048"]), kl(far), f"{far['top1']:.1%}"]
+        late = f"{far['ppl_teacher']:.2f} / {far['ppl_student']:.2f}"
+        rows.append([name, f"{found['kv_budget']['8192']:.1%}", *values, late, f"{found['wall_seconds'] / 60:.1f} min"])
+    head = ["", "KV budget at 8k", "KL at 512", "KL at 2,048", "KL at 4k to 8k", "top-1 there"]
+    return table([*head, "perplexity there, teacher / student", "wall time"], rows)
 
 
 def times() -> str:

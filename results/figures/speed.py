@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from results.figures.data import data, digits, table
@@ -20,7 +21,8 @@ def bench_one_gpu() -> str:
     for found in data("bench_one_gpu"):
         what = found["what"]
         naive = f"{found['naive_over_step']:.1f}" if found.get("naive_over_step") else ""
-        over, use = f"{found['step_over_bound']:.2f}", f"{found['flop_utilisation']:.0%}"
+        over = f"{found['step_over_bound']:.2f}" if found["step_over_bound"] else ""
+        use = f"{found['flop_utilisation']:.0%}"
         batch = what["batch"].replace("x", " x ")
         rows.append([what_is_timed(what), what["precision"], batch, digits(found["tokens_per_s"]), over, use, naive])
     head = ["", "precision", "batch", "tokens/s", "step / bound", "FLOP utilisation", "naive / step"]
@@ -31,8 +33,6 @@ def bench_two_gpus() -> str:
     rows = []
     for found in data("bench_two_gpus"):
         what = found["what"]
-        if what["strategy"] == "layers":  # is no longer there
-            continue
         held, alone = (each["weights_gradients_optimizer_bytes"] / 1e9 for each in (found, found["alone"]))
         text = "whole" if what["strategy"] == "ddp" else f"{held:.1f} GB of {alone:.1f}"
         share = f"{found['communication_share']:.0%}"
@@ -80,3 +80,14 @@ def bench_cuda_graph() -> str:
         batch = plain["what"]["batch"].replace("x", " x ")
         rows.append([what_is_timed(plain["what"]), batch, *map(digits, speeds), f"**{speeds[1] / speeds[0]:.2f}**"])
     return table(["", "batch", "tokens/s", "with `cuda_graph`", "ratio"], rows)
+
+
+def bench_eval() -> str:
+    """Requests/s in lm-eval tasks: the median of the rounds after the first, which warms up."""
+    found = [row for row in data("bench_eval")["rows"] if row["round"]]
+    rows = []
+    for task, student in dict.fromkeys((row["task"], row["student"]) for row in found):
+        mine = [row for row in found if (row["task"], row["student"]) == (task, student)]
+        speeds = [statistics.median(row["requests_per_s"][model] for row in mine) for model in ("teacher", "student")]
+        rows.append([f"{task}, {student.split()[1]}", *map(digits, speeds), f"{speeds[1] / speeds[0]:.2f}"])
+    return table(["task, pattern", "teacher", "student", "ratio"], rows)

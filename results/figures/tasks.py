@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from pl_attnedit.eval.report.tables import task_row
-from results.figures.data import data, digits, table
+from results.figures.data import data, digits, kl, table
 
 ASKED = {
     "heldout_perplexity": "bits_per_byte",
@@ -16,6 +16,15 @@ ASKED = {
     "needle_4": "acc",
     "variables": "acc",
     "copy": "exact_match",
+}
+NATS = ("bits_per_byte", "sampled_nll", "greedy_nll")
+WRITTEN = {
+    ("needle_1", "acc"): "one needle",
+    ("needle_4", "acc"): "one needle of four",
+    ("copy", "exact_match"): "copying a list",
+    ("instructions", "acc"): "instructions followed",
+    ("generation", "greedy_nll"): "teacher's nats per token of its greedy text",
+    ("generation", "sampled_nll"): "teacher's nats per token of its sampled text",
 }
 STUDENTS = ["chosen layers, 512", "mix, 512", "MLA 128, 512", "mix, 2,048", "MLA 128, 2,048"]
 
@@ -32,10 +41,29 @@ def offline() -> str:
     return table(["task, questions", "teacher", *STUDENTS], rows)
 
 
+def phases_tasks() -> str:
+    """What the conversions that went through lengths lose in tasks and in what they write, beside their KL."""
+    marks = {"inferior": "**{}**", "non-inferior": "{} ✓"}
+    found = data("smollm2_phases")["rows"]
+    rows = [["KL to the teacher at 4k to 8k, nats per token", "0", *(kl(row["tokens_4k_8k"]) for row in found)]]
+    for (task, metric), text in WRITTEN.items():
+        cells, teacher = [], ""
+        for each in found:
+            asked = [
+                r for r in each["tasks"] + each.get("generation", []) if (r["task"], r["metric"]) == (task, metric)
+            ]
+            cells.append(marks.get(asked[0]["verdict"], "{}").format(difference(asked[0])) if asked else "-")
+            if asked and not teacher:
+                teacher = digits(asked[0]["teacher"]) if metric in NATS else f"{asked[0]['teacher']:.1%}"
+                text += f", {asked[0]['n']}"
+        rows.append([text, teacher, *cells])
+    return table(["what, questions", "teacher", *(row["name"] for row in found)], rows)
+
+
 def difference(row: dict[str, Any]) -> str:
-    """Student less teacher with its interval: bits per byte, or points."""
+    """Student less teacher with its interval: bits or nats, or points."""
     keys = ("difference", "ci_low", "ci_high")
-    scale, places = (1, 3) if row["metric"] == "bits_per_byte" else (100, 1)
+    scale, places = (1, 3) if row["metric"] in NATS else (100, 1)
     return "{} [{}, {}]".format(*(f"{scale * row[key]:+.{places}f}".replace("-", "−") for key in keys))
 
 

@@ -64,6 +64,8 @@ def test_a_recipe_trains_in_float32(
     values = yaml.safe_load(path.read_text())
     targets = json.dumps({letter: TINY[target["type"]] for letter, target in values["targets"].items()})
     tiny = ["--teacher", teacher_folder(), "--targets", targets, "--pattern", "".join(values["targets"]) + "F"]
+    if phases := values["stage2"].get("phases"):
+        tiny += ["--stage2.phases", json.dumps([phase | {"seq_len": 32} for phase in phases])]
     parser = recipe_parser()
     recipe, _ = read_recipe(parser, parser.parse_args(["-c", str(path), *tiny, "--calibration_tokens", "64"]))
     check_recipe(recipe)

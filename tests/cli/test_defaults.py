@@ -60,9 +60,11 @@ def test_devices(target: str, files: tuple[str, ...], teacher_folder: Make, monk
     recipe, said = chosen_recipe(teacher_folder(), target, 0.6)
     assert f"configs/{files[1]}.yaml" in said
     assert recipe["trainer"]["devices"] == 1
+    if target == "gate_swa":
+        assert [phase["seq_len"] for phase in recipe["stage2"]["phases"]] == [512, 512], "the teacher's limit"
+        assert {phase["batch_size"] for phase in recipe["stage2"]["phases"]} == {64}, "as many tokens as before"
+        return  # of the larger teachers' windows, the tiny one has no room for one
     assert recipe["stage2"]["options"]["cuda_graph"]
-    if target == "gate_swa":  # of the larger teachers' windows, the tiny one has no room for one
-        return
     monkeypatch.setattr("pl_attnedit.conversion.defaults.SMALL", 0)
     recipe, said = chosen_recipe(teacher_folder(), target, 0.6)
     assert f"configs/{files[2]}.yaml" in said
