@@ -8,16 +8,28 @@ from pl_attnedit.eval.report.charts import Series
 from pl_attnedit.eval.report.figures import TARGET_LOOKS, budget_chart, loss_chart
 from results.figures.data import CONVERSIONS, PHASES, data
 
+SHOWN = {  # of the conversions, those that a table shows
+    "mix sequences of 2048": "former mix",
+    "SSSSF 4 sinks": "SSSSF",
+    "SSSF 4 sinks": "SSSF",
+    "FSSS longer": "FSSS",
+    "chosen layers longer": "chosen full layers",
+    "MLA 96": "MLA 96",
+    "MLA 128 batch of 64": "MLA 128",
+    "MLA 192": "MLA 192",
+}
+
 
 def kv_budget() -> str:
-    """KL against KV budget of the conversions."""
+    """KL against KV budget of the recipes and other conversions."""
     series = [Series("teacher", [(100.0, 0.0)], "teacher")]
     for name, found in PHASES.items():
         point = (100 * found["kv_budget"]["8192"], found["fidelity"]["512"]["kl"])
-        series.append(Series(name, [point], "other" if "M" in found["targets"] else "gate"))
-    for name, found in CONVERSIONS.items():
+        series.append(Series(name.removeprefix("smollm2_"), [point], "other" if "M" in found["targets"] else "gate"))
+    for name, text in SHOWN.items():
+        found = CONVERSIONS[name]
         point = (100 * found["kv_budget"], found["fidelity"]["fidelity"]["kl"])
-        series.append(Series(name, [point], TARGET_LOOKS.get(found["target"], "other")))
+        series.append(Series(text, [point], TARGET_LOOKS.get(found["target"], "other")))
     chart = budget_chart(series, "KV budget at 8k context", "KL(teacher‖student), nats per token")
     return chart.file([("gate", "windows (GateSWA)"), ("mla", "latents (MLA)"), ("other", "both")])
 
