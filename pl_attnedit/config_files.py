@@ -5,7 +5,6 @@ One rule everywhere (recipes, stages, studies, the command line): mappings merge
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,8 @@ def read_yaml(path: str | Path, field: str, *kinds: str) -> dict[str, Any]:
     found = [kind for kind, (names, _) in KINDS.items() if names & content.keys()]
     if kinds and found and not set(kinds) & set(found):
         raise invalid(field, str(path), f"is a {found[0]}, which `{KINDS[found[0]][1]}` takes; {wanted}")
+    if kinds and not isinstance(data := content.get("data"), dict | None):  # jsonargparse looks for a file of this name
+        raise invalid("data", data, f"must be a mapping such as {{source: corpus.jsonl}}, in {path}")
     return content
 
 
@@ -65,12 +66,11 @@ def load_yaml(text: str) -> Any:
     """A YAML text as jsonargparse reads it.
 
     Raises:
-        UserError: no YAML, or a mapping that has a key twice.
+        UserError: no YAML, a mapping that has a key twice, or something that contains itself.
     """
     try:
-        if text.count(":") > 1:
-            for node in _mappings(yaml.compose(text, yaml.SafeLoader), set()):
-                _check_keys(node)
+        if text.count(":") > 1 or "&" in text:
+            _check_nodes(yaml.compose(text, yaml.SafeLoader), {})
         return _load(text) if text.strip() else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -80,16 +80,20 @@ def load_yaml(text: str) -> Any:
         raise UserError(f"is no YAML: {' '.join(str(error).split())}") from error
 
 
-def _mappings(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.MappingNode]:
-    if id(node) in seen:  # an alias
+def _check_nodes(node: yaml.Node | None, checked: dict[int, bool]) -> None:
+    """checked: nodes that are, and (False) those that this one is in."""
+    if id(node) in checked:  # an alias
+        if node is not None and not checked[id(node)]:
+            raise UserError(f"contains itself, from line {node.start_mark.line + 1} on")
         return
-    seen.add(id(node))
+    checked[id(node)] = False
     if isinstance(node, yaml.MappingNode):
-        yield node
+        _check_keys(node)
     if isinstance(node, yaml.CollectionNode):
         for each in node.value:
             for part in each if isinstance(each, tuple) else (each,):
-                yield from _mappings(part, seen)
+                _check_nodes(part, checked)
+    checked[id(node)] = True
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
