@@ -107,13 +107,12 @@ def source_tags(folder: str | Path = ".") -> dict[str, str]:
 def git_commit(folder: str | Path = ".") -> str | None:
     """The commit checked out in ``folder``, with ``-dirty`` where tracked files differ; None outside a repository."""
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
-    return f"{commit}-dirty" if changes else commit
-
-
-def _git(folder: str | Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+    lines = done.stdout.splitlines()
+    [commit] = [line.split()[-1] for line in lines if line.startswith("# branch.oid ")]
+    if commit == "(initial)":  # there is none yet
+        return None
+    return commit if all(line.startswith("#") for line in lines) else f"{commit}-dirty"
