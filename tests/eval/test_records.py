@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from fake_conversions import fake_evaluation
@@ -14,6 +15,7 @@ from mlflow_reads import metric_history
 
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.evaluation_log import compared_metrics, log_evaluation
+from pl_attnedit.eval.held_out import HeldOut
 from pl_attnedit.eval.records import find_conversions, load_json
 from pl_attnedit.eval.report.compare import compare_runs, format_rows
 from pl_attnedit.tracking import TrackedRun, connect, start_child
@@ -125,6 +127,15 @@ def test_the_latest_evaluation_of_each_suite_counts(store: tuple[str, list[str]]
     finally:
         for run_id in added:
             client.delete_run(run_id)
+
+
+@pytest.mark.parametrize("documents", [0, 3])
+def test_the_text_of_a_suite_is_its_dataset_if_it_has_one(documents: int) -> None:
+    settings = {"text": "builtin:", **HeldOut(["a", "b", "c"][:documents], 0).settings}
+    content = json.loads(fake_evaluation().to_json()) | {"settings": settings}
+    result: Any = SimpleNamespace(to_json=lambda: json.dumps(content), content=lambda: content, samples=[])
+    log_evaluation(result, run := MagicMock())
+    assert run.log_datasets.call_count == bool(documents)
 
 
 def test_an_experiment_that_is_not_there(store: tuple[str, list[str]]) -> None:
