@@ -36,7 +36,7 @@ from pl_attnedit.eval.students import load_pair
 from pl_attnedit.files import write_atomically
 from pl_attnedit.modeling.trained_on import TrainedOn
 from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
-from pl_attnedit.teachers.sources.resolve import resolve_teacher
+from pl_attnedit.teachers.sources.resolve import teacher_fingerprint
 
 SHORTEST_CONTEXT = 512  # tokens, of retrieval where a suite names none
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class _Pair:
         self.suite = suite
         of_teacher, of_student, self.tokenizer = load_pair(student, teacher, dtype)
         self.models: tuple[Any, Any] = of_teacher.to(device), of_student.to(device)
-        self.teacher_print = model_fingerprint(resolve_teacher(teacher))
+        self.teacher_print = teacher_fingerprint(teacher)
         self.student_print = model_fingerprint(student)
         context = model_context(of_teacher, suite.max_length or SHORTEST_CONTEXT)
         self.max_length = suite.max_length or context

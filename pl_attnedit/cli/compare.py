@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 
-from pl_attnedit.cli.options import OptionParser, json_option
+from pl_attnedit.cli.options import OptionParser, chosen_runs, json_option, runs_options
 from pl_attnedit.errors import invalid
 from pl_attnedit.files import check_output, write_atomically
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = OptionParser(prog="pl-attnedit compare", description="Conversions in MLflow side by side.")
-    parser.add_argument("runs", nargs="*", help="run ids of conversions (default: all)")
-    parser.add_argument("--filter", help="an MLflow search filter instead, e.g. \"tags.target = 'mla'\"")
-    parser.add_argument("--experiment", default="pl_attnedit", help="MLflow experiment (default pl_attnedit)")
+    runs_options(parser)
     parser.add_argument("--format", choices=["text", "markdown", "csv", "json"], help="default: by the ending of FILE")
     parser.add_argument(
         "-o",
@@ -25,12 +23,10 @@ def main(arguments: Sequence[str]) -> int:
         help="write the table there (.md, .csv, .json, .txt) instead of printing",
     )
     json_option(parser)
-    parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     options = parser.parse_args(list(arguments))
     if options.json:
         options.format = "json"
-    if options.runs and options.filter:
-        raise invalid("--filter", options.filter, "goes without run ids")
+    runs = chosen_runs(options)
     endings = {".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "text"}
     style = options.format or "text"
     if options.out is not None:
@@ -40,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
             raise invalid("--out", options.out, f"must end in {' or '.join(endings)}, or needs --format")
     from pl_attnedit.eval.report.compare import compare_runs, format_rows
 
-    rows = compare_runs(options.runs or options.filter, options.tracking_uri, options.experiment)
+    rows = compare_runs(runs, options.tracking_uri, options.experiment)
     if options.out:
         print(write_atomically(options.out, format_rows(rows, style)))
     else:

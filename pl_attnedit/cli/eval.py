@@ -121,7 +121,7 @@ def _by_tasks(options: Namespace) -> EvaluationResult:
     from pl_attnedit.eval.held_out import held_out_texts, trained_on
     from pl_attnedit.eval.students import load_pair
     from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
-    from pl_attnedit.teachers.sources.resolve import resolve_teacher
+    from pl_attnedit.teachers.sources.resolve import teacher_fingerprint
 
     teacher, student, tokenizer = load_pair(options.student, options.teacher, options.dtype)
     folder: str | Path | None = options.task_folder
@@ -145,7 +145,7 @@ def _by_tasks(options: Namespace) -> EvaluationResult:
         limit=options.limit,
         out_dir=options.out,
         settings=settings,
-        teacher_fingerprint=model_fingerprint(resolve_teacher(options.teacher)),
+        teacher_fingerprint=teacher_fingerprint(options.teacher),
         student_fingerprint=model_fingerprint(options.student),
     )
 
@@ -154,8 +154,7 @@ def _check_run(run_id: str, teacher: str, tracking_uri: str | None) -> None:
     """An unknown run, or one of another teacher, is an error before the work."""
     from mlflow.exceptions import MlflowException
 
-    from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
-    from pl_attnedit.teachers.sources.resolve import resolve_teacher
+    from pl_attnedit.teachers.sources.resolve import teacher_fingerprint
     from pl_attnedit.tracking import connect
 
     client = connect(tracking_uri, create=False)
@@ -164,7 +163,7 @@ def _check_run(run_id: str, teacher: str, tracking_uri: str | None) -> None:
     except MlflowException as error:
         raise invalid("--log-to", run_id, f"must be a run in this MLflow store ({error})") from error
     known = tags.get("teacher_fingerprint")
-    if known is not None and known != model_fingerprint(resolve_teacher(teacher)):
+    if known is not None and known != teacher_fingerprint(teacher):
         raise invalid(
             "--teacher", teacher, f"is not the one of run {run_id}, {tags.get('teacher', 'which is another')}"
         )

@@ -9,8 +9,7 @@ from os.path import expanduser
 from pathlib import Path
 
 from pl_attnedit.cli.devices import device_option, torch_device
-from pl_attnedit.cli.options import TEACHER_HELP, OptionParser, out_option
-from pl_attnedit.errors import invalid
+from pl_attnedit.cli.options import TEACHER_HELP, OptionParser, at_least, out_option
 from pl_attnedit.files import check_output
 
 
@@ -38,13 +37,11 @@ def main(arguments: Sequence[str]) -> int:
     device_option(parser)
     parser.add_argument("--dtype", default="auto", help="of the weights; default the teacher's own")
     options = parser.parse_args(list(arguments))
-    if options.tokens < 1:
-        raise invalid("--tokens", options.tokens, "must be at least 1")
+    at_least(1, options, "tokens")
 
     check_output("--out", options.out)
     from pl_attnedit.data.generated import Sampling, TeacherWriter, generate_data
-    from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
-    from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher
+    from pl_attnedit.teachers.sources.resolve import load_teacher, teacher_fingerprint
 
     names = ("prompts", "temperature", "top_p", "max_tokens", "batch_size", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
@@ -58,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         done = f"{documents:,} documents, {tokens:,}/{options.tokens:,} tokens, {seconds:.0f} s"
         print(f"generate-data  {done}", file=sys.stderr)
 
-    fingerprint = model_fingerprint(resolve_teacher(options.teacher))
+    fingerprint = teacher_fingerprint(options.teacher)
     documents, tokens = generate_data(writer, options.teacher, Path(options.out), options.tokens, report, fingerprint)
     print(f"{options.out}: {documents:,} documents, {tokens:,} tokens")
     return 0

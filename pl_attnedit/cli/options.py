@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import asdict
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pl_attnedit.config_files import load_yaml
-from pl_attnedit.errors import UserError
+from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.files import json_text
 
 TEACHER_HELP = "hub name, folder, GGUF file or package:NAME"
@@ -50,6 +50,28 @@ def out_option(parser: ArgumentParser, default: str | None, help_: str) -> None:
 def json_option(parser: ArgumentParser) -> None:
     """Of a command that prints a table."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def at_least(least: int, options: Namespace, *names: str) -> None:
+    """Refuses smaller values; None is not given."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < least:
+            raise invalid("--" + name.replace("_", "-"), value, f"must be at least {least}")
+
+
+def runs_options(parser: ArgumentParser) -> None:
+    """Which conversions; see `chosen_runs`."""
+    parser.add_argument("runs", nargs="*", help="run ids of conversions (default: all)")
+    parser.add_argument("--filter", help="an MLflow search filter instead, e.g. \"tags.target = 'mla'\"")
+    parser.add_argument("--experiment", default="pl_attnedit", help="MLflow experiment (default pl_attnedit)")
+    parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
+
+
+def chosen_runs(options: Namespace) -> list[str] | str | None:
+    """Run ids, or a filter, or None for all."""
+    if options.runs and options.filter:
+        raise invalid("--filter", options.filter, "goes without run ids")
+    return options.runs or options.filter
 
 
 def show(result: Any, table: str, written: str | Path | None = None, *, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from os.path import expanduser
 from pathlib import Path
 
 from pl_attnedit.cli.devices import device_option
-from pl_attnedit.cli.options import OptionParser
+from pl_attnedit.cli.options import OptionParser, chosen_runs, runs_options
 from pl_attnedit.errors import UserError, invalid
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -19,8 +19,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 def main(arguments: Sequence[str]) -> int:
     parser = OptionParser(prog="pl-attnedit report", description="A report about conversions.")
-    parser.add_argument("runs", nargs="*", help="run ids of conversions (default: all)")
-    parser.add_argument("--filter", help="an MLflow search filter instead, e.g. \"tags.target = 'mla'\"")
+    runs_options(parser)
     parser.add_argument(
         "-o",
         "--out",
@@ -29,8 +28,6 @@ def main(arguments: Sequence[str]) -> int:
         help="file to write: .html (one self-contained page), .md (for a pull request) or .json (the numbers, and curves "
         "of the training) (default report.html)",
     )
-    parser.add_argument("--experiment", default="pl_attnedit", help="MLflow experiment (default pl_attnedit)")
-    parser.add_argument("--tracking-uri", help="MLflow (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     group = parser.add_argument_group(
         "schedule", "Before the report is written, students and checkpoints that the suite has not seen are evaluated."
     )
@@ -47,8 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     group.add_argument("--timeout", metavar="TIME", help="an evaluation that takes longer has failed (default 1d)")
     options = parser.parse_args(list(arguments))
-    if options.runs and options.filter:
-        raise invalid("--filter", options.filter, "goes without run ids")
+    options.runs = chosen_runs(options)
     scheduled = options.watch or options.once
     for name in ("every", "suite", "text", "bigbench", "device", "retry", "timeout"):
         if getattr(options, name) is not None and not (options.watch if name == "every" else scheduled):
@@ -59,8 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 def _report(options: Namespace) -> int:
     from pl_attnedit.eval.report.page import write_report
 
-    runs = options.runs or options.filter
-    print(write_report(runs, options.out, options.tracking_uri, options.experiment))
+    print(write_report(options.runs, options.out, options.tracking_uri, options.experiment))
     return 0
 
 
@@ -82,7 +77,7 @@ def _rounds(options: Namespace) -> int:
         else options.suite or "quick",
         {SUITE_TAG: suite.name, VERSION_TAG: suite.version_on(options.text or BUILTIN, options.bigbench)},
         Path(options.out),
-        runs=options.runs or options.filter,
+        runs=options.runs,
         tracking_uri=absolute_uri(options.tracking_uri),
         experiment=options.experiment,
         retry=retry,

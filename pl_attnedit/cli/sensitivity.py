@@ -10,6 +10,7 @@ from pl_attnedit.cli.devices import device_option, torch_device
 from pl_attnedit.cli.options import (
     TEACHER_HELP,
     OptionParser,
+    at_least,
     earlier_spelling,
     json_option,
     out_option,
@@ -62,16 +63,9 @@ def main(arguments: Sequence[str]) -> int:
     out_option(parser, "sensitivity.json", "file for the result (default sensitivity.json)")
     json_option(parser)
     options = parser.parse_args(list(arguments))
-    for name, least in {
-        "seq_len": 2,
-        "batch_size": 1,
-        "tokens": 1,
-        "context": 1,
-        "answer_context": 1,
-        "answers": 4,
-    }.items():
-        if getattr(options, name) is not None and getattr(options, name) < least:
-            raise invalid("--" + name.replace("_", "-"), getattr(options, name), f"must be at least {least}")
+    at_least(1, options, "batch_size", "tokens", "context", "answer_context")
+    at_least(2, options, "seq_len")
+    at_least(4, options, "answers")
     if options.budget is not None and options.budget >= 1:
         raise invalid("--budget", options.budget, "must be below 1: at 1 nothing is edited")
     check_output("--out", options.out)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 
-from pl_attnedit.cli.options import OptionParser, json_option, out_option, show
-from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.cli.options import OptionParser, at_least, json_option, out_option, show
+from pl_attnedit.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,8 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     given = list(arguments)
     split = given.index("--") if "--" in given else len(given)
     options, passed_on = parser.parse_args(given[:split]), given[split + 1 :]
-    if options.workers < 1:
-        raise invalid("--workers", options.workers, "must be at least 1")
+    at_least(1, options, "workers")
 
     from pl_attnedit.conversion.study import read_study
     from pl_attnedit.conversion.study_results import study_table

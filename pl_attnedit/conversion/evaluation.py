@@ -16,7 +16,7 @@ from pl_attnedit.eval.students import load_pair
 from pl_attnedit.modeling.edit import read_config
 from pl_attnedit.modeling.kv import fill_cache, kv_context, on_meta
 from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
-from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_config
+from pl_attnedit.teachers.sources.resolve import teacher_config, teacher_fingerprint
 
 
 def build_tasks(recipe: Recipe, data: TextDataModule, folder: Path) -> str:
@@ -68,7 +68,7 @@ def evaluate_student(
         task_folder=folder / "eval" / "tasks",
         max_length=max_length,
         out_dir=folder / "eval",
-        teacher_fingerprint=model_fingerprint(resolve_teacher(recipe.teacher)),
+        teacher_fingerprint=teacher_fingerprint(recipe.teacher),
         student_fingerprint=model_fingerprint(folder / "student"),
     )
     tokens = recipe.evaluation.continuation_tokens

@@ -33,8 +33,7 @@ from pl_attnedit.eval.report.card import write_card
 from pl_attnedit.eval.report.page import write_report
 from pl_attnedit.files import json_text, write_atomically
 from pl_attnedit.memory import release_memory
-from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
-from pl_attnedit.teachers.sources.resolve import resolve_teacher
+from pl_attnedit.teachers.sources.resolve import resolve_teacher, teacher_fingerprint
 from pl_attnedit.tracking import (
     ConversionRuns,
     TrackedRun,
@@ -80,7 +79,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     if folder.done("report") and recipe.register is None:
         Conversion.say(f"{recipe.name}: done before")
         return read_summary(folder.path)
-    teacher = model_fingerprint(resolve_teacher(recipe.teacher))
+    teacher = teacher_fingerprint(recipe.teacher)
     folder.keep_to({"teacher": teacher, "text": data.fingerprint})
     kinds = {target.type for target in plan.targets.values()}
     tags = {
@@ -127,7 +126,7 @@ class Conversion:
                 parent,
                 config=self.plain,
                 data_fingerprint=self.data.fingerprint,
-                teacher_fingerprint=model_fingerprint(resolve_teacher(self.recipe.teacher)),
+                teacher_fingerprint=teacher_fingerprint(self.recipe.teacher),
             )
             used = training_text(self.data)
             for run in (parent, self.runs.run("stage1"), self.runs.run("stage2")):
@@ -195,7 +194,7 @@ class Conversion:
         checkpoint = latest_checkpoint(self.folder.path / name)
         module = self.module(name, stage, start)
         if checkpoint is not None:
-            fingerprint = model_fingerprint(resolve_teacher(self.recipe.teacher))
+            fingerprint = teacher_fingerprint(self.recipe.teacher)
             check_checkpoint(checkpoint, stage=name, teacher=fingerprint)
             self.say(f"{name}: goes on from {checkpoint.name}")
         trainer = self.trainer(name, stage)

@@ -256,24 +256,26 @@ def _fields_of_targets() -> str:
     return "; ".join(found)
 
 
+def _check_mappings(config: Namespace) -> None:
+    for name in ("stage1", "stage2", "evaluation", "trainer", "data", "stage1.options", "stage2.options"):
+        if config.get(name) is None:
+            raise invalid(name, None, "must be a mapping; null takes away single fields of it")
+
+
 def read_recipe(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, dict[str, Any]]:
     """The recipe that was parsed, and what it says of the data.
 
     Raises:
         UserError: a value that is out of range.
     """
-    for name in ("trainer", "stage1.options", "stage2.options"):
-        if config.get(name) is None:
-            raise invalid(name, None, "must be a mapping; null takes away one of its fields")
+    _check_mappings(config)
     ready = parser.instantiate_classes(config)
     return Recipe(**{field.name: getattr(ready, field.name) for field in fields(Recipe)}), dict(ready.data)
 
 
 def as_plain(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """The resolved recipe as plain data: what recipe.yaml, MLflow and the check for a changed recipe see."""
-    for name in ("stage1", "stage2", "evaluation", "trainer", "data", "stage1.options", "stage2.options"):
-        if config.get(name) is None:
-            raise invalid(name, None, "must be a mapping; null takes away single fields of it")
+    _check_mappings(config)
     plain = yaml.safe_load(parser.dump(config, skip_none=False))
     for stage in ("stage1", "stage2"):  # run folders begun before there were phases go on
         if not plain[stage].get("phases"):

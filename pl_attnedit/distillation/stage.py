@@ -31,8 +31,7 @@ from pl_attnedit.modeling.edit import assemble, check_teacher, initialise, layer
 from pl_attnedit.modeling.trained_on import KEY as TRAINED_ON
 from pl_attnedit.modeling.trained_on import TrainedOn
 from pl_attnedit.modeling.weights import copy_weights, default_dtype
-from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
-from pl_attnedit.teachers.sources.resolve import load_teacher, resolve_teacher
+from pl_attnedit.teachers.sources.resolve import load_teacher, teacher_fingerprint
 
 # a checkpoint's optimizer state fits these values only
 OPTIMIZER_SETTINGS = ("train", "learning_rate", "weight_decay")
@@ -200,7 +199,7 @@ class DistillationModule(ValidatedModule):
     def find_teacher(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
         """The teacher with its tokenizer and fingerprint."""
         source = self.hparams["teacher"]
-        return *load_teacher(source, dtype=dtype), model_fingerprint(resolve_teacher(source))
+        return *load_teacher(source, dtype=dtype), teacher_fingerprint(source)
 
     def _leave_out(self, trained: TrainedOn) -> None:
         """Takes text that the student was trained on out of the held-out documents."""

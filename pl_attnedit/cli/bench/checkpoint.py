@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pl_attnedit.cli.bench.shared import (
-    at_least_1,
     lines,
     local_rank,
     show_measured,
     teacher_of_training,
     training_options,
 )
+from pl_attnedit.cli.options import at_least
 
 
 def add_to(commands: Any) -> None:
@@ -33,7 +33,7 @@ def run(options: Namespace) -> int:
     from pl_attnedit.eval.bench.checkpoint import bench_checkpoint
     from pl_attnedit.eval.bench.stages import StepBench
 
-    at_least_1(options, "batch", "seq", "devices")
+    at_least(1, options, "batch", "seq", "devices")
     teacher = teacher_of_training(options, local_rank())
     bench = StepBench(
         "stage1",

@@ -7,9 +7,9 @@ from functools import partial
 from os.path import expanduser
 from typing import Any
 
-from pl_attnedit.cli.bench.shared import at_least_1, show_measured
+from pl_attnedit.cli.bench.shared import show_measured
 from pl_attnedit.cli.devices import device_option, torch_device
-from pl_attnedit.cli.options import TEACHER_HELP
+from pl_attnedit.cli.options import TEACHER_HELP, at_least
 
 
 def add_to(commands: Any) -> None:
@@ -33,7 +33,7 @@ def run(options: Namespace) -> int:
     from pl_attnedit.eval.bench.init import bench_init, init_table
     from pl_attnedit.teachers.sources.resolve import load_teacher
 
-    at_least_1(options, "seq_len", "calibration_sequences", "heldout_sequences")
+    at_least(1, options, "seq_len", "calibration_sequences", "heldout_sequences")
     device = torch_device(options.device)
     teacher, tokenizer = load_teacher(options.teacher, dtype="float32")
     measure = partial(

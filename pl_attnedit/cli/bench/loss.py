@@ -6,8 +6,9 @@ from argparse import Namespace
 from functools import partial
 from typing import Any
 
-from pl_attnedit.cli.bench.shared import at_least_1, lines, show_measured
+from pl_attnedit.cli.bench.shared import lines, show_measured
 from pl_attnedit.cli.devices import device_option, torch_device
+from pl_attnedit.cli.options import at_least
 
 
 def add_to(commands: Any) -> None:
@@ -25,7 +26,7 @@ def run(options: Namespace) -> int:
 
     from pl_attnedit.eval.bench.loss import bench_loss
 
-    at_least_1(options, "vocabulary", "hidden", "tokens")
+    at_least(1, options, "vocabulary", "hidden", "tokens")
     measure = partial(
         bench_loss,
         vocabulary=options.vocabulary,

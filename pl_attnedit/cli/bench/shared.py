@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from pl_attnedit.cli.devices import device_option, torch_device
 from pl_attnedit.cli.options import TEACHER_HELP, show, yaml_value
-from pl_attnedit.errors import invalid
 from pl_attnedit.eval.bench.shapes import SHAPES
 from pl_attnedit.eval.progress import Progress, Result
 
@@ -102,12 +101,6 @@ def show_measured(
 def lines(result: Result) -> str:
     """A table of one value per line."""
     return "\n".join(f"{name:32} {value}" for name, value in result.items())
-
-
-def at_least_1(options: Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(options, name) < 1:
-            raise invalid("--" + name.replace("_", "-"), getattr(options, name), "must be at least 1")
 
 
 def folder_name(folder: str) -> str:

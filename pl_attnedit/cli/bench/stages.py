@@ -10,7 +10,8 @@ from argparse import Namespace
 from functools import partial
 from typing import Any
 
-from pl_attnedit.cli.bench.shared import at_least_1, local_rank, show_measured, teacher_of_training, training_options
+from pl_attnedit.cli.bench.shared import local_rank, show_measured, teacher_of_training, training_options
+from pl_attnedit.cli.options import at_least
 from pl_attnedit.errors import invalid
 
 
@@ -38,7 +39,7 @@ def run(options: Namespace) -> int:
     from pl_attnedit.distillation.settings import parse_targets
     from pl_attnedit.eval.bench.stages import StepBench, bench_step, step_table
 
-    at_least_1(options, "batch", "seq", "accumulate", "window", "repeats", "devices")
+    at_least(1, options, "batch", "seq", "accumulate", "window", "repeats", "devices")
     if options.window % options.accumulate:
         raise invalid("--window", options.window, f"must be whole optimizer steps of {options.accumulate} batches")
     rank = local_rank()

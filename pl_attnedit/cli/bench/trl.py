@@ -6,7 +6,8 @@ from argparse import Namespace
 from functools import partial
 from typing import Any
 
-from pl_attnedit.cli.bench.shared import at_least_1, show_measured
+from pl_attnedit.cli.bench.shared import show_measured
+from pl_attnedit.cli.options import at_least
 
 
 def add_to(commands: Any) -> None:
@@ -29,7 +30,7 @@ def run(options: Namespace) -> int:
     from pl_attnedit.eval.bench.trl import bench_trl, trl_table
     from pl_attnedit.eval.bench.trl_runs import TrlBench
 
-    at_least_1(options, "batch", "seq", "steps", "rounds")
+    at_least(1, options, "batch", "seq", "steps", "rounds")
     bench = TrlBench(train=options.train, batch=options.batch, seq=options.seq, steps=options.steps)
     result = show_measured(
         partial(bench_trl, bench, options.beside, rounds=options.rounds), trl_table, as_json=options.json

@@ -29,7 +29,7 @@ from pl_attnedit.teachers.sources.checks import (
     check_weights,
     reading_config,
 )
-from pl_attnedit.teachers.sources.fingerprint import file_sha256
+from pl_attnedit.teachers.sources.fingerprint import file_sha256, model_fingerprint
 from pl_attnedit.teachers.sources.gguf_parts import PACKAGE_PREFIX
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -164,3 +164,8 @@ def _stored_rope_theta(path: Path) -> float | None:
     config = json.loads((path / "config.json").read_text("utf-8"))
     theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
     return None if theta is None else float(theta)
+
+
+def teacher_fingerprint(source: str) -> str:
+    """The fingerprint of a teacher by its name, see `resolve_teacher`."""
+    return model_fingerprint(resolve_teacher(source))
