@@ -20,7 +20,7 @@ from pl_attnedit.eval.bench.stages import RandomTokens, StepBench, machine, make
 from pl_attnedit.eval.bench.timing import synchronize
 from pl_attnedit.eval.progress import Progress
 
-ALONE = 4  # steps that are timed before the write
+ALONE = 4  # steps timed before the write
 MOST = 100_000  # steps
 
 
@@ -111,7 +111,7 @@ class UntilComplete(Callback):
             path, self.blocked = Path(self.callback.last_model_path), self.callback.time.spent
             files = path.iterdir() if path.is_dir() else [path]
             self.bytes = sum(file.stat().st_size for file in files)
-            self.callback.on_train_end = lambda *_: None  # type: ignore[method-assign]  # none at the end
+            self.callback.on_train_end = lambda *_: None  # type: ignore[method-assign]  # no checkpoint at the end
             trainer.should_stop = True
         elif trainer.global_step < self.warmup:
             self.progress.say(f"step {trainer.global_step + 1}, warm-up")
@@ -130,7 +130,7 @@ class UntilComplete(Callback):
             self.alone.append(seconds)
             if len(self.alone) == ALONE:
                 self.progress.next("a checkpoint, and steps until it is complete")
-                self.callback.every_seconds = 1e-9  # now
+                self.callback.every_seconds = 1e-9  # due at once
 
     def result(self) -> dict[str, Any]:
         """Of the steps alone, where the checkpoint is not complete."""
@@ -153,6 +153,6 @@ class UntilComplete(Callback):
             "seconds_between_checkpoints": cycle,
             "share": (self.blocked + in_background * slower / (1 + slower)) / cycle,
             "share_blocked": self.blocked / cycle,
-            "lost_at_most_seconds": cycle + (in_background or self.blocked),  # killed as the next is nearly complete
+            "lost_at_most_seconds": cycle + (in_background or self.blocked),  # killed just before the next is complete
             **steps,
         }

@@ -25,8 +25,8 @@ from pl_attnedit.modeling.edit import assemble, initialise_from
 from pl_attnedit.modeling.kv import promised_bytes
 
 BATCH = 4  # sequences per forward pass
-SEED = 0  # of the random init and of the order of calibration documents
-BUDGET_CONTEXT = 32768  # tokens, where the KV budget is stated
+SEED = 0  # for the random init and the order of calibration documents
+BUDGET_CONTEXT = 32768  # tokens of context for the KV budget
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from pl_attnedit.modeling.edit import layers_that_need_text
 from pl_attnedit.modeling.kv import on_meta
 from pl_attnedit.teachers import attention_spec
 
-CHUNKS_OF_LOGITS = 4  # log-probabilities of both, probabilities and the gradient, in float32
+CHUNKS_OF_LOGITS = 4  # both models' log-probabilities, the probabilities and the gradient, float32
 LAYERS_AT_WORK = 3
 
 
@@ -39,7 +39,7 @@ class StageMemory:
     weights: float
     gradients: float
     optimizer: float
-    gathered: float  # whole layers, gradients or buckets that sharding and reducing add for a while
+    gathered: float  # temporary: gathered layers, gradients or reduction buckets
     activations: float
 
     @property
@@ -117,7 +117,7 @@ def _gathered(teacher: Any, student: Any, step: Step, trained: list[nn.Parameter
     if not step.sharded:
         return size(trained)
 
-    def gathered(parameters: Iterable[torch.Tensor]) -> int:  # in the dtype of the arithmetic, where it is smaller
+    def gathered(parameters: Iterable[torch.Tensor]) -> int:  # in the compute dtype, where that is smaller
         return sum(p.numel() * min(p.element_size(), step.itemsize) for p in parameters)
 
     pairs = zip(teacher.model.layers, student.model.layers, strict=True)
@@ -126,7 +126,7 @@ def _gathered(teacher: Any, student: Any, step: Step, trained: list[nn.Parameter
         for old, new in pairs
         if isinstance(new.self_attn, Target)
     ]
-    if step.stage == "stage1":  # the new attention stays whole, and so do its gradients until the backward pass
+    if step.stage == "stage1":  # the new attention is not resharded, its gradients wait for the backward pass
         return 2 * max(layers) + 2 * gathered(trained)
     heads = gathered(teacher.lm_head.parameters()) * (2 if step.trunk_trains else 1)
     return 2 * max(layers) + heads
@@ -139,10 +139,10 @@ def _activations(teacher: Any, student: Any, step: Step) -> float:
     if step.stage == "stage1":
         return step.tokens * step.itemsize * largest
     edited = [index for index, layer in enumerate(student.model.layers) if isinstance(layer.self_attn, Target)]
-    behind = kept if step.trunk_trains else kept[edited[0] :]  # nothing below trains
+    behind = kept if step.trunk_trains else kept[edited[0] :]  # no backward pass below the first edited layer
     values = len(behind) * config.hidden_size if step.activation_checkpointing else sum(behind) - max(kept)
     total = step.tokens * step.itemsize * (values + largest)
-    if step.feature_weight:  # hidden states of both in float32
+    if step.feature_weight:  # float32 hidden states of both models
         total += step.tokens * 8 * config.hidden_size * len(behind)
     chunk = min(step.tokens, tokens_of_a_chunk(vocabulary, torch.device(step.device_type)))
     total += CHUNKS_OF_LOGITS * 4 * vocabulary * chunk

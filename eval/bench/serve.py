@@ -18,7 +18,7 @@ import numpy as np
 from pl_attnedit.eval.progress import Progress
 from pl_attnedit.eval.report.formatting import aligned
 
-SAMPLED_S = 0.05  # how often the number of running texts is read
+SAMPLED_S = 0.05  # seconds between two readings of the number of running requests
 
 
 class Engine(Protocol):
@@ -103,7 +103,7 @@ async def _answer(engine: Engine, prompt: list[int], new_tokens: int) -> list[fl
     times = [time.perf_counter()]
     async for tokens in engine.stream(prompt, new_tokens):
         last, now, new = times[-1], time.perf_counter(), tokens - (len(times) - 1)
-        # the first token of an answer is there when anything is
+        # tokens of the first chunk share its time; those of later chunks are spread evenly over the gap before it
         times += [now] * new if len(times) == 1 else [last + (now - last) * (i + 1) / new for i in range(new)]
     return times
 

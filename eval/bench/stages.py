@@ -33,7 +33,7 @@ from pl_attnedit.eval.bench.timing import spread, synchronize
 from pl_attnedit.eval.progress import Progress
 from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
 
-PROFILED = 2  # steps after the timed ones, whose kernels are looked at
+PROFILED = 2  # steps that are profiled, after the timed ones
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Windows(Callback):
         self.options, self.device, self.progress = options, device, progress
         self.seconds: dict[str, list[float]] = {"ours": []}
         self.peaks: dict[str, int] = {}
-        self.above: dict[str, int] = {}  # peaks above what stays between steps: weights and optimizer states
+        self.above: dict[str, int] = {}  # peaks above the memory held between steps (weights, optimizer states)
         self.variants: dict[str, Callable[[], None]] = {}
         self.fixed_bytes = 0
         self.communication = 0.0
@@ -215,7 +215,7 @@ class Windows(Callback):
         """The other variants, each warmed up."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper counts steps
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper would count these steps
         bound = LayerwiseBound if self.options.stage == "stage1" else ModelBound
         for name in self.options.others:
             self.progress.say(f"{name}, warm-up")
@@ -230,7 +230,7 @@ class Windows(Callback):
 def summarise(module: Any, measured: Windows, options: StepBench, device: torch.device) -> dict[str, Any]:
     step = statistics.median(measured.seconds["ours"])
     bounds = {name: statistics.median(s) for name, s in measured.seconds.items() if name.startswith("bound")}
-    tokens = options.batch * options.seq  # of one device
+    tokens = options.batch * options.seq  # per device
     low = "bf16" in options.precision
     rate = matmul_rate(device, torch.bfloat16 if low else torch.float32)
     flops = step_flops(module.teacher, module.student, stage=options.stage, trained=options.train, seq_len=options.seq)

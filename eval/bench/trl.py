@@ -29,7 +29,7 @@ Launch = Callable[[str, TrlBench], dict[str, Any]]
 SIDES = ("ours", "distillation", "gkd")
 OPTIONS = ("checkpointing", "liger")
 BESIDE = ("distillation", "distillation+checkpointing", "gkd", "gkd+checkpointing")
-SAME = 1e-4  # relative difference of the first losses that rounding may make
+SAME = 1e-4  # largest relative difference of the first losses that rounding explains
 PEAKS = ("peak_bytes", "peak_over_libraries_bytes", "peak_over_models_bytes")
 
 

@@ -26,7 +26,7 @@ from pl_attnedit.eval.bench.stages import RandomTokens, StepBench, make_module
 from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
 
 CPU = torch.device("cpu")
-LEARNING_RATE = 1e-3  # constant; so high that a wrong gradient shows in the losses of a few steps
+LEARNING_RATE = 1e-3  # constant, and high enough for a wrong gradient to show within a few steps
 HEAD_DIM = 64
 
 
@@ -172,7 +172,7 @@ class TrlRun:
         steps = Steps()
         with tempfile.TemporaryDirectory() as folder:
             trainer = self._trainer(module, batches, steps, folder)
-            trainer.args.use_liger_kernel = False  # the loss is chosen by now; Liger's layers would need Triton
+            trainer.args.use_liger_kernel = False  # the loss is already chosen, and Liger's layers would need Triton
             trainer.train()
         return steps
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from pl_attnedit.errors import UserError
 
-NAME = "bench"  # of the model on the server
+NAME = "bench"  # the model's name on the server
 
 
 class InProcess:
@@ -51,7 +51,7 @@ async def in_process(model: str, options: Mapping[str, Any]) -> AsyncIterator[In
             f"vLLM is not installed here ({error}); see `make test-vllm`, or give --vllm COMMAND"
         ) from error
     for collector in {c for name, c in REGISTRY._names_to_collectors.items() if name.startswith("vllm")}:
-        REGISTRY.unregister(collector)  # of the engine before
+        REGISTRY.unregister(collector)  # left by the previous engine
     llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, skip_tokenizer_init=True, **options))
     try:
         yield InProcess(llm)
@@ -134,7 +134,7 @@ async def over_http(command: str, model: str, options: Mapping[str, Any]) -> Asy
                     await asyncio.wait_for(process.wait(), 60)
                 finally:
                     with suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)  # it and its workers
+                        os.killpg(process.pid, signal.SIGKILL)  # the server and its workers
 
 
 async def _get(port: int, path: str) -> tuple[int, str]:

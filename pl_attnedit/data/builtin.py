@@ -24,7 +24,7 @@ from pl_attnedit.errors import invalid
 # Part of the cache key: raise it when the extraction below changes.
 VERSION = 2
 
-# Long, well-edited docstrings: packages and their distributions. All are required by what this project requires.
+# Packages with long, well-edited docstrings, and their distributions. All are dependencies of this project.
 PACKAGES = {
     "numpy": "numpy",
     "scipy": "scipy",
@@ -39,8 +39,8 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test
 
 MIN_DOCUMENT_WORDS = 60
 MIN_PARAGRAPH_WORDS = 12
-MIN_PLAIN_SHARE = 0.85  # share of a paragraph's words that are nothing but letters
-MIN_COMMON_SHARE = 0.2  # share that are the commonest English words: prose has 0.3 to 0.5, lists of names have none
+MIN_PLAIN_SHARE = 0.85  # least share of a paragraph's words that consist of letters only
+MIN_COMMON_SHARE = 0.2  # least share of common English words: prose has 0.3 to 0.5, lists of names have none
 
 _PLAIN = re.compile(r"[\"'(]*[A-Za-z]+(?:['’-][A-Za-z]+)*[.,;:!?)\"']*")
 _COMMON = frozenset(
@@ -110,9 +110,9 @@ def _docstrings(root: Path) -> Iterator[str]:
         if SKIPPED_FOLDERS.isdisjoint(file.relative_to(root).parts):
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # escapes that a newer Python dislikes
+                    warnings.simplefilter("ignore")  # invalid escapes, about which newer Pythons warn
                     tree = ast.parse(file.read_text("utf-8"))
-            except (SyntaxError, ValueError):  # a template or a test of the parser, not a module
+            except (SyntaxError, ValueError):  # not a module: a template, or a test of the parser
                 continue
             yield "\n\n".join(_docstrings_of(tree))
 

@@ -16,11 +16,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from pl_attnedit.data.encoding import chat_template
 from pl_attnedit.errors import UserError, invalid
 
-# Columns beside the messages that `apply_chat_template` takes: lists of dicts, and a dict of further arguments.
+# Further columns that `apply_chat_template` takes: lists of dicts, and a dict of keyword arguments.
 OF_A_CHAT = ("tools", "documents", "chat_template_kwargs")
 # A character of the private use area: no template and no text contains it.
 _MARK = "\ue000"
-_PART = re.compile(r"""\{['"](?:type|text)['"]: """)  # how a template shows a part of a content that it takes for text
+_PART = re.compile(r"""\{['"](?:type|text)['"]: """)  # how a template that expects text prints a content part
 _TAKEN = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -90,7 +90,7 @@ def render(conversation: Sequence[Any], tokenizer: PreTrainedTokenizerBase, answ
         return _render(conversation, tokenizer, answers)
     except UserError:
         raise
-    except Exception as error:  # a template is a program that can fail in any way
+    except Exception as error:  # a template is a program and can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         refused = f"in {conversation.where}, the tokenizer's chat template refuses them: {reason}"
         raise invalid("messages", _shorten(conversation), refused) from error
@@ -143,7 +143,7 @@ class _Template:
         """'' where the template does not take it."""
         try:
             return self(chat, **arguments)
-        except Exception:  # whatever a template does with what it was not made for
+        except Exception:  # a template can raise anything on input it was not written for
             return ""
 
     def readable(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,7 +205,7 @@ def _answer(text: str, chat: list[dict[str, Any]], i: int, template: _Template) 
         ends_turn = "|".join(re.escape(token.content) for token in template.tokenizer.added_tokens_decoder.values())
         if ends_turn and (found := re.compile(rf"\s*(?:{ends_turn})").match(text, end)):
             end = found.end()
-    else:  # what follows depends on this message, as the results of its tool calls may
+    else:  # later messages depend on this one, such as the results of its tool calls
         closed = template.attempt(chat[: i + 1])
         if closed and text.startswith(closed):
             end = len(closed.rstrip())

@@ -194,11 +194,11 @@ class TextDataModule(PackedText, LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         return {
             "batch_size": self.batch_size,
-            "collate_fn": _as_it_is,  # the sequences come as a batch
+            "collate_fn": _as_it_is,  # the dataset returns whole batches
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": ignore_signals,  # the main process ends the workers, it may still need batches
-            "generator": torch.Generator(),  # so that the loader does not advance training's generator
+            "worker_init_fn": ignore_signals,  # the main process may still need batches, and ends the workers itself
+            "generator": torch.Generator(),  # a separate one, so that the loader does not advance the global generator
             "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type in ("cuda", "npu"),
         }
 

@@ -15,14 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from pl_attnedit.errors import UserError, invalid
 
 PIECE = 2**20  # characters of a long text that are tokenised at a time
-UNBROKEN = 2**23  # characters in one piece, where there is no place to cut
-_LOOKED_AT = PIECE // 8  # characters before the end of a piece in which a place to cut is looked for
+UNBROKEN = 2**23  # most characters of a piece without a place to cut
+_LOOKED_AT = PIECE // 8  # the last characters of a piece, where a place to cut is searched
 _AROUND = 500  # characters before and after a cut whose tokens must not change
 _SPACE = re.compile(r"(?<=\S)\s")
-# What a chat template takes for today, as Llama 3.1's does without a clock: else tokens would differ from day to day.
+# A fixed date for chat templates, the one Llama 3.1's uses without a clock: else tokens would change from day to day.
 TEMPLATE_DAY = datetime.datetime(2024, 7, 26)
 _DIRECTIVES = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcCdDeFGhHIjmMprRStTuUVwWxXyYzZ"]
-# Templates take no functions, but bring their own: this one is looked up before the `strftime_now` of transformers.
+# A template takes no functions as arguments but can define its own, which hides the `strftime_now` of transformers.
 _CLOCK = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(f"|replace({each!r}, {TEMPLATE_DAY.strftime(each)!r})" for each in _DIRECTIVES)
@@ -142,7 +142,7 @@ def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
         UserError: it puts them elsewhere.
     """
     text = "a"
-    if not (inside := tokenizer(text, add_special_tokens=False)["input_ids"]):  # a small vocabulary may lack it
+    if not (inside := tokenizer(text, add_special_tokens=False)["input_ids"]):  # not in a small vocabulary
         text = next(token for token in tokenizer.get_vocab() if tokenizer(token, add_special_tokens=False)["input_ids"])
         inside = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = tokenizer(text)["input_ids"]

@@ -19,9 +19,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from pl_attnedit.cache import cache_root
 from pl_attnedit.errors import UserError, invalid
 
-COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")  # around text; what can be inflated inside a parquet file is so already
-_ROWS = 16  # of a table at a time: they may be long
-_NAMED = 5  # files in a message
+COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")  # of text files; parquet compresses inside the file
+_ROWS = 16  # rows read at a time, since they may be long
+_NAMED = 5  # files named in a message
 _READING_ERRORS = (OSError, ValueError, pa.ArrowException)
 
 
@@ -44,7 +44,7 @@ def find_files(field: str, name: str, kinds: Collection[str], allowed: str) -> l
     Raises:
         UserError: named after `field`: no such file, a broken link, an empty file, one of another kind, nothing to read.
     """
-    if not name.strip():  # a path that would be the working folder
+    if not name.strip():  # Path("") would be the working folder
         raise invalid(field, name, f"must not be empty; allowed: {allowed}")
     path = Path(os.path.expanduser(name))
     there, rest = _literally(path)

@@ -31,7 +31,7 @@ from pl_attnedit.files import json_text, write_atomically, writing
 from pl_attnedit.locks import LOCK, claim
 
 SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
-FRUITLESS_BATCHES = 20  # in a row, after which we give up: nothing new will come
+FRUITLESS_BATCHES = 20  # consecutive batches without a new document after which we give up
 T = TypeVar("T")
 _MARK = "\ue000"  # stands for the user's message; no template contains it
 
@@ -110,7 +110,7 @@ class TeacherWriter:
     def write(self, number: int) -> list[str]:
         """The documents of a batch; fewer than its size where a question came to no end."""
         size = self.sampling.batch_size
-        torch.manual_seed(document_hash(f"{self.sampling.seed} {number}"))  # a CPU looks at the lower 32 bits only
+        torch.manual_seed(document_hash(f"{self.sampling.seed} {number}"))  # on a CPU the lower 32 bits count
         if self.mode == "none":
             return [self._text(ids) for ids in self._continue([self.beginning] * size)]
         if self.mode != "chat":
@@ -162,7 +162,7 @@ class TeacherWriter:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stops[0]
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
         real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        settings = GenerationConfig(  # all that a model's own config might bring along
+        settings = GenerationConfig(  # overrides everything that the model's own config may set
             do_sample=True,
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
@@ -281,7 +281,7 @@ def _read(file: Path, read: Callable[[Path], T]) -> T:
     """What `read` makes of a file among the parts; `UserError` where the file is broken."""
     try:
         return read(file)
-    except (ValueError, TypeError, KeyError, OSError) as error:  # Arrow's and JSON's own are ValueErrors
+    except (ValueError, TypeError, KeyError, OSError) as error:  # errors of Arrow and JSON are ValueErrors
         raise invalid("output", str(file), f"is broken ({error}); remove {file.parent} to begin anew") from error
 
 

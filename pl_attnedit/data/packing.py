@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from pl_attnedit.data.tokens import TokenStore
 from pl_attnedit.errors import invalid
 
-GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, modulo 1, lie evenly however many there are
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # any number of its multiples modulo 1 is spread evenly
 
 
 class Corpus:
@@ -83,7 +83,7 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
         return int(self.sizes.sum())
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < len(self):  # ends a loop over the sequences
+        if not 0 <= index < len(self):  # an IndexError ends iteration
             raise IndexError(index)
         return {name: rows[0] for name, rows in self.__getitems__([index]).items()}
 
@@ -130,7 +130,7 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
     def _loss_mask(self, offsets: np.ndarray) -> np.ndarray:
         mask = np.ones((len(offsets), self.seq_len), dtype=bool)
         if self._answers:
-            # Position t is supervised where the token after it is an answer; after the very last token there is none.
+            # Position t is supervised if token t + 1 belongs to an answer; the last position has no next token.
             mask[offsets + self.seq_len == self.n_tokens, -1] = False
             for row, at, length, store, start in self._pieces(offsets + 1):
                 if store.answers is not None:

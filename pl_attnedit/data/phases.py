@@ -69,7 +69,7 @@ class PhasedSampler(DistributedSampler[tuple[int, list[int]]]):
         one = samplers[0]
         super().__init__(
             one.dataset, num_replicas=one.num_replicas, rank=one.rank
-        )  # Lightning leaves such a sampler alone
+        )  # Lightning does not replace such a sampler
         self.samplers, self.consumed = list(samplers), consumed
         self.ends = list(accumulate(batches))
         self.before = [self._taken_before(phase, batches) for phase in range(len(batches))]
@@ -86,7 +86,7 @@ class PhasedSampler(DistributedSampler[tuple[int, list[int]]]):
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         first = self.consumed()
         phase = 0
-        for batch in range(first, first + len(self)):  # after the last phase's end, its text goes on
+        for batch in range(first, first + len(self)):  # the last phase's batches continue past its end
             while batch >= self.ends[phase] and phase + 1 < len(self.ends):
                 phase += 1
             begin = self.ends[phase - 1] if phase else 0

@@ -31,8 +31,8 @@ from pl_attnedit.teachers.sources.resolve import hub_snapshot
 BUILTIN = "builtin:"
 SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
 ALLOWED = f"builtin: (English text of this Python installation), local {', '.join(SUFFIXES)} files, or a hub dataset"
-COLUMNS = ("messages", "text")  # looked for in this order where no column is named
-# A text file longer than this is cut at blank lines into passages, which are its documents.
+COLUMNS = ("messages", "text")  # the first that exists is used if no column is named
+# A longer text file is split at blank lines into passages; each is a document.
 PASSAGE_CHARACTERS = 16_000
 
 Document = str | Conversation
@@ -153,7 +153,7 @@ def _open_hub(source: Source) -> OpenSource:
     """A dataset of the hub. Its own fingerprint covers name, configuration, revision and split."""
     import datasets  # takes a second
 
-    # Fails at once without a connection, where load_dataset would try for half a minute.
+    # Fails at once without a connection; load_dataset would retry for half a minute.
     hub_snapshot("source", source.name, ["README.md"], ALLOWED, repo_type="dataset")
     use_writable_cache()
     try:

@@ -30,7 +30,7 @@ from pl_attnedit.modeling.trained_on import TrainedOn
 log = logging.getLogger(__name__)
 
 Sources = str | Source | list[str | Source]
-SUPERVISION_SAMPLE = 4096  # training sequences, evenly spread, that are checked for answers
+SUPERVISION_SAMPLE = 4096  # evenly spread training sequences that are checked for answers
 
 
 class PackedText:
@@ -151,7 +151,7 @@ class PackedText:
             "%s: left out %d of %d held-out documents, on which the student was trained", name, known.sum(), len(known)
         )
         self._hold_out(packed.corpus, packed.documents[~known], least=1)
-        self.__dict__.pop("fingerprint", None)  # depends on the held-out documents
+        self.__dict__.pop("fingerprint", None)  # it depends on the held-out documents
         return int(known.sum())
 
     @property
@@ -160,12 +160,12 @@ class PackedText:
         self.setup()
         assert self._split is not None
         corpus, documents = self._split
-        return TrainedOn(corpus.hashes[documents])  # in order, each once
+        return TrainedOn(corpus.hashes[documents])  # sorted and unique
 
     def _check_held_out(self) -> None:
         """`UserError` if no held-out token is supervised."""
         mask = self.held_out.loss_mask(np.array(self._val.indices))
-        if not mask[:, :-1].any():  # a prediction of what follows the sequence is compared with no token
+        if not mask[:, :-1].any():  # the last prediction has no target
             name = self.source if self.val_source is None else self.val_source
             few = f"no answer in the {len(mask)} held-out sequences of {name}, so nothing could be measured"
             raise invalid("loss_on", self.loss_on, f"{few}; raise val_sequences or seq_len, or give val_source")
@@ -186,7 +186,7 @@ class PackedText:
         assert self._split is not None
         corpus, documents = self._split
         groups = [documents]
-        if self.weights:  # each source's documents apart
+        if self.weights:  # split each source separately
             groups = [documents[corpus.source[documents] == i] for i in range(len(corpus.stores))]
         packed = PackedSequences(corpus, groups, seq_len, self.respect_documents, self.weights or None)
         if not len(packed):

@@ -40,7 +40,7 @@ BATCH_CHARACTERS = 4_000_000
 
 LossOn = Literal["all", "answers"]
 
-# The tokenizer's threads do not live on in a forked process, which would wait for them for ever.
+# A forked process has no tokenizer threads and would wait for them forever.
 os.register_at_fork(after_in_child=partial(os.environ.__setitem__, "TOKENIZERS_PARALLELISM", "false"))
 
 
@@ -86,11 +86,11 @@ class TokenStore:
         return sum(file.stat().st_size for file in self.path.iterdir())
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
-        return TokenStore, (self.path,)  # worker processes open the files themselves
+        return TokenStore, (self.path,)  # pickled as a path; worker processes open the files themselves
 
 
 def _memory_map(file: Path, dtype: str) -> np.ndarray:
-    return np.asarray(np.memmap(file, dtype, mode="r"))  # a plain array is sliced several times as fast
+    return np.asarray(np.memmap(file, dtype, mode="r"))  # slicing a plain array is several times faster
 
 
 def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -108,7 +108,7 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
             folder = hub_snapshot("tokenizer", tokenizer, TOKENIZER_FILES, TEACHER_SOURCES)
         try:
             loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # which one depends on what is missing or broken
+        except Exception as error:  # the type depends on what is missing or broken
             reason = str(error).strip().splitlines()[0]
             raise invalid("tokenizer", tokenizer, f"no tokenizer can be loaded from there: {reason}") from error
     else:
@@ -164,7 +164,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex SHA-256 of all that decides how text becomes tokens, and tokens text."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        rules.update(truncation=None, padding=None)  # left behind by the last call, of no effect on the next
+        rules.update(truncation=None, padding=None)  # state of the last call, without effect on the next
     else:
         rules = [type(tokenizer).__name__, tokenizer.get_vocab(), _vocabulary_files(tokenizer)]
     options = [getattr(tokenizer, name, None) for name in ("split_special_tokens", "clean_up_tokenization_spaces")]
@@ -265,7 +265,7 @@ def _encode(
             continue
         check_chat(tokenizer, want_answers)
         rendered = [render(document, tokenizer, want_answers) for document in group]
-        # special tokens, too, are what the template has put
+        # the template has already added the special tokens
         encoded = bare(tokenizer, [conversation.text for conversation in rendered], offsets=want_answers)
         for conversation, (ids, offsets) in zip(rendered, encoded):
             marked = mark_answers(offsets, conversation.answers) if want_answers else np.ones(len(ids), bool)

@@ -40,7 +40,7 @@ def load_torch_npu() -> Any:
         raise _unusable(f"torch_npu {ours} was built for another torch")
     try:
         return importlib.import_module("torch_npu")
-    except Exception as error:  # without CANN it fails in several ways
+    except Exception as error:  # the type depends on which part of CANN is missing
         raise _unusable(f"torch_npu {ours} cannot be imported ({type(error).__name__}: {error})") from error
 
 
@@ -88,12 +88,12 @@ class NPUAccelerator(Accelerator):
         require_npus()
 
     def setup_device(self, device: torch.device) -> None:
-        if device.type != "npu":  # Lightning's own choice of a strategy for one device is the CPU
+        if device.type != "npu":  # Lightning's default strategy for one device runs on the CPU
             raise invalid("strategy", f"on {device}", "on NPUs it must be npu_single, npu_ddp or npu_fsdp")
         load_torch_npu().npu.set_device(device)
 
     def setup(self, trainer: Trainer) -> None:
-        if not getattr(trainer.strategy, "on_npu", False):  # those of Lightning use CUDA streams and autocast
+        if not getattr(trainer.strategy, "on_npu", False):  # Lightning's own strategies use CUDA streams and autocast
             name = type(trainer.strategy).__name__
             raise invalid("strategy", name, "on NPUs it must be npu_single, npu_ddp or npu_fsdp")
         load_torch_npu().npu.empty_cache()

@@ -56,7 +56,7 @@ class NPUSingleStrategy(OnNPU, SingleDeviceStrategy):
 
     def __init__(self) -> None:
         super().__init__()
-        self._devices: list[torch.device] = []  # known when Lightning has parsed them
+        self._devices: list[torch.device] = []  # set once Lightning has parsed `devices`
 
     @property
     def parallel_devices(self) -> list[torch.device]:
