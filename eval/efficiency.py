@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.bench.flops import is_mixture
+from pl_attnedit.eval.bench.flops import mixture_of
 from pl_attnedit.eval.bench.timing import synchronize
 from pl_attnedit.eval.decoding import WARMUP_STEPS, Decoder, prefill
 from pl_attnedit.eval.progress import Progress
@@ -257,7 +257,7 @@ def _check(models: Mapping[str, PreTrainedModel], **numbers: Sequence[int]) -> N
 
 
 def _without_content(model: PreTrainedModel) -> PreTrainedModel:
-    if model.dtype != torch.bfloat16 and any(is_mixture(layer.mlp) for layer in model.model.layers):
+    if model.dtype != torch.bfloat16 and any(mixture_of(layer) for layer in model.model.layers):
         raise invalid("dtype", model.dtype, "without content a mixture of experts runs in torch.bfloat16 alone")
     with torch.device("meta"):
         return type(model)(model.config).to(model.dtype).eval()  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """Makes converted models known to transformers without importing torch, which takes seconds.
 
-When transformers first looks up the type of a converted model, `pl_attnedit.modeling.hf` is imported, which registers the
-classes. transformers has no such hook, so its table of registered types is replaced by one that looks here first: at once
-where transformers has made the table already, else as soon as it has.
+When transformers first looks up the type of a converted model, `pl_attnedit.modeling.hf` makes and registers its classes.
+transformers has no such hook, so its table of registered types is replaced by one that looks here first: at once where
+transformers has made the table already, else as soon as it has.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ def register_when_used() -> None:
 
 class _RegisteredTypes(dict[str, Any]):
     def __contains__(self, model_type: object) -> bool:
-        if str(model_type).startswith(EDITED_PREFIX):
-            import_module("pl_attnedit.modeling.hf")
-        return super().__contains__(model_type)
+        family = str(model_type).removeprefix(EDITED_PREFIX)
+        known = super().__contains__(model_type)
+        if not known and family != model_type and family in sys.modules[TABLE].CONFIG_MAPPING_NAMES:
+            import_module("pl_attnedit.modeling.hf").edited_classes(family)
+            return super().__contains__(model_type)
+        return known
 
 
 def _replace_table(auto: Any) -> None:

@@ -14,11 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import torch.nn.functional as F
+from any_family import ATTENTION, MODEL_TYPES, ROWS
 from drawing import Drawing
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from pl_attnedit.attention import INITS, TARGETS, Init, Target, TargetConfig
-from pl_attnedit.teachers import FAMILIES
+from pl_attnedit.teachers import model_class
 
 with suppress(ImportError):  # the environment of vLLM draws nothing
     import vl_convert
@@ -54,20 +55,21 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
+FAMILIES = sorted(PARTICULAR)  # of the tests that try everything; `any_family.ROWS` has many more
 
 
 def build_teacher(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model in eval mode whose norms, QK-norms and biases are not the trivial ones of a fresh model."""
-    classes = FAMILIES[family]
-    config = classes.config_class(**{**BASE, **deepcopy(PARTICULAR[family]), **overrides})
-    config._attn_implementation = "sdpa"
+    particular = ROWS.get(family) or PARTICULAR.get(family, {})
+    config = AutoConfig.for_model(MODEL_TYPES.get(family, family), **{**BASE, **deepcopy(particular), **overrides})
+    config._attn_implementation = ATTENTION.get(family, "sdpa")
     torch.manual_seed(seed)
-    model = classes.model_class(config)
+    model = model_class(config)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 parameter.normal_(std=0.5)
     return model.eval()
 
@@ -78,7 +80,7 @@ def make_teacher() -> Callable[..., PreTrainedModel]:
     return build_teacher
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     """One row per family."""
     return request.param

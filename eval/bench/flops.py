@@ -10,7 +10,7 @@ from torch import nn
 
 from pl_attnedit.attention import Target
 from pl_attnedit.eval.bench.timing import median_seconds
-from pl_attnedit.teachers import attention_spec
+from pl_attnedit.teachers import attention_spec, output_projection
 
 
 def linear_flops(module: nn.Module) -> int:
@@ -20,17 +20,35 @@ def linear_flops(module: nn.Module) -> int:
 
 
 def is_mixture(module: nn.Module) -> bool:
-    """Whether this is a mixture of experts as Hugging Face's Qwen3-MoE has it: a router `gate` and stacked `experts`."""
-    return hasattr(module, "experts") and hasattr(getattr(module, "gate", None), "top_k")
+    """Whether this is a mixture of experts: its router says how many of the stacked weights a token goes to."""
+    return hasattr(router_of(module), "top_k")
+
+
+def router_of(module: Any) -> Any:
+    """The router of a mixture of experts, by the names that Hugging Face's families have for it."""
+    return getattr(module, "gate", None) or getattr(module, "router", None)
+
+
+def mixture_of(layer: nn.Module) -> Any:
+    """The mixture of experts in a decoder layer, or None."""
+    return next((module for module in layer.modules() if is_mixture(module)), None)
+
+
+def attention_of(layer: Any) -> Any:
+    """The attention of a decoder layer; None in a hybrid's layer without one."""
+    return getattr(layer, "self_attn", None)
 
 
 def _mixture_flops(mixture: Any) -> int:
-    routed = sum(p.numel() for p in mixture.experts.parameters()) * mixture.gate.top_k // mixture.gate.num_experts
-    return 2 * (routed + mixture.gate.weight.numel())
+    router = router_of(mixture)
+    stacked = [p for p in mixture.parameters() if p.dim() == 3]  # experts first
+    return 2 * (sum(p.numel() * router.top_k // len(p) for p in stacked) + sum(p.numel() for p in router.parameters()))
 
 
 def head_widths(attention: Any, config: Any) -> tuple[int, int, int]:
     """Number of query heads, width of a query (and key) head, width of a value head."""
+    if attention is None:
+        return 0, 0, 0
     if isinstance(attention, Target):
         return attention.head_widths()
     spec = attention_spec(config)
@@ -63,24 +81,26 @@ def step_flops(
     "all"), and none below the first new attention where that alone trains; lm_head of both.
     """
     config = teacher.config
-    edited = [index for index, layer in enumerate(student.model.layers) if isinstance(layer.self_attn, Target)]
+    edited = [index for index, layer in enumerate(student.model.layers) if isinstance(attention_of(layer), Target)]
     training = edited if train_layers is None else list(train_layers)
     total = 0.0
     for index, (old, new) in enumerate(zip(teacher.model.layers, student.model.layers, strict=True)):
-        attention, scores = linear_flops(new.self_attn), score_flops(new.self_attn, config, seq_len)
+        own = attention_of(new)
+        attention, scores = 0 if own is None else linear_flops(own), score_flops(own, config, seq_len)
+        rest = linear_flops(new) - attention
         if stage == "stage1" and index > max(training):
             break
         stops_here = stage == "stage1" and index == max(training) and not block_loss
-        total += linear_flops(old.self_attn if stops_here else old) + score_flops(old.self_attn, config, seq_len)
+        total += linear_flops(old.self_attn if stops_here else old) + score_flops(attention_of(old), config, seq_len)
         if stage == "stage1":
             if index in training:
-                total += 3 * attention - _reading_the_input(new.self_attn, config.hidden_size) + 3 * scores
-                total += 2 * linear_flops(new.mlp) if block_loss else 0
+                total += 3 * attention - _reading_the_input(own, config.hidden_size) + 3 * scores
+                total += 2 * rest if block_loss else 0
         elif trained == "attention" and index < edited[0]:
-            total += attention + scores + linear_flops(new.mlp)
+            total += attention + scores + rest
         else:
             weights = attention if index in edited or trained != "attention" else 0
-            total += 2 * attention + weights + 3 * scores + (2 if trained == "attention" else 3) * linear_flops(new.mlp)
+            total += 2 * attention + weights + 3 * scores + (2 if trained == "attention" else 3) * rest
     if stage == "stage2":
         head = linear_flops(teacher.lm_head)
         total += head + (3 if trained == "all" else 2) * head
@@ -89,7 +109,8 @@ def step_flops(
 
 def _reading_the_input(attention: nn.Module, hidden_size: int) -> int:
     """FLOPs per token of the gradient for the input, which stage 1 does not take."""
-    readers = [m for name, m in attention.named_modules() if isinstance(m, nn.Linear) and name != "o_proj"]
+    output = output_projection(attention)
+    readers = [m for m in attention.modules() if isinstance(m, nn.Linear) and m is not output]
     return sum(2 * m.in_features * m.out_features for m in readers if m.in_features == hidden_size)
 
 

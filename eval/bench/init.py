@@ -19,9 +19,8 @@ from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.progress import Progress
 from pl_attnedit.eval.report.formatting import aligned
-from pl_attnedit.modeling import EditPlan
 from pl_attnedit.modeling.calibration import collect_statistics
-from pl_attnedit.modeling.edit import assemble, initialise_from
+from pl_attnedit.modeling.edit import assemble, build_plan, initialise_from
 from pl_attnedit.modeling.kv import promised_bytes
 
 BATCH = 4  # sequences per forward pass
@@ -174,7 +173,7 @@ def measure(
     start = time.perf_counter()
     torch.manual_seed(SEED)
     try:
-        student = assemble(teacher, EditPlan.build(teacher.config.num_hidden_layers, row.target, pattern)).eval()
+        student = assemble(teacher, build_plan(teacher.config, row.target, pattern)).eval()
     except UserError as error:
         return {"name": row.name, "does_not_fit": str(error)}
     initialise_from(student, teacher, row.init, statistics)

@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from pl_attnedit.attention import LayerStatistics, Target
+from pl_attnedit.attention.interface import Rotation
+from pl_attnedit.distillation.engine.decoder import final_norm
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
-from pl_attnedit.eval.bench.flops import head_widths, is_mixture
+from pl_attnedit.eval.bench.flops import attention_of, head_widths, mixture_of, router_of
 from pl_attnedit.modeling.edit import layers_that_need_text
-from pl_attnedit.modeling.kv import on_meta
 from pl_attnedit.teachers import attention_spec
 
 CHUNKS_OF_LOGITS = 4  # both models' log-probabilities, the probabilities and the gradient, float32
@@ -72,9 +73,9 @@ def trained_parameters(student: Any, step: Step) -> list[nn.Parameter]:
     if step.trained == "all":
         return list(student.parameters())
     if step.trained == "layers":
-        return [*student.model.layers.parameters(), *student.model.norm.parameters()]
+        return [*student.model.layers.parameters(), *final_norm(student.model).parameters()]
     chosen = range(len(student.model.layers)) if step.train_layers is None else step.train_layers
-    modules = (student.model.layers[index].self_attn for index in chosen)
+    modules = (attention_of(student.model.layers[index]) for index in chosen)
     return [p for module in modules if isinstance(module, Target) for p in module.parameters()]
 
 
@@ -83,7 +84,7 @@ def stage_memory(teacher: Any, student: Any, step: Step) -> StageMemory:
     shards = step.devices if step.sharded else 1
     parameters = trained_parameters(student, step)
     trained = size(parameters)
-    new = [layer.self_attn for layer in student.model.layers if isinstance(layer.self_attn, Target)]
+    new = [layer.self_attn for layer in student.model.layers if isinstance(attention_of(layer), Target)]
     own = size(student.parameters()) if step.trunk_trains else sum(size(module.parameters()) for module in new)
     return StageMemory(
         weights=(size(teacher.parameters()) + own) / shards,
@@ -101,10 +102,11 @@ def init_memory(teacher: Any, student: Any, init: str, batch: int, seq: int) -> 
     if not looking:
         return None
     spec = attention_spec(teacher.config)
-    one = LayerStatistics(spec, on_meta(teacher.config, torch.float32).model.rotary_emb, seq)
+    head, pairs = torch.zeros(spec.head_dim, dtype=torch.long), torch.zeros(spec.head_dim // 2, dtype=torch.float64)
+    one = LayerStatistics(spec, Rotation(head, pairs, pairs[: spec.rope_pairs], 1.0), seq)
     statistics = len(looking) * size(value for value in vars(one).values() if isinstance(value, torch.Tensor))
     probabilities = 3 * 4 * batch * spec.num_heads // spec.num_kv_heads * seq**2
-    new = sum(size(a.parameters()) for layer in student.model.layers if isinstance(a := layer.self_attn, Target))
+    new = sum(size(a.parameters()) for layer in student.model.layers if isinstance(a := attention_of(layer), Target))
     return StageMemory(size(teacher.parameters()) + new, 0.0, 0.0, 0.0, float(statistics + probabilities))
 
 
@@ -124,7 +126,7 @@ def _gathered(teacher: Any, student: Any, step: Step, trained: list[nn.Parameter
     layers = [
         gathered(old.parameters()) + gathered((new if step.trunk_trains else new.self_attn).parameters())
         for old, new in pairs
-        if isinstance(new.self_attn, Target)
+        if isinstance(attention_of(new), Target)
     ]
     if step.stage == "stage1":  # the new attention is not resharded, its gradients wait for the backward pass
         return 2 * max(layers) + 2 * gathered(trained)
@@ -138,7 +140,7 @@ def _activations(teacher: Any, student: Any, step: Step) -> float:
     largest = LAYERS_AT_WORK * max(kept)
     if step.stage == "stage1":
         return step.tokens * step.itemsize * largest
-    edited = [index for index, layer in enumerate(student.model.layers) if isinstance(layer.self_attn, Target)]
+    edited = [index for index, layer in enumerate(student.model.layers) if isinstance(attention_of(layer), Target)]
     behind = kept if step.trunk_trains else kept[edited[0] :]  # no backward pass below the first edited layer
     values = len(behind) * config.hidden_size if step.activation_checkpointing else sum(behind) - max(kept)
     total = step.tokens * step.itemsize * (values + largest)
@@ -151,10 +153,14 @@ def _activations(teacher: Any, student: Any, step: Step) -> float:
 
 def kept_values(layer: Any, config: Any, trained: bool) -> int:
     """Values per token that a layer's forward pass leaves for its backward pass; see the module's text."""
-    heads, query, value = head_widths(layer.self_attn, config)
+    heads, query, value = head_widths(attention_of(layer), config)
     attention = 4 * config.hidden_size + heads * 2 * (query + value)
     each = 3 if trained else 2
-    if is_mixture(layer.mlp):
-        inner = each * config.moe_intermediate_size + config.hidden_size
-        return attention + layer.mlp.gate.top_k * inner
-    return attention + each * layer.mlp.down_proj.in_features
+    if mixture := mixture_of(layer):
+        inner = each * getattr(config, "moe_intermediate_size", config.intermediate_size) + config.hidden_size
+        return attention + router_of(mixture).top_k * inner
+    own = set() if attention_of(layer) is None else set(attention_of(layer).modules())
+    down = (
+        m for m in layer.modules() if isinstance(m, nn.Linear) and m.out_features == config.hidden_size and m not in own
+    )
+    return attention + each * sum(m.in_features for m in down)

@@ -37,14 +37,13 @@ class TeacherForced:
 
     def _record(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: tuple[torch.Tensor, Any]) -> None:
-            names = ("hidden_states", "position_embeddings", "attention_mask")
-            self._inputs[index] = {name: kwargs[name] for name in names}
+            self._inputs[index] = {**({"hidden_states": args[0]} if args else {}), **kwargs}
             self._outputs[index] = output[0]
 
         return hook
 
     def inputs(self, index: int) -> dict[str, Any]:
-        """What the teacher's attention was called with."""
+        """What the teacher's attention was called with, by keyword."""
         return self._inputs[index]
 
     def teacher_output(self, index: int) -> torch.Tensor:
@@ -71,7 +70,8 @@ def plain_layer_losses(teacher: PreTrainedModel, modules: dict[int, Target], bat
 
 def plain_kl(teacher: Any, student: Any, batch: Batch) -> torch.Tensor:
     """Stage 2: the mean KL(teacher || student) over the tokens that count, from full logits."""
+    text = {"input_ids": batch["input_ids"], "position_ids": batch.get("position_ids"), "use_cache": False}
     with torch.no_grad():
-        reference = teacher.lm_head(last_hidden(teacher, batch))
-    per_token = kl_divergence(student.lm_head(last_hidden(student, batch)), reference)
+        reference = teacher(**text).logits
+    per_token = kl_divergence(student(**text).logits, reference)
     return (per_token * batch["loss_mask"]).sum() / batch["loss_mask"].sum()

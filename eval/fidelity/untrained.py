@@ -18,9 +18,10 @@ from pl_attnedit.distillation.engine.pairs import Pairs
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
 from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.eval.progress import Progress
-from pl_attnedit.modeling import FULL, EditPlan, edit_model
+from pl_attnedit.modeling import FULL, edit_model
+from pl_attnedit.modeling.edit import build_plan
 from pl_attnedit.modeling.hf import edited_config
-from pl_attnedit.modeling.kv import fill_cache, on_meta
+from pl_attnedit.modeling.kv import held_bytes, on_meta
 
 
 class UntrainedPlans:
@@ -107,12 +108,13 @@ def single_edits(layers: int, letter: str) -> list[str]:
 def cached_by_letter(
     teacher: PreTrainedModel, targets: Mapping[str, TargetConfig], context: int
 ) -> dict[str, list[int]]:
-    """Bytes that each layer caches for one sequence of `context` tokens as a full layer and with each target."""
-    layers, config = teacher.config.num_hidden_layers, teacher.config
-    plans = {letter: EditPlan(letter * layers, {letter: target}) for letter, target in targets.items()}
+    """Bytes that each layer caches for one sequence of `context` tokens as a full layer and with each target, where a
+    pattern would edit it."""
+    config = teacher.config
+    plans = {letter: build_plan(config, {letter: target}, letter) for letter, target in targets.items()}
     configs: dict[str, Any] = {letter: edited_config(config, plan) for letter, plan in plans.items()}
     models = {letter: on_meta(c, teacher.dtype) for letter, c in {**configs, FULL: config}.items()}
-    return {letter: next(fill_cache(model, context)) for letter, model in models.items()}
+    return {letter: held_bytes(model, context) for letter, model in models.items()}
 
 
 def _mean(rows: list[dict[str, float]], weights: list[int]) -> dict[str, float | None]:

@@ -56,10 +56,18 @@ class Target(nn.Module, ABC):
 
     def __init__(self, target: TargetConfig, model_config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
+        self._describe(target, model_config, layer_idx)
+
+    def _describe(self, target: TargetConfig, model_config: PreTrainedConfig, layer_idx: int) -> None:
         self.target = target
-        self.spec = attention_spec(model_config)
+        self.spec = attention_spec(model_config, layer_idx)
         self.layer_idx = layer_idx
         target.check(self.spec)
+
+    @classmethod
+    def replacing(cls, attention: nn.Module, target: TargetConfig, config: PreTrainedConfig, layer_idx: int) -> Target:
+        """The module that takes the place of a family's own `attention`, which no other model uses."""
+        return cls(target, config, layer_idx)
 
     @abstractmethod
     def cached_values_per_token(self, context: int) -> float:
@@ -129,15 +137,16 @@ def attend(
     mask: torch.Tensor | None,
     scale: float,
     sink_logit: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Scaled dot-product attention with grouped key and value heads.
 
     query (batch, heads, queries, width), key and value (batch, kv_heads, keys, width), mask boolean and broadcastable
     to (batch, heads, queries, keys) or None = causal: query t sees the keys up to t, a single query sees all keys.
-    sink_logit (heads,): an extra logit in each query's softmax that has no value, as in gpt-oss; None = none.
-    Returns (batch, queries, heads * value width).
+    sink_logit (heads,): an extra logit in each query's softmax that has no value, as in gpt-oss; None = none. softcap:
+    scores are bounded to softcap * tanh(score / softcap), as in Gemma 2. Returns (batch, queries, heads * value width).
     """
-    return attention(query, key, value, mask, scale, sink_logit).transpose(1, 2).flatten(2)
+    return attention(query, key, value, mask, scale, sink_logit, softcap).transpose(1, 2).flatten(2)
 
 
 def attention(
@@ -147,9 +156,12 @@ def attention(
     mask: torch.Tensor | None,
     scale: float,
     sink_logit: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """`attend` before the heads are joined, (batch, heads, queries, value width), by the kernel that suits the device."""
     queries, width = query.shape[2], value.shape[-1]
+    if softcap is not None:
+        return capped_attention(query, key, value, mask, scale, sink_logit, softcap)
     if sink_logit is not None:
         query, key, value, mask = with_sink(query, key, value, mask, sink_logit / scale)
     missing = query.shape[-1] - value.shape[-1]
@@ -173,6 +185,30 @@ def attention(
     )[..., :width]
     output = output.flatten(1, 2).unsqueeze(2) if single and not grouped else output
     return output[:, :, -queries:] if output.shape[2] > queries else output
+
+
+def capped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    sink_logit: torch.Tensor | None,
+    softcap: float,
+) -> torch.Tensor:
+    """`attention` with bounded scores, which no fused kernel of PyTorch has: all scores are in memory."""
+    queries, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = softcap * torch.tanh(query @ key.mT * (scale / softcap)).float()
+    if mask is None:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # rows of padding see nothing, and stay finite
+    if sink_logit is not None:
+        sink = sink_logit.float()[:, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return weights.to(value.dtype) @ value
 
 
 def with_sink(

@@ -6,10 +6,13 @@ not follow from moments. So the memory depends on the model's width only, not on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from pl_attnedit.teachers import AttentionSpec, apply_rotary, project_qkv
+from pl_attnedit.attention.interface import Rotation, heads_of, not_turned
+from pl_attnedit.teachers import AttentionSpec
 
 SINK_COLUMNS = 4  # first tokens, left out of the distances: attention to them does not depend on the distance
 WEIGHT_FLOOR = 0.1  # share of the plain mean in the weighted moments, so that no token is ignored
@@ -22,18 +25,21 @@ def exact_device(device: torch.device) -> torch.device:
 
 
 class LayerStatistics:
-    """Moments of one layer: inputs x (with a constant 1 appended), queries, keys and values before RoPE.
+    """Moments of one layer: inputs x (with a constant 1 appended), queries and keys before RoPE, values.
+
+    Entries of query and key heads are in the order of `Rotation.order`, whatever the family's is: those of the first half
+    turn with those of the second, in pair i by `frequencies[i]` per token.
 
     `plain` moments weigh all tokens alike (queries). `weighted` ones weigh a token by the squared attention it receives,
     which is what an error in its key or value does to the output (keys, values). All are float64 means.
     """
 
-    def __init__(self, spec: AttentionSpec, rotary: nn.Module, context: int) -> None:
-        """rotary: the teacher's rotary embedding; context: tokens per calibration sequence."""
-        self.spec = spec
-        frequencies = rotary.get_buffer("inv_freq")
-        self.frequencies = frequencies.to(exact_device(frequencies.device)).double()
-        self.rope_scale = float(rotary.attention_scaling) ** 2  # type: ignore[arg-type]  # YaRN's factor on scores
+    def __init__(self, spec: AttentionSpec, rotation: Rotation, context: int) -> None:
+        """rotation: the layer's RoPE; context: tokens per calibration sequence."""
+        self.spec, self.order = spec, rotation.order
+        exact = exact_device(rotation.frequencies.device)
+        self.frequencies, self.offered = rotation.frequencies.to(exact), rotation.offered.to(exact)
+        self.rope_scale = rotation.scale
         device = self.frequencies.device
         width = spec.hidden_size + 1
 
@@ -47,8 +53,8 @@ class LayerStatistics:
         kv_width = 2 * spec.num_kv_heads * spec.head_dim
         self._plain_xkv, self._weighted_xkv = zeros(width, kv_width), zeros(width, kv_width)
         self._distance = zeros(context)
-        self._sample = torch.zeros(SAMPLES, width, device=frequencies.device)
-        self._sample_weight = torch.zeros(SAMPLES, device=frequencies.device)  # attention received
+        self._sample = torch.zeros(SAMPLES, width, device=rotation.frequencies.device)
+        self._sample_weight = torch.zeros(SAMPLES, device=rotation.frequencies.device)  # attention received
         # Reservoir sampling: the tokens with the largest random keys. On the CPU, where the generator is.
         self._sample_key = torch.full((SAMPLES,), -1.0, device="cpu")
         self._random = torch.Generator().manual_seed(0)
@@ -58,13 +64,15 @@ class LayerStatistics:
         self,
         attention: nn.Module,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        call: dict[str, Any],
         position_ids: torch.Tensor | None = None,
     ) -> None:
-        """Adds one batch. hidden_states (batch, time, hidden) are the inputs of the teacher's `attention`; position_ids
-        (batch, time) begin at 0 with each document where documents do not see each other."""
-        query, key, value = project_qkv(attention, hidden_states, self.spec.head_dim)
-        received = self._attention_received(query, key, position_embeddings, position_ids)
+        """Adds one batch. hidden_states (batch, time, hidden) and `call` are the inputs of the teacher's `attention`;
+        position_ids (batch, time) begin at 0 with each document where documents do not see each other."""
+        seen = heads_of(attention, hidden_states, call)
+        received = self._attention_received(seen.query, seen.key, position_ids)
+        query, key, value, _ = heads_of(attention, hidden_states, not_turned(call))
+        query, key = query[..., self.order], key[..., self.order]
         x = torch.cat([hidden_states, torch.ones_like(hidden_states[..., :1])], dim=-1).flatten(0, 1).float()
         q = query.transpose(1, 2).flatten(2).flatten(0, 1).float()
         kv = torch.cat([key, value], dim=1).transpose(1, 2).flatten(2).flatten(0, 1).float()
@@ -90,14 +98,12 @@ class LayerStatistics:
         self,
         query: torch.Tensor,
         key: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """Sum over queries of the squared probability that each token gets, mean over heads: (batch, time).
 
         Also adds the attention by distance. One key head at a time, so that the scores stay small.
         """
-        query, key = apply_rotary(query, key, *position_embeddings)
         groups, time = query.shape[1] // key.shape[1], query.shape[2]
         at = torch.arange(time, device=query.device)
         hidden = (at[:, None] < at[None, :]).expand(query.shape[0], time, time)  # from a query: what comes later

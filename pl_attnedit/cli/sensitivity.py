@@ -168,9 +168,12 @@ def _plans(
 ) -> dict[str, Any]:
     """The plan for a budget, measured as a whole, beside as many full layers evenly spread."""
     from pl_attnedit.modeling.ranking import kv_share, spread_evenly
+    from pl_attnedit.teachers import editable_layers
 
     if len(plans.targets) == 1 and "F" in chosen["plan"]:
-        chosen["evenly_spread"] = spread_evenly(chosen["plan"], next(iter(plans.targets)))
+        chosen["evenly_spread"] = spread_evenly(
+            chosen["plan"], next(iter(plans.targets)), editable_layers(plans.teacher.config)
+        )
     measured = _rows(plans, list(chosen.values()), batches, questions, progress)
     return {
         name: {"pattern": letters, "kv_budget": kv_share(cached, letters), **row}

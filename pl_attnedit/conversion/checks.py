@@ -20,7 +20,8 @@ from pl_attnedit.distillation.settings import check_precision, frozen_dtype, par
 from pl_attnedit.distillation.stage1 import check_trained_layers
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling import EditPlan
-from pl_attnedit.teachers import family_of
+from pl_attnedit.modeling.edit import build_plan
+from pl_attnedit.teachers import attention_spec, check_teacher_config
 from pl_attnedit.teachers.sources.resolve import teacher_config
 
 
@@ -52,14 +53,14 @@ def check_edits(
 ) -> tuple[PreTrainedConfig, EditPlan]:
     """The teacher's config and the edit plan; `UserError` where they do not fit each other, or the init (if any) them."""
     config = teacher_config(teacher)
-    family = family_of(config)
-    family.check(config)
-    plan = EditPlan.build(config.num_hidden_layers, parse_targets(targets), pattern, layers)
+    check_teacher_config(config)
+    plan = build_plan(config, parse_targets(targets), pattern, layers)
     plan.require_edits()
-    for target in plan.targets.values():
-        target.check(family.attention_spec(config))
+    for index in plan.edited_layers:
+        target, spec = plan.targets[plan.letters[index]], attention_spec(config, index)
+        target.check(spec)
         if init is not None:
-            init_of(target, init).check(target, family.attention_spec(config))
+            init_of(target, init).check(target, spec)
     return config, plan
 
 

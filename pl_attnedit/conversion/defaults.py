@@ -13,9 +13,10 @@ from pl_attnedit.attention import target_from_dict
 from pl_attnedit.config_files import read_yaml
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.fidelity.untrained import cached_by_letter
-from pl_attnedit.modeling.kv import kv_context, on_meta
+from pl_attnedit.modeling.kv import held_bytes, kv_context, on_meta
+from pl_attnedit.modeling.plan import FULL
 from pl_attnedit.modeling.ranking import Sensitivity, kv_share, spread_evenly
-from pl_attnedit.teachers import attention_spec
+from pl_attnedit.teachers import attention_spec, editable_layers
 from pl_attnedit.teachers.sources.resolve import teacher_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -51,27 +52,33 @@ def chosen_recipe(teacher: str, target: str, budget: float, context: int | None 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     small = sum(p.numel() for p in model.parameters()) < SMALL
     file = RECIPES[target][0 if accelerator is None else 1 if small else 2]
+    editable = editable_layers(model.config)
     recipe = read_yaml(CONFIGS / f"{file}.yaml", "recipe", "recipe")
     letter: dict[str, Any] = recipe["targets"]["S"]
     if target == "gate_swa":
         cached = cached_by_letter(model, {"S": target_from_dict(letter)}, context)
         plan = Sensitivity({"S": [1.0] * len(cached["S"])}).plan(cached, budget)
-        recipe["pattern"] = spread_evenly(plan, "S")
-        what = (
-            f"window {letter['window']}, {letter['sinks']} first tokens, {plan.count('F')} of {len(plan)} layers full"
-        )
+        recipe["pattern"] = spread_evenly(plan, "S", editable)
+        kept = sum(plan[index] == FULL for index in editable)
+        what = f"window {letter['window']}, {letter['sinks']} first tokens, {kept} of {len(editable)} layers full"
         share = kv_share(cached, recipe["pattern"])
     else:
-        spec = attention_spec(model.config)
-        rope = spec.head_dim // 2
-        rank = int(budget * spec.cached_values_per_token - rope) // RANKS * RANKS
+        spec, held = attention_spec(model.config), held_bytes(model, context)
+        whole, edited = sum(held), sum(held[index] for index in editable)  # the rest stays as it is
+        rope = min(spec.head_dim // 2, 2 * spec.rope_pairs)
+
+        def share_of(rank: int) -> float:
+            return (whole - edited + edited * (rank + rope) / spec.cached_values_per_token) / whole
+
+        for_latents = 1 - (1 - budget) * whole / edited
+        rank = int(round(for_latents * spec.cached_values_per_token, 6) - rope) // RANKS * RANKS
         if rank < RANKS:
-            least = (RANKS + rope) / spec.cached_values_per_token
+            least = share_of(RANKS)
             raise invalid("--budget", budget, f"must be at least {least:.3f} with a rotated width of {rope}")
         letter |= {"kv_lora_rank": rank, "qk_rope_head_dim": rope}
         target_from_dict(letter).check(spec)
-        what = f"latent {rank} + {rope} rotated values in every layer"
-        share = (rank + rope) / spec.cached_values_per_token
+        where = "every layer" if len(editable) == len(held) else f"{len(editable)} of {len(held)} layers"
+        what, share = f"latent {rank} + {rope} rotated values in {where}", share_of(rank)
     recipe |= {"teacher": teacher, "name": f"{_short(teacher)}_{target}_{budget:g}"}
     recipe["data"] = {name: value for name, value in recipe["data"].items() if not name.endswith("source")}
     for lengths in (recipe["data"], *recipe["stage2"].get("phases", [])):

@@ -12,11 +12,11 @@ from pl_attnedit.conversion.recipe import Recipe, StageRecipe
 from pl_attnedit.data import Phase, TextDataModule
 from pl_attnedit.distillation.settings import frozen_dtype, trained_dtype
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.eval.bench.flops import is_mixture, matmul_rate, step_flops
+from pl_attnedit.eval.bench.flops import matmul_rate, mixture_of, step_flops
 from pl_attnedit.eval.bench.memory import StageMemory, Step, init_memory, stage_memory, trained_parameters
 from pl_attnedit.eval.report.formatting import count, duration, percent
+from pl_attnedit.modeling import kv
 from pl_attnedit.modeling.hf import edited_config
-from pl_attnedit.modeling.kv import fill_cache, on_meta
 from pl_attnedit.serving.memory import BLOCK, held_bytes
 
 CONTEXTS = (1024, 8192, 32768)  # tokens; the model's limit is added
@@ -38,10 +38,10 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
         raise invalid("seq_len", data.seq_len, f"must be at most {limit}, the context of the model")
     frozen = frozen_dtype(recipe.trainer.get("precision"), recipe.dtype)
     dtype = trained_dtype(frozen)
-    teacher, student = on_meta(config, frozen), on_meta(edited_config(config, plan), dtype)
+    teacher, student = kv.on_meta(config, frozen), kv.on_meta(edited_config(config, plan), dtype)
     here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     parameters = sum(p.numel() for p in teacher.parameters())
-    mixture = any(is_mixture(layer.mlp) for layer in teacher.model.layers)
+    mixture = any(mixture_of(layer) for layer in teacher.model.layers)
     result: dict[str, Any] = {
         "recipe": recipe.name,
         "teacher": recipe.teacher,
@@ -49,7 +49,7 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
         "pattern": plan.pattern,
         "layers": len(plan.letters),
         "edited_layers": len(plan.edited_layers),
-        "kv": _kv(teacher, on_meta(student.config, frozen), limit),
+        "kv": _kv(teacher, kv.on_meta(student.config, frozen), limit),
         "device_here": _name(here),
         "matmul_flops": matmul_rate(here, torch.bfloat16 if _low(recipe) else dtype),
         "efficiency": MIXTURE_EFFICIENCY if mixture else SMALL_EFFICIENCY if parameters < SMALL else EFFICIENCY,
@@ -92,7 +92,7 @@ def _kv(teacher: Any, student: Any, limit: int) -> list[dict[str, Any]]:
     """Cached bytes of one sequence, by context: in Hugging Face's caches, and in the blocks of vLLM, or why it refuses."""
     rows = []
     for context in sorted({*(c for c in CONTEXTS if c < limit), limit}):
-        found = {"teacher": sum(next(fill_cache(teacher, context))), "student": sum(next(fill_cache(student, context)))}
+        found = {"teacher": sum(kv.held_bytes(teacher, context)), "student": sum(kv.held_bytes(student, context))}
         try:
             vllm: dict[str, Any] = {
                 name: held_bytes(model.config, context, model.dtype.itemsize)

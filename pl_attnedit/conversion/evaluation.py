@@ -14,7 +14,7 @@ from pl_attnedit.eval.harness.paired import EvaluationResult, evaluate_pair
 from pl_attnedit.eval.harness.tasks import OFFLINE_TASKS, build_offline_tasks
 from pl_attnedit.eval.students import load_pair
 from pl_attnedit.modeling.edit import read_config
-from pl_attnedit.modeling.kv import fill_cache, kv_context, on_meta
+from pl_attnedit.modeling.kv import held_bytes, kv_context, on_meta
 from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
 from pl_attnedit.teachers.sources.resolve import teacher_config, teacher_fingerprint
 
@@ -41,8 +41,8 @@ def measure_cache(recipe: Recipe, folder: Path) -> dict[str, Any]:
     context = kv_context(student)
     return {
         "kv_context": context,
-        "kv_bytes_per_token_teacher": sum(next(fill_cache(teacher, context))) / context,
-        "kv_bytes_per_token_student": sum(next(fill_cache(student, context))) / context,
+        "kv_bytes_per_token_teacher": sum(held_bytes(teacher, context)) / context,
+        "kv_bytes_per_token_student": sum(held_bytes(student, context)) / context,
         "pattern": student.edit_plan.pattern,
     }
 

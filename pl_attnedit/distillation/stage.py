@@ -27,7 +27,7 @@ from pl_attnedit.distillation.settings import (
 from pl_attnedit.distillation.validation import ValidatedModule
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, unshare_trunk
-from pl_attnedit.modeling.edit import assemble, check_teacher, initialise, layers_that_need_text
+from pl_attnedit.modeling.edit import assemble, build_plan, check_teacher, initialise, layers_that_need_text
 from pl_attnedit.modeling.trained_on import KEY as TRAINED_ON
 from pl_attnedit.modeling.trained_on import TrainedOn
 from pl_attnedit.modeling.weights import copy_weights, default_dtype
@@ -152,8 +152,7 @@ class DistillationModule(ValidatedModule):
         teacher, self.tokenizer, self.fingerprint = self.find_teacher(self.frozen_dtype)
         teacher.requires_grad_(False)
         check_teacher(teacher)
-        layers = teacher.config.num_hidden_layers
-        plan = EditPlan.build(layers, self.target_configs, hparams["pattern"], hparams["layers"])
+        plan = build_plan(teacher.config, self.target_configs, hparams["pattern"], hparams["layers"])
         plan.require_edits()
         student = assemble(teacher, plan)
         student.requires_grad_(False)

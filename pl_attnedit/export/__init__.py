@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.export import deepseek_v3, gguf_step35, granite_swa, step3p5, step3p7
+from pl_attnedit.export.checks import check_family
 from pl_attnedit.files import writing
 from pl_attnedit.modeling import load
 from pl_attnedit.modeling.trained_on import FILE as TRAINED_ON
@@ -44,6 +45,7 @@ def export(student: str | Path, out: str | Path, format: str) -> Path:
     if out.exists():
         raise invalid("out", str(out), "exists already; give a new folder")
     model = load(student)
+    check_family(model, format)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:

@@ -10,6 +10,9 @@ from pl_attnedit.attention import GateSWAConfig, TargetConfig
 from pl_attnedit.errors import UserError
 from pl_attnedit.modeling.plan import FULL, EditPlan
 from pl_attnedit.teachers import EDITED_PREFIX
+from pl_attnedit.teachers.base import windows_of as windows_of_teacher
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 T = TypeVar("T", bound=TargetConfig)
 
@@ -17,6 +20,14 @@ T = TypeVar("T", bound=TargetConfig)
 def teacher_type(student: PreTrainedModel) -> str:
     """The model type of the teacher, e.g. `qwen3`."""
     return student.config.model_type.removeprefix(EDITED_PREFIX)
+
+
+def check_family(student: PreTrainedModel, format: str) -> None:
+    """Raises `UserError` for a student whose blocks are not of the form that the formats have."""
+    kind = teacher_type(student)
+    refuse_unless(kind in FAMILIES, format, "teacher", kind, f"it needs one of {', '.join(FAMILIES)}")
+    own = [window for window in windows_of_teacher(student.config) if window is not None]
+    refuse_unless(not own, format, "sliding_window", own[:1], "it needs a teacher without windows of its own")
 
 
 def plan_of(student: PreTrainedModel) -> EditPlan:

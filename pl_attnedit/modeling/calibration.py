@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import LayerStatistics
+from pl_attnedit.attention.interface import by_keyword, rotation_of
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import attention_spec
 
@@ -28,13 +29,17 @@ def collect_statistics(
     statistics cover distances up to this time; the init extrapolates beyond it.
     """
     statistics: dict[int, LayerStatistics] = {}
-    spec = attention_spec(teacher.config)
+    rotary = getattr(teacher.model, "rotary_emb", None)
 
     def update(index: int, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        call = by_keyword(attention, args, {name: value for name, value in kwargs.items() if name != "hidden_states"})
         if index not in statistics:
-            statistics[index] = LayerStatistics(spec, teacher.model.rotary_emb, hidden_states.shape[1])
-        statistics[index].update(attention, hidden_states, kwargs["position_embeddings"], position_ids)
+            spec = attention_spec(teacher.config, index)
+            first = 1 if position_ids is None else int((position_ids[0] == 1).nonzero()[0])
+            rotation = rotation_of(attention, hidden_states, call, rotary, spec.rope_stride, first)  # type: ignore[arg-type]
+            statistics[index] = LayerStatistics(spec, rotation, hidden_states.shape[1])
+        statistics[index].update(attention, hidden_states, call, position_ids)
 
     hooks = [
         teacher.model.layers[index].self_attn.register_forward_pre_hook(partial(update, index), with_kwargs=True)

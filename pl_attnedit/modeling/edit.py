@@ -10,17 +10,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pl_attnedit.attention import LayerStatistics, Target, TargetConfig, init_of
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling.calibration import CalibrationBatch, collect_statistics
-from pl_attnedit.modeling.hf import EDITED, EditedModelMixin, edited_config
+from pl_attnedit.modeling.hf import EditedModelMixin, edited_classes, edited_config
 from pl_attnedit.modeling.plan import EditPlan
-from pl_attnedit.teachers import family_of
+from pl_attnedit.teachers import EDITED_PREFIX, check_teacher_config, editable_layers, model_class, output_projection
 from pl_attnedit.teachers.sources.checks import check_adapter, reading_config
-
-PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 
 
 def edit_model(
@@ -38,9 +36,10 @@ def edit_model(
     copied: one copy in memory. `unshare_trunk` gives the student its own before the trunk is trained.
 
     Args:
-        teacher: a Hugging Face causal LM of a supported family.
+        teacher: a Hugging Face causal language model.
         targets: one target config, or a mapping of pattern letters to configs.
-        pattern: letters repeated over the layers, F = full layer. Default "S" for MLA, "SSSF" for GateSWA.
+        pattern: letters repeated over the layers, F = full layer. Default "S" for MLA, "SSSF" for GateSWA. Where some layers
+            of the teacher see a window or are no attention, over those that see everything; the others stay as they are.
         layers: explicit indices of the layers to edit instead of a pattern.
         init: "random" as in the paper (`o_proj` inherited), "copy" of the teacher's weights where shapes allow,
             "calibrated": the best fit on the calibration text (for GateSWA, the copy), "plain_svd" (MLA only): a plain
@@ -52,10 +51,20 @@ def edit_model(
         UserError: an argument does not fit the teacher.
     """
     check_teacher(teacher)
-    plan = EditPlan.build(teacher.config.num_hidden_layers, targets, pattern, layers)
+    plan = build_plan(teacher.config, targets, pattern, layers)
     student = assemble(teacher, plan)
     initialise(student, teacher, init, calibration)
     return student
+
+
+def build_plan(
+    config: PreTrainedConfig,
+    targets: TargetConfig | Mapping[str, TargetConfig],
+    pattern: str | None = None,
+    layers: Sequence[int] | None = None,
+) -> EditPlan:
+    """The edit plan for a teacher's config: letters of a pattern are for its full layers, see `editable_layers`."""
+    return EditPlan.build(config.num_hidden_layers, targets, pattern, layers, among=editable_layers(config))
 
 
 def check_teacher(teacher: PreTrainedModel) -> None:
@@ -64,12 +73,13 @@ def check_teacher(teacher: PreTrainedModel) -> None:
         raise invalid("teacher", type(teacher).__name__, "must be a Hugging Face causal LM (a PreTrainedModel)")
     if isinstance(teacher, EditedModelMixin):
         raise UserError(f"teacher of type {type(teacher).__name__}: is a converted model already")
-    family = family_of(teacher.config)
-    family.check(teacher.config)
-    if not isinstance(teacher, family.model_class):
-        raise UserError(f"teacher of type {type(teacher).__name__}: must be a {family.model_class.__name__}")
+    check_teacher_config(teacher.config)
+    family = model_class(teacher.config)
+    if not isinstance(teacher, family):
+        raise UserError(f"teacher of type {type(teacher).__name__}: must be a {family.__name__}")
     for name, module in teacher.model.layers.named_modules():
-        if name.endswith(PROJECTIONS) and (type(module) is not nn.Linear or module.weight.dtype.itemsize < 2):
+        linear = ".self_attn." in name and hasattr(module, "in_features")
+        if linear and (type(module) is not nn.Linear or module.weight.dtype.itemsize < 2):
             weight = getattr(module, "weight", None)
             kind = type(module).__name__ + (f" of {weight.dtype}" if isinstance(weight, torch.Tensor) else "")
             raise UserError(f"teacher: {name} is a {kind}; load the model unquantised, in 16 or 32 bits")
@@ -79,7 +89,7 @@ def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
     """A student that shares the teacher's trunk; the new attention modules hold uninitialised weights."""
     config = edited_config(teacher.config, plan)
     with torch.device("meta"):
-        student = EDITED[teacher.config.model_type][1](config)
+        student: Any = edited_classes(teacher.config.model_type)[1](config)
     for name, module in teacher.model.named_children():
         if name != "layers":
             student.model.register_module(name, module)
@@ -87,12 +97,13 @@ def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
     for index, layer in enumerate(teacher.model.layers):
         # the layer itself is the student's own: Hugging Face's hooks on it would collect twice what both return
         edited, full = student.model.layers[index], plan.target_of(index) is None
+        edited._parameters, edited._buffers = layer._parameters, layer._buffers  # those outside of any part of it
         for name, module in layer.named_children():
             if full or name != "self_attn":
                 edited.register_module(name, module)
         if full:
             continue
-        weight = layer.self_attn.o_proj.weight
+        weight = output_projection(layer.self_attn).weight
         edited.self_attn.to_empty(device=weight.device).to(weight.dtype)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.train(teacher.training)
@@ -149,7 +160,7 @@ def read_config(path: Path, *, stock: bool = False) -> Any:
         raise invalid("path", str(path), "must be the folder of a converted model (it has no config.json)")
     with reading_config("path", str(path)):
         config = AutoConfig.from_pretrained(path)
-    if not stock and config.model_type not in {classes[0].model_type for classes in EDITED.values()}:
+    if not stock and not config.model_type.startswith(EDITED_PREFIX):
         raise invalid("path", str(path), f"holds a model of type {config.model_type!r}, which is not a converted model")
     return config
 

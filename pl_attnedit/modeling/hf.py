@@ -1,12 +1,13 @@
-"""Converted models as Hugging Face models: for each family a config and a model class of its own.
+"""Converted models as Hugging Face models: for each family a config and a model class, made when they are asked for.
 
 `attnedit_llama` is `llama` with a field `attention_edit` (the edit plan) in its config; its model builds the family's own
-model and swaps the attention of the edited layers. Importing this module registers the classes, so that
-`AutoModelForCausalLM.from_pretrained`, `.generate` and `pipeline` work on saved models.
+model and swaps the attention of the edited layers. `edited_classes` makes and registers the classes, as a look-up of such a
+type in transformers does, so that `AutoModelForCausalLM.from_pretrained`, `.generate` and `pipeline` work on saved models.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NoReturn
 
 import transformers
@@ -16,7 +17,9 @@ from pl_attnedit.attention import TARGETS
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling.entry import OwnEntryFile, WithEntryFile
 from pl_attnedit.modeling.plan import EditPlan
-from pl_attnedit.teachers import EDITED_PREFIX, FAMILIES, Family
+from pl_attnedit.teachers import EDITED_PREFIX, model_class
+
+PREFIX, SUFFIX = "Edited", "ForCausalLM"
 
 
 class EditedConfigMixin(OwnEntryFile):
@@ -31,14 +34,15 @@ class EditedConfigMixin(OwnEntryFile):
     def __post_init__(self, **kwargs: Any) -> None:
         outer = kwargs.get("rope_theta")
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        inner = self.rope_parameters["rope_theta"]
-        if outer is not None and outer != inner:
+        inner = (self.rope_parameters or {}).get("rope_theta")
+        if outer is not None and inner is not None and outer != inner:
             raise invalid(
                 "rope_theta", outer, f"config.json also says rope_parameters.rope_theta = {inner}; must agree"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "rope_theta": self.rope_parameters["rope_theta"]}  # type: ignore[misc]
+        theta = (self.rope_parameters or {}).get("rope_theta")  # kinds of layers may have one each
+        return {**super().to_dict(), **({} if theta is None else {"rope_theta": theta})}  # type: ignore[misc]
 
 
 class EditedModelMixin(OwnEntryFile, WithEntryFile):
@@ -63,7 +67,7 @@ class EditedModelMixin(OwnEntryFile, WithEntryFile):
             target = plan.target_of(index)
             assert target is not None
             layer = self.model.layers[index]  # type: ignore[attr-defined]
-            layer.self_attn = TARGETS[target.type](target, config, index)
+            layer.self_attn = TARGETS[target.type].replacing(layer.self_attn, target, config, index)
         self.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)  # type: ignore[attr-defined]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -85,45 +89,53 @@ def _refuse_attentions(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         raise UserError("output_attentions: edited layers return no attention weights; ask the teacher for them")
 
 
-def _edited_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-    name = "Edited" + family.model_class.__name__.removesuffix("ForCausalLM")
-    config_class = type(
+@cache
+def edited_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """The classes of converted models of a family, e.g. `llama`; `UserError` for what is none."""
+    family = model_class(AutoConfig.for_model(model_type))
+    config_class: Any = family.config_class
+    name = PREFIX + family.__name__.removesuffix(SUFFIX)
+    config: Any = type(
         f"{name}Config",
-        (EditedConfigMixin, family.config_class),
+        (EditedConfigMixin, config_class),
         {
             "__module__": __name__,
-            "__doc__": f"Config of a converted {family.model_type} model; `attention_edit` is its edit plan.",
+            "__doc__": f"Config of a converted {model_type} model; `attention_edit` is its edit plan.",
             "__annotations__": {"attention_edit": dict | None},
             "attention_edit": None,
-            "model_type": EDITED_PREFIX + family.model_type,
+            "model_type": EDITED_PREFIX + model_type,
         },
     )
-    model_class = type(
-        f"{name}ForCausalLM",
-        (EditedModelMixin, family.model_class),
-        {"__module__": __name__, "__doc__": f"A converted {family.model_type} model.", "config_class": config_class},
+    model: Any = type(
+        name + SUFFIX,
+        (EditedModelMixin, family),
+        {"__module__": __name__, "__doc__": f"A converted {model_type} model.", "config_class": config},
     )
-    return config_class, model_class
-
-
-EDITED: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {}
-for _family in FAMILIES.values():
-    EDITED[_family.model_type] = _config, _model = _edited_classes(_family)
-    globals()[_config.__name__], globals()[_model.__name__] = _config, _model  # so that they can be pickled by name
-    AutoConfig.register(_config.model_type, _config)
-    AutoModelForCausalLM.register(_config, _model)
+    globals()[config.__name__], globals()[model.__name__] = config, model  # so that they can be pickled by name
+    AutoConfig.register(config.model_type, config)
+    AutoModelForCausalLM.register(config, model)
     # `transformers serve` takes the class from its module, of which it makes a second one; both are of one type
-    setattr(type(transformers), _model.__name__, _model)
+    setattr(type(transformers), model.__name__, model)
+    return config, model
+
+
+def __getattr__(name: str) -> Any:
+    """`EditedLlamaConfig`, `EditedLlamaForCausalLM` and so on: what entry files of saved models import."""
+    family = name.removeprefix(PREFIX).removesuffix("Config").removesuffix(SUFFIX)
+    found = getattr(transformers, family + SUFFIX, None) if name.startswith(PREFIX) else None
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return edited_classes(found.config_class.model_type)[0 if name.endswith("Config") else 1]
 
 
 def edited_config(teacher_config: PreTrainedConfig, plan: EditPlan) -> PreTrainedConfig:
     """The converted model's config: all of the teacher's fields and the edit plan."""
     fields = teacher_config.to_dict()
-    if teacher_config.model_type not in EDITED:
-        raise UserError(f"teacher model type {teacher_config.model_type!r}: is already converted or unknown")
+    if teacher_config.model_type.startswith(EDITED_PREFIX):
+        raise UserError(f"teacher model type {teacher_config.model_type!r}: is already converted")
     for name in ("model_type", "architectures", "transformers_version", "auto_map"):
         fields.pop(name, None)
-    config_class, _ = EDITED[teacher_config.model_type]
+    config_class, _ = edited_classes(teacher_config.model_type)
     config = config_class(**{**fields, "attention_edit": plan.to_dict()})
     config._attn_implementation = teacher_config._attn_implementation
     return config

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pl_attnedit.attention import Target
-from pl_attnedit.teachers import attention_spec
+from pl_attnedit.teachers import layer_specs
 
 DEFAULT_CONTEXT = 32768  # tokens, where none is stated
 
@@ -27,17 +30,23 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def _storages(layer: Any) -> dict[int, int]:
-    tensors = [v for v in vars(layer).values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    held = [each for v in vars(layer).values() for each in (v.values() if isinstance(v, dict) else [v])]
+    tensors = [v for v in held if isinstance(v, torch.Tensor) and v.is_floating_point()]
     return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def promised_bytes(model: PreTrainedModel, context: int) -> list[int]:
-    """Bytes that each layer should cache for one sequence of `context` tokens, by its formula and the dtype."""
-    full = attention_spec(model.config).cached_values_per_token
-    values = [
-        layer.self_attn.cached_values_per_token(context) if isinstance(layer.self_attn, Target) else full
-        for layer in model.model.layers
-    ]
+    """Bytes that each layer should cache for one sequence of `context` tokens, by its formula and the dtype; 0 for layers
+    without attention, whose states do not grow.
+    """
+    values = []
+    for layer, spec in zip(model.model.layers, layer_specs(model.config), strict=True):
+        attention = getattr(layer, "self_attn", None)
+        if isinstance(attention, Target):
+            values.append(attention.cached_values_per_token(context))
+        else:
+            kept = 0 if spec is None else context if spec.window is None else min(context, spec.window - 1)
+            values.append(0 if spec is None else spec.cached_values_per_token * kept / context)
     return [round(per_token * context) * model.dtype.itemsize for per_token in values]
 
 
@@ -45,8 +54,8 @@ def promised_bytes(model: PreTrainedModel, context: int) -> list[int]:
 def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator[list[int]]:
     """Real bytes of each layer, right after a prefill of `context` tokens and after each of `steps` decoded ones.
 
-    Each attention module runs its forward on random input, with the model's own cache. Attention scores are skipped: they
-    never reach a cache and take almost all of the time. On the meta device (`on_meta`) this is exact and instant at any
+    Each layer runs its attention, or what it has instead, on random input, with the model's own cache. Scores are skipped:
+    they never reach a cache and take almost all of the time. On the meta device (`on_meta`) this is exact and instant at any
     context. MLPs do not run, since a mixture of experts cannot route tokens without content.
     """
     cache = DynamicCache(config=model.config)
@@ -54,14 +63,47 @@ def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator
     for tokens in (context, *([1] * steps)):
         hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
         positions = torch.arange(past, past + tokens, device=model.device)[None]
-        rotation = model.model.rotary_emb(hidden, positions)
+        call = {"position_embeddings": _rotation(model.model, hidden, positions), "position_ids": positions}
         with WithoutScores():
             for layer in model.model.layers:
-                layer.self_attn(
-                    hidden_states=hidden, position_embeddings=rotation, attention_mask=None, past_key_values=cache
-                )
+                few = slice(None) if hasattr(layer, "self_attn") else slice(64)  # the states of others do not grow
+                _run_until_cached(layer, hidden[:, few], cache, call)
         past += tokens
         yield layer_bytes(cache)
+
+
+def held_bytes(model: PreTrainedModel, context: int) -> list[int]:
+    """Real bytes of each layer when a text that is continued has `context` tokens. Right after a prefill Hugging Face's own
+    window layers still hold all of it."""
+    *_, last = fill_cache(model, max(context - 1, 1), steps=min(context - 1, 1))
+    return last
+
+
+class _Cached(Exception):
+    pass
+
+
+def _run_until_cached(layer: nn.Module, hidden: torch.Tensor, cache: Cache, call: dict[str, Any]) -> None:
+    """Runs a layer until that part of it has run which is given the cache."""
+
+    def stop(part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if any(value is cache for value in kwargs.values()):
+            raise _Cached
+
+    hooks = [part.register_forward_hook(stop, with_kwargs=True) for part in layer.children()]
+    try:
+        with suppress(_Cached):
+            layer(hidden, attention_mask=None, past_key_values=cache, **call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rotation(decoder: Any, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+    """cos and sin; which layer's does not matter here."""
+    if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters:
+        return decoder.rotary_emb(hidden, positions, decoder.config.layer_types[0])
+    return decoder.rotary_emb(hidden, positions)
 
 
 class WithoutScores(TorchFunctionMode):

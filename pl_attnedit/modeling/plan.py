@@ -35,10 +35,13 @@ class EditPlan:
         targets: TargetConfig | Mapping[str, TargetConfig],
         pattern: str | None = None,
         layers: Sequence[int] | None = None,
+        among: Sequence[int] | None = None,
     ) -> EditPlan:
         """From a pattern that repeats over the layers, or from explicit indices of the layers to edit.
 
-        One config alone is the letter S. `layers` needs exactly one target; every other layer stays full.
+        One config alone is the letter S. `layers` needs exactly one target; every other layer stays full. `among`: the
+        layers that a pattern's letters are for, the others are F; None = all. A pattern of as many letters as there are
+        layers names each.
         """
         if isinstance(targets, TargetConfig):
             targets = {"S": targets}
@@ -70,7 +73,11 @@ class EditPlan:
         if not isinstance(pattern, str) or not pattern:
             raise invalid("pattern", pattern, "must be letters such as 'SSSF'")
         cls(pattern, targets)  # checks all its letters
-        return cls((pattern * num_layers)[:num_layers], dict(targets))
+        among = range(num_layers) if among is None or len(pattern) == num_layers else among
+        letters = [FULL] * num_layers
+        for place, index in enumerate(among):
+            letters[index] = pattern[place % len(pattern)]
+        return cls("".join(letters), dict(targets))
 
     @property
     def edited_layers(self) -> list[int]:

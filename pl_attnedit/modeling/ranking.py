@@ -54,8 +54,9 @@ class Sensitivity:
             budget: cached bytes of the whole model, student / teacher.
         """
         indices = range(len(cached[FULL]))
-        letters = [
-            min(cached, key=lambda letter: (cached[letter][index], self._score(letter, index))) for index in indices
+        letters = [  # F where nothing is saved, as in layers that a pattern leaves alone
+            min(cached, key=lambda letter: (cached[letter][index], self._score(letter, index), letter != FULL))
+            for index in indices
         ]
         smallest, full = sum(cached[letter][i] for i, letter in enumerate(letters)), sum(cached[FULL])
         if not smallest <= budget * full or budget > 1:
@@ -88,8 +89,12 @@ def kv_share(cached: Mapping[str, Sequence[int]], letters: str) -> float:
     return sum(cached[letter][index] for index, letter in enumerate(letters)) / sum(cached[FULL])
 
 
-def spread_evenly(letters: str, letter: str) -> str:
-    """As many full layers as in `letters`, evenly spread as in SSSF; the others get `letter`."""
-    layers, full = len(letters), letters.count(FULL)
+def spread_evenly(letters: str, letter: str, among: Sequence[int] | None = None) -> str:
+    """As many full layers as in `letters`, evenly spread as in SSSF; the others get `letter`. Layers that are not in `among`
+    (None = all) stay as they are."""
+    among = range(len(letters)) if among is None else among
+    layers, full, spread = len(among), sum(letters[index] == FULL for index in among), list(letters)
     places = {-(-(k + 1) * layers // full) - 1 for k in range(full)}
-    return "".join(FULL if index in places else letter for index in range(layers))
+    for place, index in enumerate(among):
+        spread[index] = FULL if place in places else letter
+    return "".join(spread)

@@ -19,7 +19,8 @@ def register() -> None:
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
-    from pl_attnedit.modeling.hf import EDITED
+    from pl_attnedit.modeling.hf import edited_classes
+    from pl_attnedit.serving.checks import SERVED
 
     if Version(vllm.__version__).base_version not in SpecifierSet(VERSIONS):
         logging.getLogger("vllm.pl_attnedit").warning(
@@ -28,5 +29,6 @@ def register() -> None:
             vllm.__version__,
         )
         return
-    for _, model in EDITED.values():
+    for family in SERVED:
+        model = edited_classes(family)[1]
         vllm.ModelRegistry.register_model(model.__name__, f"pl_attnedit.serving.models:{model.__name__}")

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 
-from pl_attnedit.attention import TARGETS, GateSWAConfig, MLAConfig
+from pl_attnedit.attention import GateSWAConfig, MLAConfig
 from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.modeling import edited_attention
+from pl_attnedit.modeling.kv import on_meta
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.serving.memory import layers_of
-from pl_attnedit.teachers import attention_spec, family_of
+from pl_attnedit.teachers import EDITED_PREFIX, attention_spec, check_teacher_config
+from pl_attnedit.teachers.base import windows_of
 
+SERVED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")  # families, those of `models.BASES`
 _ATTENTION = re.compile(r"(model\.layers\.(\d+)\.self_attn\.)(.*)")
 # vLLM stacks every weight named q_proj, and every one named gate_proj, into one of its own
 _NAMES = {
@@ -33,15 +37,8 @@ def vllm_name(name: str, plan: EditPlan) -> str:
 
 def attention_weights(config: Any) -> set[str]:
     """Names of all weights of a saved model's edited attention modules."""
-    plan = EditPlan.from_dict(config.attention_edit)
-    names = set()
-    for index in plan.edited_layers:
-        target = plan.target_of(index)
-        assert target is not None
-        with torch.device("meta"):
-            module = TARGETS[target.type](target, config, index)
-        names |= {f"model.layers.{index}.self_attn.{name}" for name in module.state_dict()}
-    return names
+    edited = edited_attention(on_meta(config, torch.float32)).items()
+    return {f"model.layers.{index}.self_attn.{name}" for index, module in edited for name in module.state_dict()}
 
 
 def check_config(config: Any, all_tokens: bool = False) -> None:
@@ -53,11 +50,17 @@ def check_config(config: Any, all_tokens: bool = False) -> None:
     if len(plan.letters) != config.num_hidden_layers:
         raise invalid("attention_edit", plan.letters, f"needs a letter for each of {config.num_hidden_layers} layers")
     layers_of(config)  # refuses what is not served
-    family, spec = family_of(config), attention_spec(config)
-    family.check(config)
-    if spec.o_bias and family.model_type != "llama":
-        raise invalid("attention_bias", True, f"vLLM's {family.model_type} has no bias of o_proj")
-    if family.model_type == "qwen2" and spec.head_dim != config.hidden_size // config.num_attention_heads:
+    family, spec = config.model_type.removeprefix(EDITED_PREFIX), attention_spec(config)
+    if family not in SERVED:
+        raise invalid("teacher model type", family, f"vLLM serves converted models of {', '.join(SERVED)} here")
+    check_teacher_config(config)
+    if any(window is not None for window in windows_of(config)):
+        raise invalid(
+            "sliding_window", config.sliding_window, "vLLM serves converted models of teachers without windows here"
+        )
+    if spec.o_bias and family != "llama":
+        raise invalid("attention_bias", True, f"vLLM's {family} has no bias of o_proj")
+    if family == "qwen2" and spec.head_dim != config.hidden_size // config.num_attention_heads:
         raise invalid("head_dim", spec.head_dim, "vLLM's qwen2 takes hidden_size / num_attention_heads")
     windows = any(isinstance(t, GateSWAConfig) and t.window is not None for t in plan.targets.values())
     if windows and all_tokens:

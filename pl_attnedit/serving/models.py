@@ -17,7 +17,7 @@ from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from pl_attnedit.errors import UserError
-from pl_attnedit.modeling.hf import EDITED
+from pl_attnedit.modeling.hf import edited_classes
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.serving.checks import attention_weights, check_config, vllm_name
 from pl_attnedit.serving.layers import LAYERS
@@ -66,7 +66,7 @@ class EditedForCausalLM:
 
 
 for _family, _base in BASES.items():
-    _name = EDITED[_family][1].__name__
+    _name = edited_classes(_family)[1].__name__
     globals()[_name] = type(
         _name,
         (EditedForCausalLM, _base),

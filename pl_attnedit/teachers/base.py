@@ -1,21 +1,26 @@
-"""Teacher families: the shape of their attention, and which variants can be converted."""
+"""What a teacher's attention looks like, read off its own modules; and which teachers cannot be converted."""
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pl_attnedit.errors import invalid
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.registration import EDITED_PREFIX
 
-apply_rotary = apply_rotary_pos_emb  # the same half-split rotation in every family below
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies; "dynamic" and "longrope" change with the text
+OUTPUTS = ("o_proj", "out_proj", "dense")  # what families call the projection of the attention's output
+FULL_TYPES, WINDOW_TYPES = ("full_attention",), ("sliding_attention",)
 
 _ROPE_NUMBERS = (
     *("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor", "attention_factor"),
@@ -26,7 +31,13 @@ _ROPE_OTHERS = ("rope_type", "type", "truncate", "finetuned")
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Shape of one attention module of a teacher. Widths are in features, `head_dim` per head."""
+    """Shape of one attention module of a teacher. Widths are in features, `head_dim` per head.
+
+    `scaling` is the factor on the scores before the softmax; `window` the tokens that the teacher's own queries see, None =
+    all earlier ones; `softcap` bounds the scores; `own_sinks` are learned ones. The model's cos and sin hold `rope_pairs`
+    frequencies, of which each is found every `rope_stride` entries; 0 = it has none. `plain_heads`: the projections make
+    queries, keys and values, and nothing else, such as a gate.
+    """
 
     hidden_size: int
     num_heads: int
@@ -37,11 +48,13 @@ class AttentionSpec:
     qk_norm: bool
     rms_norm_eps: float
     initializer_range: float
-
-    @property
-    def scaling(self) -> float:
-        """Factor on the scores before the softmax."""
-        return self.head_dim**-0.5
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    own_sinks: bool = False
+    rope_pairs: int = 0
+    rope_stride: int = 1
+    plain_heads: bool = True
 
     @property
     def cached_values_per_token(self) -> int:
@@ -49,52 +62,144 @@ class AttentionSpec:
         return 2 * self.num_kv_heads * self.head_dim
 
 
-@dataclass(frozen=True)
-class Family:
-    """One source family, e.g. Llama: its Hugging Face classes and what its config says about the attention.
+def output_projection(attention: Any) -> nn.Linear:
+    """The linear module behind an attention's heads."""
+    for name in OUTPUTS:
+        if isinstance(found := getattr(attention, name, None), nn.Linear):
+            return found
+    raise UserError(f"teacher: {type(attention).__name__} has no output projection ({', '.join(OUTPUTS)})")
 
-    All families share Hugging Face's module names: `model.layers[i].self_attn` with `q_proj`, `k_proj`, `v_proj`,
-    `o_proj` and, with QK-norm, `q_norm` and `k_norm` on each head before RoPE.
-    """
 
-    config_class: type[PreTrainedConfig]
-    model_class: type[PreTrainedModel]
-    qk_norm: bool
-    qkv_bias: Callable[[Any], bool]
-    o_bias: Callable[[Any], bool]
+def _spec_of(attention: Any, config: Any, window: int | None, rope: tuple[int, int]) -> AttentionSpec:
+    heads = config.num_attention_heads
+    head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads, output = getattr(config, "num_key_value_heads", None) or heads, output_projection(attention)
+    inputs = [m for m in attention.modules() if isinstance(m, nn.Linear) and m is not output]
+    scaling = getattr(attention, "scaling", None)
+    return AttentionSpec(
+        hidden_size=config.hidden_size,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        qkv_bias=any(m.bias is not None for m in inputs),
+        o_bias=output.bias is not None,
+        qk_norm=any("norm" in name for name, _ in attention.named_children()),
+        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+        initializer_range=getattr(config, "initializer_range", 0.02),
+        scaling=scaling if isinstance(scaling, float) else head_dim**-0.5,
+        window=window,
+        softcap=getattr(attention, "attn_logit_softcapping", None),
+        own_sinks=isinstance(getattr(attention, "sinks", None), torch.Tensor),
+        rope_pairs=rope[0],
+        rope_stride=rope[1],
+        plain_heads=sum(m.out_features for m in inputs) == (heads + 2 * kv_heads) * head_dim,
+    )
 
-    @property
-    def model_type(self) -> str:
-        return self.config_class.model_type
 
-    def attention_spec(self, config: PreTrainedConfig) -> AttentionSpec:
-        """The attention's shape according to a config of this family (or of its edited subclass)."""
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return AttentionSpec(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=head_dim,
-            qkv_bias=self.qkv_bias(config),
-            o_bias=self.o_bias(config),
-            qk_norm=self.qk_norm,
-            rms_norm_eps=config.rms_norm_eps,
-            initializer_range=config.initializer_range,
-        )
+def _goes_through_interface(attention: nn.Module | None) -> bool:
+    """Whether an attention module has its scores made by the function that its config names."""
+    if attention is None:
+        return False
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(attention).forward).__code__.co_names
 
-    def check(self, config: PreTrainedConfig) -> None:
-        """Raises `UserError` for a variant of this family that we do not convert."""
-        _check_rope(config.rope_parameters or {})
-        if config._attn_implementation not in (None, "sdpa", "eager"):  # targets run on their masks
-            raise invalid("attn_implementation", config._attn_implementation, "must be sdpa or eager, or left out")
-        layer_types = getattr(config, "layer_types", None) or []
-        if "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None)):
-            raise invalid(
-                "sliding_window",
-                getattr(config, "sliding_window", None),
-                f"layers of this teacher (model type {self.model_type!r}) already see a window; only teachers whose "
-                "layers all see the whole context (None) are converted",
-            )
+
+def _rope_of(model: Any) -> tuple[int, int]:
+    """Frequencies in a decoder's cos and sin, and every how many entries the next one comes."""
+    try:
+        with torch.device("cpu"):
+            rotary = type(model.rotary_emb)(config=model.config)
+            layered = "layer_type" in inspect.signature(rotary.forward).parameters
+            options = {"layer_type": model.config.layer_types[-1]} if layered else {}
+            cos, sin = rotary(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long), **options)
+    except (AttributeError, TypeError, ValueError):  # none, or not of this form
+        return 0, 1
+    turn = torch.atan2(sin, cos).flatten()
+    if torch.equal(turn[0::2], turn[1::2]):
+        return len(turn) // 2, 2
+    halves = torch.equal(*turn.chunk(2))
+    return len(turn) // 2 if halves else len(turn), 1
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """The window of each layer of a teacher with this config, None where it sees all earlier tokens or has no attention."""
+    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or [WINDOW_TYPES[0] if window else FULL_TYPES[0]] * layers
+    return [window if kind in WINDOW_TYPES else None for kind in types]
+
+
+def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The teacher's config of a converted model's, or the config itself."""
+    if not config.model_type.startswith(EDITED_PREFIX):
+        return config
+    fields = config.to_dict()
+    for name in ("attention_edit", "model_type", "architectures", "transformers_version", "auto_map"):
+        fields.pop(name, None)
+    return AutoConfig.for_model(config.model_type.removeprefix(EDITED_PREFIX), **fields)
+
+
+def layer_specs(config: PreTrainedConfig) -> tuple[AttentionSpec | None, ...]:
+    """The attention of each layer in a teacher or converted model with this config, None where a layer has none."""
+    plain = plain_config(config)
+    return _layer_specs(json.dumps({**plain.to_dict(), "model_type": plain.model_type}, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=64)
+def _layer_specs(fields: str) -> tuple[AttentionSpec | None, ...]:
+    config = AutoConfig.for_model(**json.loads(fields))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).model
+    attention = [getattr(layer, "self_attn", None) for layer in model.layers]
+    attention = [module if _goes_through_interface(module) else None for module in attention]
+    windows, rope = windows_of(config), _rope_of(model)
+    return tuple(None if a is None else _spec_of(a, config, w, rope) for a, w in zip(attention, windows, strict=True))
+
+
+def attention_spec(config: PreTrainedConfig, layer_idx: int | None = None) -> AttentionSpec:
+    """The shape of the attention in a layer of a teacher or converted model; of the first full layer where none is given."""
+    specs = layer_specs(config)
+    if layer_idx is not None:
+        found = specs[layer_idx]
+    else:
+        there = [spec for spec in specs if spec is not None]
+        found = next((spec for spec in there if spec.window is None), there[0] if there else None)
+    if found is None:
+        raise invalid("layers", layer_idx, f"layer {layer_idx} of this teacher ({config.model_type}) has no attention")
+    return found
+
+
+def editable_layers(config: PreTrainedConfig) -> list[int]:
+    """The layers that a pattern's letters are for: those that see all earlier tokens, or all with attention if none does."""
+    there = {index: spec for index, spec in enumerate(layer_specs(config)) if spec is not None}
+    return [index for index, spec in there.items() if spec.window is None] or list(there)
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Hugging Face's class of causal language models for a teacher's config; `UserError` where it has none."""
+    model_type = config.model_type.removeprefix(EDITED_PREFIX)
+    config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401  # has no `get`
+    found: Any = AutoModelForCausalLM._model_mapping.get(config_class, None) if config_class else None
+    if found is None or not getattr(found, "__name__", "").endswith("ForCausalLM"):
+        what = "transformers has no decoder for it (a class named ...ForCausalLM) whose attention could be replaced"
+        raise invalid("teacher model type", config.model_type, what)
+    return found
+
+
+def check_teacher_config(config: PreTrainedConfig) -> None:
+    """Raises `UserError` for a teacher that we do not convert, as far as its config says so."""
+    model_class(config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in rope.values() if rope and all(isinstance(v, Mapping) for v in rope.values()) else [rope]:
+        _check_rope(kind)
+    if config._attn_implementation not in (None, "sdpa", "eager"):  # targets run on their masks
+        raise invalid("attn_implementation", config._attn_implementation, "must be sdpa or eager, or left out")
+    try:
+        found = layer_specs(config)
+    except AttributeError as error:
+        reason = f"its model has no model.layers[i].self_attn as decoders have ({error})"
+        raise invalid("teacher model type", config.model_type, reason) from error
+    if not any(found):
+        reason = "none of its layers has a self_attn that goes through transformers' attention interface"
+        raise invalid("teacher model type", config.model_type, reason)
 
 
 def _check_rope(rope: Mapping[str, Any]) -> None:
@@ -102,8 +207,6 @@ def _check_rope(rope: Mapping[str, Any]) -> None:
     if kind not in ROPE_TYPES:
         allowed = f"convertible are {', '.join(ROPE_TYPES)}, whose frequencies do not depend on the length of the text"
         raise invalid("rope_parameters.rope_type", kind, allowed)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise invalid("partial_rotary_factor", rope["partial_rotary_factor"], "only 1.0 is converted")
     for name, value in rope.items():
         if name not in (*_ROPE_NUMBERS, *_ROPE_OTHERS):
             allowed = f"is not read; known are {', '.join(_ROPE_NUMBERS)}"
@@ -111,19 +214,3 @@ def _check_rope(rope: Mapping[str, Any]) -> None:
         optional = value is None and name not in ("rope_theta", "factor")
         if name in _ROPE_NUMBERS and not (optional or (isinstance(value, int | float) and 0 < value < math.inf)):
             raise invalid(f"rope_parameters.{name}", value, "must be a positive number")
-
-
-def project_qkv(
-    attention: nn.Module, hidden_states: torch.Tensor, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys (after QK-norm where the family has one, before RoPE) and values of an attention module.
-
-    hidden_states: (batch, time, hidden). Returns (batch, heads, time, head_dim) and twice (batch, kv_heads, time, head_dim).
-    """
-    heads = (*hidden_states.shape[:-1], -1, head_dim)
-    query = attention.q_proj(hidden_states).view(heads)  # type: ignore[operator]
-    key = attention.k_proj(hidden_states).view(heads)  # type: ignore[operator]
-    value = attention.v_proj(hidden_states).view(heads)  # type: ignore[operator]
-    if hasattr(attention, "q_norm"):
-        query, key = attention.q_norm(query), attention.k_norm(key)  # type: ignore[operator]
-    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -149,7 +149,7 @@ def test_models_that_cannot_be_converted(fails: Callable[..., str], tmp_path: Pa
     (tmp_path / "unknown" / "config.json").write_text(json.dumps({"model_type": "perceptron"}))
     (tmp_path / "none").mkdir()
     assert "encoder-only" in fails("--teacher", tmp_path / "bert")
-    assert "supported families are " in fails("--teacher", tmp_path / "gpt2")
+    assert "transformers has no decoder" in fails("--teacher", tmp_path / "gpt2")
     assert "perceptron" in fails("--teacher", tmp_path / "unknown")
     assert "no config.json" in fails("--teacher", tmp_path / "none")
 

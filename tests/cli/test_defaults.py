@@ -23,12 +23,21 @@ def _no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=True: None)
 
 
-@pytest.mark.parametrize(("target", "budget"), [("gate_swa", 0.25), ("gate_swa", 0.6), ("mla", 0.5)])
+@pytest.mark.parametrize(
+    ("family", "target", "budget"),
+    [
+        ("llama", "gate_swa", 0.25),
+        ("llama", "gate_swa", 0.6),
+        ("llama", "mla", 0.5),
+        ("gemma3_text", "gate_swa", 0.6),  # whose windows stay as they are
+        ("gemma3_text", "mla", 0.6),
+    ],
+)
 def test_the_budget_is_kept(
-    teacher_folder: Make, target: str, budget: float, tmp_path: Path, monkeypatch: Any, capsys: Any
+    teacher_folder: Make, family: str, target: str, budget: float, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    teacher = teacher_folder()
+    teacher = teacher_folder(family)
     given = ["--teacher", teacher, "--target", target, "--budget", str(budget), "--data.batch_size", "3"]
     assert main(["convert", *given, "--dry-run", "--json"]) == 0
     printed = capsys.readouterr()

@@ -205,6 +205,8 @@ REFUSED = {
     "llama.cpp, biases": ("llama", {"mlp_bias": True}, GateSWAConfig(window=4), "S", "gguf", "biases of o_proj or mlp"),
     "llama.cpp, experts": ("qwen3_moe", {}, GateSWAConfig(window=4), "S", "gguf", "qwen3_moe teacher"),
     "family": ("llama", {}, GateSWAConfig(window=4), "S", "step3p7", "dense Qwen3"),
+    "unknown family": ("granite", {}, GateSWAConfig(window=4), "S", "granite_swa", "needs one of llama, mistral"),
+    "teacher's windows": ("mistral, windows", {}, GateSWAConfig(window=4), "SF", "granite_swa", "windows of its own"),
     "sinks": ("qwen3", {}, GateSWAConfig(window=4, sinks=1), "S", "step3p7", "sinks: 0"),
     "learned sink": ("qwen3", {}, GateSWAConfig(4, learned_sink=True), "S", "step3p7", "learned_sink: false"),
     "element gate": ("qwen3", {}, GateSWAConfig(window=4, gate="element"), "S", "step3p7", "gate: head"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -17,7 +19,7 @@ class SinkWindowLayer(DynamicLayer):
     slots are the sinks and the others the last `window - 1` tokens. `get_seq_length` counts the whole text.
     """
 
-    is_sliding = True
+    is_sliding = False  # of Hugging Face's masks it needs those for the whole text
     is_croppable = False
 
     def __init__(self, window: int, sinks: int) -> None:
@@ -26,15 +28,19 @@ class SinkWindowLayer(DynamicLayer):
         self.cumulative_length = 0
         self.columns: torch.Tensor | None = None
         self.update_columns = torch.empty(1, 0, dtype=torch.long)  # the columns of what `update` returned last
+        self.attention_mask: torch.Tensor | None = (
+            None  # the model's, for the next `update`, which families call without it
+        )
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds new tokens and returns all that their queries may see: what was kept, then the new tokens.
 
-        attention_mask: the model's mask (batch, 1, queries, all tokens so far), True = visible; with padding it tells
-        which tokens are real, and so which are the sinks.
+        `attention_mask`, the model's mask (batch, 1, queries, all tokens so far), True = visible, tells with padding which
+        tokens are real, and so which are the sinks.
         """
+        attention_mask, self.attention_mask = self.attention_mask, None
         new = torch.arange(
             self.cumulative_length, self.cumulative_length + key_states.shape[-2], device=key_states.device
         )[None]
@@ -59,7 +65,7 @@ class SinkWindowLayer(DynamicLayer):
             self.keys, self.values, self.columns = keys, values, columns
             return
         first_recent = length - recent
-        if attention_mask is None:
+        if attention_mask is None or not self.sinks:
             slots = torch.arange(self.sinks, device=keys.device)[None]
             sink_columns = columns[:, : self.sinks]
         else:

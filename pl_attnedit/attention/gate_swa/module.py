@@ -1,24 +1,27 @@
 """GateSWA: sliding-window attention with an optional sigmoid gate on its output and sinks that stay visible.
 
-The teacher's projections, QK-norm and RoPE are kept. The gate is computed from the layer-normed input and multiplies the
-attention's output before `o_proj`. Its weight starts at zero, so that it is 1/2 everywhere, and the inherited `o_proj` is
+It is the teacher's own attention module: projections, norms, RoPE and the scale of the scores stay the family's business.
+Only what its queries see, and the gate, are ours. The gate is computed from the attention's input and multiplies the heads'
+output before the output projection. Its weight starts at zero, so that it is 1/2 everywhere, and the inherited projection is
 doubled: a window longer than the text equals the teacher exactly, and the gate has its full gradient.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, positive
-from pl_attnedit.attention.gate_swa.cache import window_layer
+from pl_attnedit.attention.gate_swa.cache import SinkWindowLayer, window_layer
+from pl_attnedit.attention.interface import ask_itself, by_keyword
 from pl_attnedit.attention.kernels.windowed import attend_window
-from pl_attnedit.errors import invalid
-from pl_attnedit.teachers import apply_rotary, project_qkv
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.teachers import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -51,72 +54,106 @@ class GateSWAConfig(TargetConfig):
         if not isinstance(self.learned_sink, bool):
             raise invalid("learned_sink", self.learned_sink, "must be true or false")
 
+    def check(self, spec: AttentionSpec) -> None:
+        if spec.window is None:
+            return
+        if self.window is None or self.window > spec.window:
+            raise invalid("window", self.window, f"must be at most {spec.window}, what this teacher's layer sees")
+        if self.sinks:
+            raise invalid(
+                "sinks", self.sinks, "must be 0 in a layer whose own window hides the first tokens in the teacher"
+            )
+
 
 class GateSWA(Target):
-    """See the module's text. Parameters: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`, `gate_proj`, `sink`."""
+    """See the module's text. Parameters: the family's own, and `gate_proj` and `sink`.
+
+    `GateSWA.replacing` makes a family's attention module one of a class that is both.
+    """
 
     config_class = GateSWAConfig
     functional_gradients = False  # flex_attention does not support torch.func
     target: GateSWAConfig
+    gate_proj: nn.Linear
+    sink: nn.Parameter | None
+    _around: tuple[torch.Tensor, SinkWindowLayer | None] | None
 
-    def __init__(self, target: GateSWAConfig, model_config: PreTrainedConfig, layer_idx: int) -> None:
-        super().__init__(target, model_config, layer_idx)
-        spec = self.spec
-        inner = spec.num_heads * spec.head_dim
-        self.q_proj = nn.Linear(spec.hidden_size, inner, bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(spec.hidden_size, spec.num_kv_heads * spec.head_dim, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(spec.hidden_size, spec.num_kv_heads * spec.head_dim, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(inner, spec.hidden_size, bias=spec.o_bias)
-        if spec.qk_norm:
-            self.q_norm = nn.RMSNorm(spec.head_dim, eps=spec.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(spec.head_dim, eps=spec.rms_norm_eps)
+    @classmethod
+    def replacing(cls, attention: Any, target: TargetConfig, config: PreTrainedConfig, layer_idx: int) -> GateSWA:
+        assert isinstance(target, GateSWAConfig)
+        names = {"gate_proj"} if target.gate != "none" else set()
+        for name in (names | {"sink"}) & {*attention._modules, *attention._parameters}:
+            raise invalid("gate", target.gate, f"{type(attention).__name__} has a {name} of its own; use gate: none")
+        made: Any = attention
+        made.__class__ = _joined(cls, type(attention))  # type: ignore[arg-type]
+        ask_itself(made)
+        made._describe(target, config, layer_idx)
+        spec = made.spec
         if target.gate != "none":
-            gates = spec.num_heads if target.gate == "head" else inner
-            self.gate_proj = nn.Linear(spec.hidden_size, gates, bias=False)
-        self.sink = nn.Parameter(torch.zeros(spec.num_heads)) if target.learned_sink else None
+            gates = spec.num_heads if target.gate == "head" else spec.num_heads * spec.head_dim
+            made.gate_proj = nn.Linear(spec.hidden_size, gates, bias=False)
+        made.sink = nn.Parameter(torch.zeros(spec.num_heads)) if target.learned_sink else None
+        made._around = None
+        return made
 
-    def forward(
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        call = by_keyword(self, args, kwargs)
+        mask, cache, layer = call.get("attention_mask"), call.get("past_key_values"), None
+        call["attention_mask"] = mask = None if mask is None else as_bool_mask(mask)
+        if cache is not None and self.target.window is not None:
+            layer = window_layer(cache, self.layer_idx, self.target.window, self.target.sinks)
+            layer.attention_mask = mask
+        self._around = (hidden_states, layer)  # for `interface`, which the family's forward pass comes to
+        output = super().forward(hidden_states, **call)[0]
+        self._around = None
+        return output, None
+
+    def interface(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        attention_mask = None if attention_mask is None else as_bool_mask(attention_mask)
-        query, key, value = project_qkv(self, hidden_states, self.spec.head_dim)
-        query, key = apply_rotary(query, key, *position_embeddings)
-        columns = None
-        if past_key_values is not None and self.target.window is not None:
-            layer = window_layer(past_key_values, self.layer_idx, self.target.window, self.target.sinks)
-            key, value = past_key_values.update(key, value, self.layer_idx, attention_mask)
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Heads' output (batch, queries, heads, value width), gated; see `pl_attnedit.attention.interface`.
+
+        scaling: factor on the scores; softcap: bounds them; s_aux (heads,): the teacher's own learned sinks.
+        """
+        assert self._around is not None
+        if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1):
+            raise UserError(f"target gate_swa: {type(self).__mro__[3].__name__} makes masks of its own for each head")
+        (hidden_states, layer), columns = self._around, None
+        window, scale = self.target.window, self.spec.scaling if scaling is None else scaling
+        sink = s_aux if self.sink is None else self.sink if s_aux is None else torch.logaddexp(self.sink, s_aux)
+        if layer is not None:
             columns, seen = layer.update_columns, layer.cumulative_length
-        elif past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        window = self.target.window
         whole = columns is None or columns.shape == (1, query.shape[2])  # every key is one of these queries' own tokens
         if whole and attention_mask is None and window is not None and query.shape[2] == key.shape[2] > window:
-            output = attend_window(query, key, value, window, self.target.sinks, self.spec.scaling, self.sink)
+            output = attend_window(query, key, value, window, self.target.sinks, scale, sink, softcap)
         else:
             if columns is None:
                 seen = key.shape[2]
                 columns = torch.arange(seen, device=key.device)[None]
             mask = self.visible(attention_mask, columns, query.shape[2], seen)
-            output = attend(query, key, value, mask, self.spec.scaling, self.sink)
+            output = attend(query, key, value, mask, scale, sink, softcap)
         if self.target.gate != "none":
             gate = torch.sigmoid(self.gate_proj(hidden_states))
             output = (output.unflatten(-1, (gate.shape[-1], -1)) * gate[..., None]).flatten(-2)
-        return self.o_proj(output), None
+        return output.unflatten(-1, (query.shape[1], -1))
 
     def visible(
         self, attention_mask: torch.Tensor | None, columns: torch.Tensor, queries: int, seen: int
     ) -> torch.Tensor | None:
         """Which keys each query sees: (batch or 1, 1, queries, keys), True = visible, or None = plain causal.
 
-        attention_mask: the model's own causal mask (batch, 1, queries, seen) or None. columns: (batch or 1, keys), the
-        place of each key among the `seen` tokens of the text, -1 = empty; places, not positions, measure the window, as
-        in HF. The sinks are the first `sinks` tokens that a query's own mask lets it see: with left padding the first
-        real ones, in packed text the first of its document.
+        attention_mask: the model's own causal mask (batch, 1, queries, the last of the tokens seen) or None. columns: (batch
+        or 1, keys), the place of each key among the `seen` tokens of the text, -1 = empty; places, not positions, measure
+        the window, as in HF. The sinks are the first `sinks` tokens that a query's own mask lets it see: with left padding
+        the first real ones, in packed text the first of its document.
         """
         window, sinks = self.target.window, self.target.sinks
         if window is None:
@@ -128,8 +165,9 @@ class GateSWA(Target):
         if attention_mask is None:
             visible, sink = key_at <= query_at, key_at < sinks
         else:
-            index = key_at.clamp(min=0).expand(attention_mask.shape[0], 1, queries, -1)
-            visible = attention_mask.expand(index.shape[0], 1, queries, -1).gather(-1, index) & (key_at >= 0)
+            place = key_at - (seen - attention_mask.shape[-1])  # masks of a teacher's window begin with the window
+            index = place.clamp(min=0).expand(attention_mask.shape[0], 1, queries, -1)
+            visible = attention_mask.expand(index.shape[0], 1, queries, -1).gather(-1, index) & (place >= 0)
             sink = visible.cumsum(-1) <= sinks
         return visible & (sink | (key_at > query_at - window))  # no (queries, keys) matrix of integers
 
@@ -143,3 +181,8 @@ class GateSWA(Target):
             return super().visible_per_token(seq_len)
         reach = min(self.target.window + self.target.sinks, seq_len)
         return reach - reach * (reach - 1) / (2 * seq_len)
+
+
+@lru_cache(maxsize=64)
+def _joined(cls: type[GateSWA], attention: type[nn.Module]) -> type[GateSWA]:
+    return type(cls.__name__, (cls, attention), {"__module__": cls.__module__, "__doc__": cls.__doc__})

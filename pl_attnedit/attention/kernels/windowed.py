@@ -24,26 +24,34 @@ def attend_window(
     sinks: int,
     scale: float,
     sink_logit: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Query t sees the keys from t - window + 1 to t, and the first `sinks` ones up to t.
 
-    query (batch, heads, time, width), key and value (batch, kv_heads, time, width). sink_logit (heads,) or None: as in
-    `attend`. Returns (batch, time, heads * width).
+    query (batch, heads, time, width), key and value (batch, kv_heads, time, width). sink_logit (heads,) or None and
+    softcap: as in `attend`. Returns (batch, time, heads * width).
     Compiled for a GPU this is flex_attention, which skips invisible blocks. On an NPU it is the fused operator, if there
     are no sinks of either kind. Elsewhere each block of queries attends to its own and the previous block of keys.
     (Uncompiled, flex_attention computes all scores; compiled, an evaluation would compile it for each text length.)
     """
     if _takes_flex(query):
-        output = _flex(query, key, value, window, sinks, scale, sink_logit)
-    elif takes_fused(query) and not sinks and sink_logit is None:
+        output = _flex(query, key, value, window, sinks, scale, sink_logit, softcap)
+    elif takes_fused(query) and not sinks and sink_logit is None and softcap is None:
         output = fused_attention(query, key, value, None, scale, window)
     else:
-        output = blockwise(query, key, value, window, sinks, scale, sink_logit)
+        output = blockwise(query, key, value, window, sinks, scale, sink_logit, softcap)
     return output.transpose(1, 2).flatten(2)
 
 
 def blockwise(
-    query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, sink_logit: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+    sink_logit: Tensor | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Plain PyTorch: (batch, heads, time, width), work and memory linear in time."""
     batch, _, time, _ = query.shape
@@ -64,7 +72,7 @@ def blockwise(
     mask = _visible_in_blocks(blocks, block, window, min(sinks, time), query.device)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
     keys, values = with_last_block_and_sinks(key), with_last_block_and_sinks(value)
-    output = attention(split(query).flatten(0, 1), keys, values, mask, scale, sink_logit)
+    output = attention(split(query).flatten(0, 1), keys, values, mask, scale, sink_logit, softcap)
     return output.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :time]
 
 
@@ -83,16 +91,25 @@ def _takes_flex(query: Tensor) -> bool:
 
 
 def _flex(
-    query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, sink_logit: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+    sink_logit: Tensor | None,
+    softcap: float | None,
 ) -> Tensor:
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     block_mask = _block_mask(query.shape[2], window, sinks, query.device)  # not compiled: a new frame begins behind it,
     if not torch.compiler.is_compiling():  # which is not compiled either where torch.compile has given up
-        return blockwise(query, key, value, window, sinks, scale, sink_logit)
+        return blockwise(query, key, value, window, sinks, scale, sink_logit, softcap)
     # flex_attention takes one dtype, and float32 RoPE makes float32 queries and keys
     query, key, value = to_autocast(query, key, value)
-    options = {"block_mask": block_mask, "scale": scale, "enable_gqa": True}
+    options: dict[str, Any] = {"block_mask": block_mask, "scale": scale, "enable_gqa": True}
+    if softcap is not None:
+        options["score_mod"] = lambda score, *_: softcap * torch.tanh(score / softcap)
     if sink_logit is None:
         return flex_attention(query, key, value, **options)
     output, found = flex_attention(query, key, value, **options, return_aux=AuxRequest(lse=True))

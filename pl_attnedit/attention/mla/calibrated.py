@@ -25,7 +25,7 @@ from pl_attnedit.attention.base import copy_linear
 from pl_attnedit.attention.mla.module import MLA, MLAConfig
 from pl_attnedit.attention.statistics import LayerStatistics
 from pl_attnedit.errors import invalid
-from pl_attnedit.teachers import AttentionSpec
+from pl_attnedit.teachers import AttentionSpec, output_projection
 
 CONSTANT_SHARES = (10.0, 3.0, 1.0, 0.3)  # sizes to try of the constant latent over the norm of all the others
 FIT_RIDGE = 1e-3  # keeps the fit to the sample near the up-projection that the moments give
@@ -60,7 +60,7 @@ def init_calibrated(mla: MLA, source: nn.Module, statistics: LayerStatistics) ->
 
     theta = statistics.frequencies  # (head_dim / 2,) radians per token
     static = mean_rotation(theta, statistics.distance)
-    slots = mla.slot_frequencies(theta)
+    slots = mla.slot_frequencies(statistics.offered)
     drift = mean_rotation(theta[:, None] - slots[None, :], statistics.distance)  # (head_dim / 2, slots)
     slot_of = drift.abs().argmax(1)
     slot_of[drift.abs().amax(1) <= static.abs()] = -1  # no slot turns as this pair does: better without rotation
@@ -88,7 +88,7 @@ def init_calibrated(mla: MLA, source: nn.Module, statistics: LayerStatistics) ->
     mla.kv_b_proj.weight.copy_(torch.cat([nope_up, value_up], dim=1).flatten(0, 1))
     if target.latent_norm:
         mla.get_parameter("kv_a_layernorm.weight").fill_(1.0)
-    copy_linear(mla.o_proj, source.o_proj)  # type: ignore[arg-type]
+    copy_linear(mla.o_proj, output_projection(source))
 
 
 def rope_part(
@@ -153,7 +153,7 @@ def latent_part(
     mean, total = statistics.weighted_xx[:width, -1], statistics.weighted_xx[-1, -1]
     centred = weighted - torch.outer(mean, mean) / total
     metric = output_metric(
-        source.get_parameter("o_proj.weight").to(plain.device).double(),
+        output_projection(source).weight.to(plain.device).double(),
         nope_query,
         value_map,
         plain,
@@ -274,7 +274,7 @@ def mean_rotation(frequency: torch.Tensor, distance: torch.Tensor) -> torch.Tens
 
 
 def to_complex(maps: torch.Tensor) -> torch.Tensor:
-    """(heads, head_dim, width) in HF's half-split layout as (heads, head_dim / 2, width), one complex row per RoPE pair."""
+    """(heads, head_dim, width), entries that turn with each other in halves, as (heads, head_dim / 2, width), complex."""
     real, imaginary = maps.chunk(2, dim=1)
     return torch.complex(real, imaginary)
 

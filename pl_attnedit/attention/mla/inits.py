@@ -10,6 +10,7 @@ from pl_attnedit.attention.base import Init, copy_linear, init_linear
 from pl_attnedit.attention.mla.calibrated import check_calibrated, init_calibrated
 from pl_attnedit.attention.mla.module import MLA
 from pl_attnedit.attention.mla.plain_svd import check_plain_svd, init_plain_svd
+from pl_attnedit.teachers import output_projection
 
 
 def init_random(mla: MLA, source: Any, statistics: None = None) -> None:
@@ -19,7 +20,7 @@ def init_random(mla: MLA, source: Any, statistics: None = None) -> None:
             init_linear(module, mla.spec.initializer_range)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
-    copy_linear(mla.o_proj, source.o_proj)
+    copy_linear(mla.o_proj, output_projection(source))
 
 
 INITS = {

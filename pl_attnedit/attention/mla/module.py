@@ -68,10 +68,25 @@ class MLAConfig(TargetConfig):
     def check(self, spec: AttentionSpec) -> None:
         if self.kv_lora_rank > spec.hidden_size:
             raise invalid("kv_lora_rank", self.kv_lora_rank, f"must be at most the hidden size {spec.hidden_size}")
-        if self.qk_rope_head_dim > spec.head_dim:
-            raise invalid(
-                "qk_rope_head_dim", self.qk_rope_head_dim, f"must be at most the teacher's head dim {spec.head_dim}"
+        if not spec.rope_pairs:
+            raise UserError(
+                "target mla: this teacher's layers get no cos and sin of a RoPE, from which it takes its own"
             )
+        if self.qk_rope_head_dim > 2 * spec.rope_pairs:
+            limit = f"must be at most the teacher's head dim {spec.head_dim}"
+            if 2 * spec.rope_pairs != spec.head_dim:
+                limit = f"must be at most {2 * spec.rope_pairs}, of which the teacher turns heads"
+            raise invalid("qk_rope_head_dim", self.qk_rope_head_dim, limit)
+        for there, what in (
+            (spec.softcap, "bounds its scores (softcap)"),
+            (spec.own_sinks, "has learned sinks in its softmax"),
+            (not spec.plain_heads, "makes more than queries, keys and values (a gate of its own)"),
+            (spec.window, f"sees a window of {spec.window} tokens"),
+        ):
+            if there:
+                raise UserError(
+                    f"target mla: this teacher's attention {what}, which mla does not; gate_swa can replace it"
+                )
         if self.q_lora_rank is not None and self.q_lora_rank > spec.hidden_size:
             raise invalid("q_lora_rank", self.q_lora_rank, f"must be at most the hidden size {spec.hidden_size}")
         inner = spec.num_heads * spec.head_dim
@@ -144,7 +159,8 @@ class MLA(Target):
         return query[..., : self.nope_dim], query[..., self.nope_dim :]
 
     def frequency_index(self, device: torch.device | None = None) -> torch.Tensor:
-        """Which of the teacher's head_dim / 2 frequencies the rope / 2 pairs of the RoPE key have.
+        """Which of the teacher's frequencies the rope / 2 pairs of the RoPE key have: of head_dim / 2, or fewer where the
+        teacher turns only a part of heads.
 
         "high" gives the plain frequencies of a model of this RoPE width with base theta^(rope / head_dim), "spread" those
         with base theta where the width divides the head dim. "graded" skips `skipped` frequencies in all; how many
@@ -153,23 +169,27 @@ class MLA(Target):
         pairs = self.rope_dim // 2
         index = torch.arange(pairs, device=device)
         if self.target.rope_frequencies == "spread":
-            return index * self.spec.head_dim // self.rope_dim
+            return index * 2 * self.spec.rope_pairs // self.rope_dim
         last = max(pairs - 1, 1) ** 5
         return index + (2 * self.skipped * index**5 + last) // (2 * last)  # integers: the same on every device
 
     def _frequencies_to_skip(self, config: Any) -> int:
         """As many as bring the slowest pair to half a turn within the teacher's context."""
-        half, pairs = self.spec.head_dim // 2, self.rope_dim // 2
+        half, pairs = self.spec.rope_pairs, self.rope_dim // 2
         reach = config.max_position_embeddings / math.pi
-        wanted = math.ceil(half * math.log(reach) / math.log(config.rope_parameters["rope_theta"]))
+        rope = config.rope_parameters
+        theta = rope.get("full_attention", rope)["rope_theta"]
+        wanted = math.ceil(half * math.log(reach) / math.log(theta))
         return max(min(wanted, half - 1) - (pairs - 1), 0)
 
     def slot_frequencies(self, theta: torch.Tensor) -> torch.Tensor:
-        """(rope / 2,) of the RoPE key's pairs, out of the teacher's (head_dim / 2,), in radians per token."""
+        """(rope / 2,) of the RoPE key's pairs, out of the teacher's (pairs,), in radians per token."""
         return theta[self.frequency_index(theta.device)]
 
     def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (batch, 1, time, rope / 2) of the RoPE key's pairs out of the teacher's (batch, time, head_dim)."""
+        """cos and sin (batch, 1, time, rope / 2) of the RoPE key's pairs out of the teacher's (batch, time, width)."""
+        if self.spec.rope_stride > 1:
+            cos, sin = cos[..., :: self.spec.rope_stride], sin[..., :: self.spec.rope_stride]
         fastest = self.target.rope_frequencies != "spread" and not self.skipped
         index = slice(self.rope_dim // 2) if fastest else self.frequency_index(cos.device)
         return cos[:, None, :, index], sin[:, None, :, index]

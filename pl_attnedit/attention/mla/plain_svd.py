@@ -14,8 +14,8 @@ from pl_attnedit.attention.base import copy_linear
 from pl_attnedit.attention.mla.calibrated import check_head_dims, low_rank, set_linear
 from pl_attnedit.attention.mla.module import MLA, MLAConfig
 from pl_attnedit.attention.statistics import LayerStatistics
-from pl_attnedit.errors import invalid
-from pl_attnedit.teachers import AttentionSpec
+from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.teachers import AttentionSpec, output_projection
 
 
 def check_plain_svd(config: MLAConfig, spec: AttentionSpec) -> None:
@@ -29,6 +29,9 @@ def check_plain_svd(config: MLAConfig, spec: AttentionSpec) -> None:
 def init_plain_svd(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> None:
     """Sets all weights of `mla` from the teacher's attention `source` and its statistics."""
     spec = mla.spec
+    halves = torch.arange(spec.head_dim, device=statistics.order.device)
+    if not hasattr(source, "k_proj") or not torch.equal(statistics.order, halves) or not statistics.frequencies.all():
+        raise UserError(f"init plain_svd: knows k_proj and a RoPE of Llama's form alone, not {type(source).__name__}'s")
     groups = spec.num_heads // spec.num_kv_heads
     query, key, value = (
         with_bias(getattr(source, name)).unflatten(0, (-1, spec.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
@@ -52,7 +55,7 @@ def init_plain_svd(mla: MLA, source: nn.Module, statistics: LayerStatistics) -> 
     mla.kv_b_proj.weight.copy_(torch.cat([nope_up, value_up], dim=1).flatten(0, 1))
     if mla.target.latent_norm:
         mla.get_parameter("kv_a_layernorm.weight").fill_(1.0)
-    copy_linear(mla.o_proj, source.o_proj)  # type: ignore[arg-type]
+    copy_linear(mla.o_proj, output_projection(source))
 
 
 def with_bias(linear: nn.Linear) -> torch.Tensor:

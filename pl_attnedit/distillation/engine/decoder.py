@@ -6,7 +6,6 @@ No form of a block is repeated here: Hugging Face's own forward passes run, in s
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from pl_attnedit.attention.interface import by_keyword
 from pl_attnedit.errors import UserError
 
 Call = dict[str, Any]  # the keyword arguments of a decoder layer, or of its attention, apart from the hidden states
@@ -32,13 +32,6 @@ def with_parts(module: nn.Module, **parts: nn.Module) -> Any:
     return shell
 
 
-def _keywords(module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> Call:
-    """Keyword arguments of a forward pass; args: those behind the hidden states that were given by place."""
-    if not args:
-        return kwargs
-    return {**dict(zip(list(inspect.signature(module.forward).parameters)[1:], args)), **kwargs}
-
-
 class _Recorder(nn.Module):
     """Replaces a layer and records how it is called. The decoder may read the layer's attributes."""
 
@@ -51,7 +44,7 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer, calls, layers = self._known
-        calls.append((hidden_states, _keywords(layer, args, kwargs)))
+        calls.append((hidden_states, by_keyword(layer, args, kwargs)))
         if len(calls) == layers:
             raise _Enough
         return hidden_states
@@ -66,6 +59,9 @@ def enter_decoder(model: Any, embedded: Tensor, position_ids: Tensor | None) -> 
         type(model).forward(shell, inputs_embeds=embedded, position_ids=position_ids, use_cache=False)
     except _Enough:
         pass
+    except (TypeError, ValueError) as error:
+        what = f"{type(model).__name__} takes more from its layers than hidden states ({error})"
+        raise UserError(f"teacher: {what}, and cannot be trained layer by layer") from error
     return calls[0][0], [call for _, call in calls]
 
 
@@ -116,7 +112,7 @@ class _Tap(nn.Module):
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
-        self._keywords = partial(_keywords, attention)
+        self._keywords = partial(by_keyword, attention)
         self.attend: Callable[[Tensor, Call], Tensor] | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pl_attnedit.attention import GateSWA
 from pl_attnedit.attention.base import as_bool_mask, attend
+from pl_attnedit.attention.interface import heads_of, scored_by
 from pl_attnedit.distillation.engine.decoder import Call, final_norm
 from pl_attnedit.distillation.engine.pairs import Pairs
 from pl_attnedit.errors import UserError
 from pl_attnedit.modeling import edited_attention
-from pl_attnedit.teachers import AttentionSpec, apply_rotary, attention_spec, project_qkv
+from pl_attnedit.teachers import output_projection
 
 TOKENS = 8  # so few that even a model of 30B parameters takes seconds on a CPU, where the weights' way decides
 
@@ -48,11 +50,9 @@ def check_forward(teacher: Any, student: Any) -> None:
             of_pair, left = pair(first[index], second[index], call)
             for role, ours, states in (("teacher", of_pair.output, first), ("student", left, second)):
                 _compare(f"layer {index} of the {role}", share, ours, states[index + 1], states[index])
-            if index in edited_attention(student):
+            if target := edited_attention(student).get(index):
                 attention = teacher.model.layers[index].self_attn
-                ours = _attention(
-                    attention, attention_spec(teacher.config), of_pair.attention_input, of_pair.attention_call
-                )
+                ours = _attention(target, attention, of_pair.attention_input, of_pair.attention_call)
                 _compare(f"the attention of layer {index} of the teacher", share, ours, of_pair.attention_output)
 
         def logits(student: Tensor, teacher: Tensor, student_head: nn.Module, teacher_head: nn.Module) -> None:
@@ -62,12 +62,23 @@ def check_forward(teacher: Any, student: Any) -> None:
         pairs.heads(first[-1], second[-1], logits)
 
 
-def _attention(attention: Any, spec: AttentionSpec, normed: Tensor, call: Call) -> Tensor:
-    """What targets take the teacher's attention for: (batch, time, hidden)."""
-    query, key, value = project_qkv(attention, normed, spec.head_dim)
-    query, key = apply_rotary(query, key, *call["position_embeddings"])
-    mask = call["attention_mask"]
-    return attention.o_proj(attend(query, key, value, None if mask is None else as_bool_mask(mask), spec.scaling))
+def _attention(target: Any, attention: Any, entered: Tensor, call: Call) -> Tensor:
+    """What a target takes the teacher's attention for: (batch, time, hidden)."""
+    ours = isinstance(target, GateSWA)
+    gate = 0.5 if ours and target.target.gate != "none" else 1.0  # as at the start; the projection makes up for it
+
+    def scores(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
+        visible = None if mask is None else as_bool_mask(mask)
+        known = (given.get("s_aux"), given.get("softcap")) if ours else ()
+        output = attend(query, key, value, visible, given.get("scaling") or target.spec.scaling, *known)
+        return gate * output.unflatten(-1, (query.shape[1], -1))
+
+    projection = output_projection(attention)
+    if ours:
+        bias = 0.0 if projection.bias is None else projection.bias
+        return (scored_by(attention, entered, call, scores) - bias) / gate + bias
+    query, key, value, options = heads_of(attention, entered, call)
+    return projection(scores(query, key, value, call["attention_mask"], **options).flatten(2))
 
 
 def _own_forward(model: Any, ids: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -49,13 +49,15 @@ def test_sinks_and_the_last_tokens_are_kept(window: int, sinks: int, chunks: lis
 def test_sinks_of_a_left_padded_row_are_its_first_real_tokens() -> None:
     layer = SinkWindowLayer(window=3, sinks=2)
     mask = torch.tensor([[1] * 8, [0] * 5 + [1] * 3])
-    layer.update(states(0, 8), states(0, 8), causal(mask, 8))
+    layer.attention_mask = causal(mask, 8)
+    layer.update(states(0, 8), states(0, 8))
     assert layer.keys[0, 0, :, 0].tolist() == [0, 1, 6, 7]
     assert layer.columns is not None
     assert layer.columns.tolist() == [[0, 1, 6, 7], [5, -1, 6, 7]]
     for t in range(8, 14):
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-        layer.update(states(t, 1), states(t, 1), causal(mask, 1))
+        layer.attention_mask = causal(mask, 1)
+        layer.update(states(t, 1), states(t, 1))
     assert layer.columns.tolist() == [[0, 1, 12, 13], [5, 6, 12, 13]]
     assert layer.keys[1, 0, :, 0].tolist() == [5, 6, 12, 13]
 
@@ -63,7 +65,8 @@ def test_sinks_of_a_left_padded_row_are_its_first_real_tokens() -> None:
 def test_rows_can_be_reordered_repeated_and_selected() -> None:
     layer = SinkWindowLayer(window=3, sinks=2)
     mask = torch.tensor([[1] * 8, [0] * 5 + [1] * 3])
-    layer.update(states(0, 8), states(0, 8), causal(mask, 8))
+    layer.attention_mask = causal(mask, 8)
+    layer.update(states(0, 8), states(0, 8))
     layer.reorder_cache(torch.tensor([1, 0]))
     assert layer.columns is not None
     assert layer.columns[:, 0].tolist() == [5, 0]

@@ -58,25 +58,14 @@ def test_no_training_begins_on_another_forward_pass(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_attention_that_does_more(make_teacher: Make, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """Granite's factor on the scores, and a rotation of neighbours as in ERNIE 4.5."""
+@pytest.mark.parametrize("target", [WINDOW, MLAConfig(kv_lora_rank=8, qk_rope_head_dim=4)], ids=["gate_swa", "mla"])
+def test_an_attention_that_does_more(make_teacher: Make, target: Any, dtype: torch.dtype) -> None:
+    """Than its scores and its projection of the output."""
     teacher = make_teacher("llama").to(dtype)
-    student = edit_model(teacher, WINDOW, pattern="FFSF")
+    student = edit_model(teacher, target, pattern="FFSF", init="random")
     check_forward(teacher, student)
-    teacher.model.layers[2].self_attn.scaling *= 1.5
+    teacher.model.layers[2].self_attn.register_forward_hook(lambda _, __, output: (output[0] * 1.5, None))
     with pytest.raises(UserError, match=r"the attention of layer 2 of the teacher: .* off by"):
-        check_forward(teacher, student)
-    teacher.model.layers[2].self_attn.scaling /= 1.5
-
-    def turned(x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-
-    def neighbours(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **_: Any) -> Any:
-        cos, sin = (each[..., : each.shape[-1] // 2].repeat_interleave(2, -1)[:, None] for each in (cos, sin))
-        return tuple(x * cos + turned(x) * sin for x in (query, key))
-
-    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", neighbours)
-    with pytest.raises(UserError, match="the attention of layer 2 of the teacher"):
         check_forward(teacher, student)
 
 

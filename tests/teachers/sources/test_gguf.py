@@ -234,7 +234,7 @@ def test_a_conversion_belongs_to_what_made_it(
         patch.setattr(gguf_file, "CONVERTER", 0)
         made.append(resolve_teacher(str(file)))
     with monkeypatch.context() as patch:
-        patch.setattr("transformers.__version__", "0")
+        patch.setattr(gguf_file.transformers, "__version__", "0")
         made.append(resolve_teacher(str(file)))
     with monkeypatch.context() as patch:
         patch.setattr(gguf_file.metadata, "version", lambda package: "0")

@@ -1,0 +1,177 @@
+"""Any family's attention through transformers' attention interface.
+
+A family's attention module makes queries, keys and values in its own way (fused projections, norms, any RoPE or none), hands
+them to a function that its config names, and projects what that returns. Here is such a function, `NAME`; it asks the module
+itself, by its method `interface`. So scores can be made in another way, or looked at, in any family.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from pl_attnedit.errors import UserError
+
+NAME = "attnedit"
+
+
+def _ask_module(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    return module.interface(query, key, value, attention_mask, **options), None
+
+
+AttentionInterface.register(NAME, _ask_module)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def by_keyword(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a forward pass; args: those behind the hidden states that were given by place."""
+    if not args:
+        return kwargs
+    return {**dict(zip(list(inspect.signature(module.forward).parameters)[1:], args)), **kwargs}
+
+
+def ask_itself(attention: Any) -> None:
+    """Makes an attention module ask its own `interface`; other modules with its config do as before."""
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = NAME
+
+
+def with_interface(attention: nn.Module, interface: Callable[..., Tensor]) -> Any:
+    """A shallow copy of an attention module, with its weights, that has its scores made by another function.
+
+    interface: gets queries (batch, heads, queries, width), keys and values (batch, kv_heads, keys, width), the mask and, as
+    keywords, what the family adds: `scaling`, `softcap`, `s_aux` ... Returns (batch, queries, heads, value width).
+    """
+    shell: Any = copy.copy(attention)
+    shell.__dict__["interface"] = interface
+    ask_itself(shell)
+    return shell
+
+
+class Heads(NamedTuple):
+    """What an attention module hands to the interface."""
+
+    query: Tensor  # (batch, heads, queries, width)
+    key: Tensor  # (batch, kv_heads, keys, width)
+    value: Tensor
+    options: dict[str, Any]
+
+
+class _Seen(Exception):
+    pass
+
+
+def heads_of(attention: nn.Module, hidden_states: Tensor, call: dict[str, Any]) -> Heads:
+    """Queries, keys and values as the scores see them, of a teacher's attention that is called with `call`."""
+    seen: list[Heads] = []
+
+    def look(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Tensor:
+        seen.append(Heads(query, key, value, options))
+        raise _Seen
+
+    with suppress(_Seen):
+        with_interface(attention, look).forward(hidden_states=hidden_states, **call)  # not its hooks
+    return seen[0]
+
+
+def scored_by(
+    attention: nn.Module, hidden_states: Tensor, call: dict[str, Any], interface: Callable[..., Tensor]
+) -> Tensor:
+    """The output (batch, time, hidden) of an attention whose scores are made by another function."""
+    return with_interface(attention, interface).forward(hidden_states=hidden_states, **call)[0]
+
+
+def not_turned(call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an attention with a RoPE that turns nothing."""
+    cos, sin = call["position_embeddings"]
+    return {**call, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+
+
+class Rotation(NamedTuple):
+    """What a layer's RoPE does to the entries of a head, read off what it makes of known cos and sin.
+
+    order (width,): entries so that the second half is what the first turns with: real and imaginary parts. frequencies
+    (width / 2,) float64: radians per token of each such pair, 0 where it is not turned. offered (pairs,) float64: all
+    frequencies that cos and sin hold. scale: YaRN's factor on scores.
+    """
+
+    order: Tensor
+    frequencies: Tensor
+    offered: Tensor
+    scale: float
+
+
+def rotation_of(
+    attention: nn.Module, hidden_states: Tensor, call: dict[str, Any], rotary: nn.Module, stride: int, second: int = 1
+) -> Rotation:
+    """The RoPE of a layer, in whatever form its family writes it, by what it makes of a few inputs.
+
+    rotary: the model's module that makes cos and sin. stride: `AttentionSpec.rope_stride`. second: a token of the first text
+    that stands at position 1.
+
+    Raises:
+        UserError: entries are not turned in pairs, or something follows the rotation.
+    """
+    cos, sin = call["position_embeddings"]
+    few = slice(0, 64)
+
+    def query(cos: Tensor, sin: Tensor) -> Tensor:
+        given = {**call, "attention_mask": None, "position_embeddings": (cos[:1, few], sin[:1, few])}
+        return heads_of(attention, hidden_states[:1, few], given).query[0].transpose(0, 1).flatten(0, 1).float()
+
+    one, none = torch.ones_like(cos), torch.zeros_like(sin)
+    plain = query(one, none)  # (samples, width)
+
+    def doubled(by: Tensor) -> Tensor:
+        """Which entries of a head are multiplied by the entries of cos that are 2: exact in every dtype."""
+        return (query(by, none).abs().sum(0) / plain.abs().sum(0)).round() == 2
+
+    turned, entry = doubled(2 * one), torch.zeros(plain.shape[-1], dtype=torch.long, device=cos.device)
+    places = torch.arange(cos.shape[-1], device=cos.device)
+    for bit in range(cos.shape[-1].bit_length()):
+        entry += doubled(one + (places >> bit & 1).to(cos.dtype)).long() << bit
+    distance = torch.cdist(plain.T, -query(none, one).T, compute_mode="donot_use_mm_for_euclid_dist")
+    first = turned & (distance.amin(0) < 1e-2 * plain.norm(dim=0))  # -1 times its partner
+    pairs = sorted((int(entry[i]), int(i), int(distance[:, i].argmin())) for i in first.nonzero().flatten())
+    still = (~turned).nonzero().flatten().tolist()
+    order = [i for _, i, _ in pairs] + still[0::2] + [j for _, _, j in pairs] + still[1::2]
+    if sorted(order) != list(range(len(entry))):
+        name = type(attention).__name__
+        raise UserError(f"init calibrated: {name} does more to its queries than turn pairs of them by cos and sin")
+    places = torch.tensor([place for place, _, _ in pairs], dtype=torch.long, device=cos.device)
+    real, imaginary = plain[:, order[: len(pairs)]], plain[:, order[len(order) // 2 :][: len(pairs)]]
+    heads = len(plain) // cos[:1, few].shape[1]
+    by_cos, by_sin = (each[0, few][:, places].repeat_interleave(heads, 0).float() for each in (cos, sin))
+    wanted, found = real * by_cos - imaginary * by_sin, query(cos, sin)
+    found = torch.cat([found[:, order[: len(pairs)]], found[:, still]], dim=-1)
+    off = (found - torch.cat([wanted, plain[:, still]], dim=-1)).norm() / found.norm()
+    if off > 2e-2:  # rounding of 16 bits is less
+        raise UserError(
+            f"init calibrated: what follows the RoPE in {type(attention).__name__} is not known; use init random"
+        )
+    turn = torch.atan2(sin[0, second].double(), cos[0, second].double())[::stride]
+    offered, scale = _exact(rotary, turn, cos)
+    index = [place // stride if stride > 1 else place % len(offered) for place in places.tolist()]
+    frequencies = torch.cat([offered[index], offered.new_zeros(len(still) // 2)])
+    return Rotation(torch.tensor(order, device=cos.device), frequencies, offered, scale)
+
+
+def _exact(rotary: Any, turn: Tensor, cos: Tensor) -> tuple[Tensor, float]:
+    """The frequencies (pairs,) that a rotary module has for what cos and sin say roughly, and its factor on scores. Several
+    kinds of layers may have their own there."""
+    found = {
+        name: b.double() for name, b in rotary.named_buffers() if name.endswith("inv_freq") and "original" not in name
+    }
+    name = min(found, key=lambda name: float((found[name] - turn[: len(found[name])]).abs().sum()))
+    scale = getattr(rotary, name.replace("inv_freq", "attention_scaling"), None)
+    return found[name], float(cos[0, 0, 0] if scale is None else scale) ** 2
