@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pl_attnedit import GateSWAConfig, edit_model
 from pl_attnedit.errors import UserError
 from pl_attnedit.export import export
-from pl_attnedit.export.gguf_step35 import CUTS
+from pl_attnedit.export.gguf_file import CUTS
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])
