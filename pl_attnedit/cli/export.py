@@ -15,7 +15,8 @@ def main(arguments: Sequence[str]) -> int:
         prog="pl-attnedit export",
         description="Write a converted model as a stock checkpoint that needs nothing of ours.",
         epilog="deepseek_v3: MLA in every layer, with latent norm, of a dense teacher without biases and with plain RoPE. "
-        "gguf: model.gguf for llama.cpp, GateSWA of a dense teacher, without sinks of either kind and element gates. "
+        "gguf: model.gguf for llama.cpp; GateSWA of a dense teacher, without sinks of either kind and element gates, or "
+        "what deepseek_v3 takes, without graded frequencies. "
         "granite_swa: GateSWA without gates and kept sinks, learned ones allowed, of a teacher without QK-norm. "
         "step3p5 and step3p7: GateSWA of a dense Qwen3 teacher, without sinks of either kind, for vLLM (text alone) "
         "and for transformers (with an unused vision tower); norms are stored as weight - 1 there, which costs a student "

@@ -49,7 +49,7 @@ def write(student: PreTrainedModel, folder: Path) -> None:
     Raises:
         UserError: for what DeepSeek-V3 cannot express.
     """
-    check(student)
+    check(student, FORMAT)
     config = deepseek_config(student)
     with torch.device("meta"):
         model = DeepseekV3ForCausalLM(config)
@@ -59,33 +59,33 @@ def write(student: PreTrainedModel, folder: Path) -> None:
     _add_fields_of_other_readers(folder / "config.json", config)
 
 
-def check(student: PreTrainedModel) -> None:
+def check(student: PreTrainedModel, format: str) -> None:
     """Raises `UserError` for what DeepSeek-V3 cannot express, with the setting that would allow it."""
     kind, plan = teacher_type(student), plan_of(student)
     if kind == "qwen3_moe":
         raise UserError(
-            f"{FORMAT}: a Qwen3-MoE teacher cannot be expressed: its router takes a softmax over all experts, the top k of "
+            f"{format}: a Qwen3-MoE teacher cannot be expressed: its router takes a softmax over all experts, the top k of "
             "it, renormalised; DeepSeek-V3's takes sigmoids and DeepSeek-V2's does not renormalise. Dense teachers can"
         )
-    targets = targets_of(student, MLAConfig, FORMAT, "every layer must be mla (pattern with one letter)")
+    targets = targets_of(student, MLAConfig, format, "every layer must be mla (pattern with one letter)")
     if len(plan.edited_layers) < len(plan.letters) or len(targets) != 1:
         raise UserError(
-            f"{FORMAT}: pattern {plan.letters} cannot be expressed; every layer must be the same mla target"
+            f"{format}: pattern {plan.letters} cannot be expressed; every layer must be the same mla target"
         )
     [target] = targets.values()
-    refuse_unless(target.latent_norm, FORMAT, "latent_norm", False, "convert with latent_norm: true")
-    plain_rope_theta(student, FORMAT)
+    refuse_unless(target.latent_norm, format, "latent_norm", False, "convert with latent_norm: true")
+    plain_rope_theta(student, format)
     spec = next(iter(edited_attention(student).values())).spec
     refuse_unless(
         target.rope_frequencies != "spread" or spec.head_dim % target.qk_rope_head_dim == 0,
-        FORMAT,
+        format,
         "rope_frequencies",
         "spread",
         f"use 'high' or 'graded', or a qk_rope_head_dim that divides the head dim {spec.head_dim}",
     )
     biased = spec.qkv_bias or spec.o_bias or getattr(student.config, "mlp_bias", False)
     refuse_unless(
-        not biased, FORMAT, "biases of the teacher", kind, "it needs a teacher without biases (Llama, Qwen3 ...)"
+        not biased, format, "biases of the teacher", kind, "it needs a teacher without biases (Llama, Qwen3 ...)"
     )
 
 

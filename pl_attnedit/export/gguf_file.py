@@ -1,7 +1,6 @@
-"""A GateSWA conversion of a dense model as one GGUF file for llama.cpp, whose architecture `step35` it is.
+"""A converted dense model as one GGUF file for llama.cpp: an architecture of its, its tokenizer, and what all have.
 
-QK-norm, gates and biases are optional there, layer by layer. Full layers take half of `rope.dimension_count`. The tokenizer
-goes into the file: byte-level BPE whose cutting of text into words llama.cpp knows by name.
+The tokenizer goes into the file: byte-level BPE whose cutting of text into words llama.cpp knows by name.
 """
 
 from __future__ import annotations
@@ -14,27 +13,18 @@ import gguf
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from pl_attnedit.errors import UserError
-from pl_attnedit.export.checks import (
-    head_gated_windows_of,
-    layer_types_of,
-    plain_rope_theta,
-    refuse_unless,
-    teacher_type,
-)
-from pl_attnedit.teachers import attention_spec
+from pl_attnedit.attention import MLAConfig
+from pl_attnedit.export import gguf_deepseek2, gguf_step35
+from pl_attnedit.export.checks import plan_of, refuse_unless
+from pl_attnedit.export.gguf_step35 import FORMAT
 
-FORMAT = "gguf"
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
-    **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
-    **{f"self_attn.{part}_norm": f"attn_{part}_norm" for part in "qk"},
     "self_attn.o_proj": "attn_output",
-    "self_attn.gate_proj": "attn_gate",
     **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
 }
 # how words are cut, the last part being bytes: the regular expression or the rule -> llama.cpp's name
@@ -45,57 +35,41 @@ CUTS = {"Digits": "smollm", _WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe",
 
 
 def write(student: PreTrainedModel, folder: Path) -> None:
-    """Saves model.gguf into `folder`, in the student's dtype.
+    """Saves model.gguf into `folder`, in the student's dtype: `deepseek2` where a layer is MLA, else `step35`.
 
     Raises:
-        UserError: for what llama.cpp's `step35` cannot express, or a tokenizer that it does not know.
+        UserError: for what that architecture cannot express, or a tokenizer that llama.cpp does not know.
     """
-    config, spec, kind = student.config, attention_spec(student.config), teacher_type(student)
-    if kind == "qwen3_moe":
-        raise UserError(f"{FORMAT}: a {kind} teacher cannot be expressed: its experts are routed in another way")
-    targets = head_gated_windows_of(student, FORMAT)
-    biased = spec.o_bias or getattr(config, "mlp_bias", False)
-    refuse_unless(not biased, FORMAT, "biases of o_proj or mlp", True, "it needs a teacher without them")
-    theta = plain_rope_theta(student, FORMAT)
-    layer_types, window = layer_types_of(student, targets)
-    if window is None:
-        raise UserError(
-            f"{FORMAT}: no layer has a window, which cannot be expressed; convert with window: 512, for example"
-        )
-    writer = gguf.GGUFWriter(folder / "model.gguf", "step35")
+    config, plan = student.config, plan_of(student)
+    refuse_unless(config.hidden_act == "silu", FORMAT, "hidden_act", config.hidden_act, "it needs a teacher with silu")
+    latents = any(isinstance(plan.targets.get(letter), MLAConfig) for letter in plan.letters)
+    architecture = gguf_deepseek2 if latents else gguf_step35
+    writer = gguf.GGUFWriter(folder / "model.gguf", architecture.ARCHITECTURE)
+    weights = architecture.fill(writer, student)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_expert_feed_forward_length(config.intermediate_size)  # asked for, and not used
-    writer.add_head_count(spec.num_heads)
-    writer.add_head_count_kv(spec.num_kv_heads)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(theta)
-    writer.add_float32("step35.rope.freq_base_swa", theta)
-    writer.add_rope_dimension_count(2 * spec.head_dim)
-    writer.add_uint32("step35.rope.dimension_count_swa", spec.head_dim)
-    writer.add_sliding_window(window)
-    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in layer_types])
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, Path(student.name_or_path or "."), config.vocab_size)
-    for name, tensor in {**student.state_dict(), "lm_head.weight": student.lm_head.weight}.items():
-        _add_tensor(writer, _name(name), tensor.detach())
+    names = NAMES | architecture.NAMES
+    for name, tensor in weights.items():
+        _add_tensor(writer, _name(name, names), tensor.detach())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _name(name: str) -> str:
+def _name(name: str, names: dict[str, str]) -> str:
     """llama.cpp's name of a weight."""
     module, _, kind = name.rpartition(".")
     if not module.startswith("model.layers."):
-        return f"{NAMES[module]}.{kind}"
+        return f"{names[module]}.{kind}"
     index, _, rest = module.removeprefix("model.layers.").partition(".")
-    return f"blk.{index}.{NAMES[rest]}.{kind}"
+    return f"blk.{index}.{names[rest]}.{kind}"
 
 
 def _add_tensor(writer: Any, name: str, tensor: torch.Tensor) -> None:

@@ -16,11 +16,12 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pl_attnedit import GateSWAConfig, edit_model
+from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
 from pl_attnedit.errors import UserError
 from pl_attnedit.export import export
 from pl_attnedit.export.gguf_file import CUTS
 
+WINDOWS = GateSWAConfig(window=48)
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])
 
@@ -47,13 +48,16 @@ def exported(student: PreTrainedModel, folder: Path, cut: Any = None) -> gguf.GG
     return gguf.GGUFReader(export(folder / "s", folder / "out", "gguf") / "model.gguf")
 
 
-def student_of(teacher: PreTrainedModel, pattern: str = "SF", **target: Any) -> PreTrainedModel:
+def student_of(teacher: PreTrainedModel, target: Any = WINDOWS, pattern: str = "SF") -> PreTrainedModel:
     torch.manual_seed(1)
-    student = edit_model(teacher, GateSWAConfig(**{"window": 48, **target}), pattern=pattern, init="copy").eval()
+    init = "copy" if isinstance(target, GateSWAConfig) else "random"
+    student = edit_model(teacher, target, pattern=pattern, init=init).eval()
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "self_attn.gate_proj" in name:
                 parameter.normal_(std=0.5)
+            elif "a_layernorm" in name:  # of latents
+                parameter.uniform_(0.5, 2)
     return student
 
 
@@ -79,6 +83,24 @@ def test_fields_and_tensors(dtype: torch.dtype, make_teacher: Callable[..., PreT
     )
     assert np.array_equal(found, student.model.layers[0].self_attn.gate_proj.weight.detach().float().numpy())
     assert tensors["blk.0.attn_q_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+
+
+def test_fields_and_tensors_of_latents(make_teacher: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    target = MLAConfig(12, 4, qk_nope_head_dim=7, v_head_dim=8, q_lora_rank=9)
+    student = student_of(make_teacher("llama", rms_norm_eps=1e-5), target, "S")
+    file = exported(student, tmp_path)
+    fields = {name.removeprefix("deepseek2."): field.contents() for name, field in file.fields.items()}
+    assert fields["leading_dense_block_count"] == fields["block_count"] == 4
+    assert (fields["attention.key_length"], fields["attention.value_length"]) == (12 + 4, 12)
+    assert (fields["attention.key_length_mla"], fields["attention.value_length_mla"]) == (7 + 4, 8)
+    assert (fields["attention.kv_lora_rank"], fields["attention.q_lora_rank"]) == (12, 9)
+    assert fields["rope.freq_base"] == pytest.approx(1e5 ** (4 / 8))
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in file.tensors}
+    attention = student.model.layers[0].self_attn
+    both = torch.cat([tensors["blk.0.attn_k_b.weight"].mT, tensors["blk.0.attn_v_b.weight"]], dim=1)
+    assert torch.equal(both.flatten(0, 1), attention.kv_b_proj.weight)
+    scaled = tensors["blk.0.attn_kv_a_mqa.weight"] / attention.kv_a_proj_with_mqa.weight
+    assert scaled[:, 0].tolist() == [4] * 12 + [1] * 4  # the norm's eps there is the teacher's
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama-bpe", "gpt-2"])
@@ -111,12 +133,26 @@ for prompt in asked["prompts"]:
 json.dump(found, sys.stdout)
 """
 SHAPE = {"head_dim": 32, "hidden_size": 64, "max_position_embeddings": 2048}
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
-    "llama": ("llama", SHAPE, {}, "SSSF"),
-    "llama, no gate": ("llama", SHAPE, {"gate": "none"}, "SSF"),
-    "qwen3": ("qwen3", SHAPE, {}, "SF"),
-    "mistral": ("mistral", SHAPE, {}, "S"),
-    "qwen2, biases": ("qwen2", {"hidden_size": 128, "max_position_embeddings": 2048}, {}, "SSF"),
+CASES: dict[str, tuple[str, dict[str, Any], Any, str]] = {
+    "llama": ("llama", SHAPE, WINDOWS, "SSSF"),
+    "llama, no gate": ("llama", SHAPE, GateSWAConfig(48, gate="none"), "SSF"),
+    "qwen3": ("qwen3", SHAPE, WINDOWS, "SF"),
+    "mistral": ("mistral", SHAPE, WINDOWS, "S"),
+    "qwen2, biases": ("qwen2", {"hidden_size": 128, "max_position_embeddings": 2048}, WINDOWS, "SSF"),
+    "llama, latents": ("llama", {**SHAPE, "rms_norm_eps": 1e-5}, MLAConfig(40, 16), "S"),
+    "qwen3, spread": ("qwen3", SHAPE, MLAConfig(40, 16, rope_frequencies="spread"), "S"),
+    "mistral, low-rank query, own widths": (
+        "mistral",
+        SHAPE,
+        MLAConfig(24, 10, qk_nope_head_dim=7, v_head_dim=16, q_lora_rank=20),
+        "S",
+    ),
+    "512+64": (
+        "qwen3",
+        {**SHAPE, "hidden_size": 512, "head_dim": 64, "initializer_range": 0.05},
+        MLAConfig(512, 64),
+        "S",
+    ),
 }
 
 
@@ -130,7 +166,7 @@ def test_llama_cpp_computes_the_same(
     if python is None:
         pytest.skip("PL_ATTNEDIT_LLAMA_CPP names no Python with llama-cpp-python")
     family, fields, target, pattern = CASES[case]
-    student = student_of(make_teacher(family, **fields), pattern, **target)
+    student = student_of(make_teacher(family, **fields), target, pattern)
     exported(student, tmp_path)
     prompts = [make_ids(1, length, seed=length) for length in (5, 300, 1500)]
     asked = {"path": str(tmp_path / "out" / "model.gguf"), "prompts": [prompt[0].tolist() for prompt in prompts]}
