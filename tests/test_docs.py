@@ -39,7 +39,7 @@ def commands() -> list[str]:
     """What follows `pl-attnedit` in the code of README and docs."""
     found = []
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        text = page.read_text("utf-8")
+        text = page.read_text("utf-8").replace("\\\n", "")  # a command may go over several lines
         found += re.findall(r"^ {4}[^`\n]*?pl-attnedit (.+)$", text, re.MULTILINE)
         found += re.findall(r"`[^`\n]*?pl-attnedit ([^`\n]+)`", text)
     return found
