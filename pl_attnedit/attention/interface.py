@@ -136,32 +136,36 @@ def rotation_of(
         """Which entries of a head are multiplied by the entries of cos that are 2: exact in every dtype."""
         return (query(by, none).abs().sum(0) / plain.abs().sum(0)).round() == 2
 
-    turned, entry = doubled(2 * one), torch.zeros(plain.shape[-1], dtype=torch.long, device=cos.device)
+    entry = torch.zeros(plain.shape[-1], dtype=torch.long, device=cos.device)  # of cos, for each entry of a head
     places = torch.arange(cos.shape[-1], device=cos.device)
     for bit in range(cos.shape[-1].bit_length()):
         entry += doubled(one + (places >> bit & 1).to(cos.dtype)).long() << bit
-    distance = torch.cdist(plain.T, -query(none, one).T, compute_mode="donot_use_mm_for_euclid_dist")
-    first = turned & (distance.amin(0) < 1e-2 * plain.norm(dim=0))  # -1 times its partner
-    pairs = sorted((int(entry[i]), int(i), int(distance[:, i].argmin())) for i in first.nonzero().flatten())
-    still = (~turned).nonzero().flatten().tolist()
+    turn = torch.atan2(sin[0, second].double(), cos[0, second].double())[::stride]
+    offered, scale = _exact(rotary, turn, cos)
+    norm, quarter = plain.norm(dim=0), query(none, one)  # a quarter turn: -1 times the second, then the first of a pair
+    found: dict[tuple[int, int], int] = {}
+    for sign in (-1, 1):  # an entry that is always 0, as real models have them, shows in its partner alone
+        distance = torch.cdist(plain.T, sign * quarter.T, compute_mode="donot_use_mm_for_euclid_dist")
+        for i, j in enumerate(distance.argmin(0).tolist()):
+            if i != j and distance[j, i] < 1e-2 * norm[j]:
+                place = int(entry[i if norm[i] > 0 else j])
+                found[(i, j) if sign < 0 else (j, i)] = place // stride if stride > 1 else place % len(offered)
+    pairs = sorted((place, *pair) for pair, place in found.items())
+    still = sorted(set(range(len(entry))) - {i for pair in found for i in pair})
     order = [i for _, i, _ in pairs] + still[0::2] + [j for _, _, j in pairs] + still[1::2]
     if sorted(order) != list(range(len(entry))):
         name = type(attention).__name__
         raise UserError(f"init calibrated: {name} does more to its queries than turn pairs of them by cos and sin")
-    places = torch.tensor([place for place, _, _ in pairs], dtype=torch.long, device=cos.device)
+    index = torch.tensor([place for place, _, _ in pairs], dtype=torch.long, device=cos.device)
     real, imaginary = plain[:, order[: len(pairs)]], plain[:, order[len(order) // 2 :][: len(pairs)]]
     heads = len(plain) // cos[:1, few].shape[1]
-    by_cos, by_sin = (each[0, few][:, places].repeat_interleave(heads, 0).float() for each in (cos, sin))
-    wanted, found = real * by_cos - imaginary * by_sin, query(cos, sin)
-    found = torch.cat([found[:, order[: len(pairs)]], found[:, still]], dim=-1)
-    off = (found - torch.cat([wanted, plain[:, still]], dim=-1)).norm() / found.norm()
+    by_cos, by_sin = (each[0, few][:, index * stride].repeat_interleave(heads, 0).float() for each in (cos, sin))
+    wanted, seen = torch.cat([real * by_cos - imaginary * by_sin, plain[:, still]], dim=-1), query(cos, sin)
+    off = (seen[:, order[: len(pairs)] + still] - wanted).norm() / seen.norm()
     if off > 2e-2:  # rounding of 16 bits is less
         raise UserError(
             f"init calibrated: what follows the RoPE in {type(attention).__name__} is not known; use init random"
         )
-    turn = torch.atan2(sin[0, second].double(), cos[0, second].double())[::stride]
-    offered, scale = _exact(rotary, turn, cos)
-    index = [place // stride if stride > 1 else place % len(offered) for place in places.tolist()]
     frequencies = torch.cat([offered[index], offered.new_zeros(len(still) // 2)])
     return Rotation(torch.tensor(order, device=cos.device), frequencies, offered, scale)
 
