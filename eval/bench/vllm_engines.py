@@ -128,13 +128,13 @@ async def over_http(command: str, model: str, options: Mapping[str, Any]) -> Asy
                     await asyncio.sleep(0.5)
                 yield OverHTTP(client, port)
         finally:
-            if process.returncode is None:
-                process.terminate()
-                try:
+            try:
+                if process.returncode is None:
+                    process.terminate()
                     await asyncio.wait_for(process.wait(), 60)
-                finally:
-                    with suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)  # the server and its workers
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the server and its workers, which may outlive it
 
 
 async def _get(port: int, path: str) -> tuple[int, str]:
