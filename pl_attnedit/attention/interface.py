@@ -97,6 +97,11 @@ def not_turned(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """The device for float64 and linear algebra: the model's, or the CPU for NPUs, which have neither."""
+    return torch.device("cpu") if device.type == "npu" else device
+
+
 class Rotation(NamedTuple):
     """What a layer's RoPE does to the entries of a head, read off what it makes of known cos and sin.
 
@@ -140,7 +145,8 @@ def rotation_of(
     places = torch.arange(cos.shape[-1], device=cos.device)
     for bit in range(cos.shape[-1].bit_length()):
         entry += doubled(one + (places >> bit & 1).to(cos.dtype)).long() << bit
-    turn = torch.atan2(sin[0, second].double(), cos[0, second].double())[::stride]
+    exact = exact_device(cos.device)
+    turn = torch.atan2(*(each[0, second].to(exact).double() for each in (sin, cos)))[::stride]
     offered, scale = _exact(rotary, turn, cos)
     norm, quarter = plain.norm(dim=0), query(none, one)  # a quarter turn: -1 times the second, then the first of a pair
     found: dict[tuple[int, int], int] = {}
@@ -166,16 +172,15 @@ def rotation_of(
         raise UserError(
             f"init calibrated: what follows the RoPE in {type(attention).__name__} is not known; use init random"
         )
-    frequencies = torch.cat([offered[index], offered.new_zeros(len(still) // 2)])
+    frequencies = torch.cat([offered[index.to(exact)], offered.new_zeros(len(still) // 2)])
     return Rotation(torch.tensor(order, device=cos.device), frequencies, offered, scale)
 
 
 def _exact(rotary: Any, turn: Tensor, cos: Tensor) -> tuple[Tensor, float]:
     """The frequencies (pairs,) that a rotary module has for what cos and sin say roughly, and its factor on scores. Several
     kinds of layers may have their own there."""
-    found = {
-        name: b.double() for name, b in rotary.named_buffers() if name.endswith("inv_freq") and "original" not in name
-    }
+    buffers = {name: b for name, b in rotary.named_buffers() if name.endswith("inv_freq") and "original" not in name}
+    found = {name: buffer.to(turn.device).double() for name, buffer in buffers.items()}
     name = min(found, key=lambda name: float((found[name] - turn[: len(found[name])]).abs().sum()))
     scale = getattr(rotary, name.replace("inv_freq", "attention_scaling"), None)
     return found[name], float(cos[0, 0, 0] if scale is None else scale) ** 2

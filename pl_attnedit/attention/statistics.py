@@ -11,17 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pl_attnedit.attention.interface import Rotation, heads_of, not_turned
+from pl_attnedit.attention.interface import Rotation, exact_device, heads_of, not_turned
 from pl_attnedit.teachers import AttentionSpec
 
 SINK_COLUMNS = 4  # first tokens, left out of the distances: attention to them does not depend on the distance
 WEIGHT_FLOOR = 0.1  # share of the plain mean in the weighted moments, so that no token is ignored
 SAMPLES = 4096  # inputs kept; several times the rank of any latent in use
-
-
-def exact_device(device: torch.device) -> torch.device:
-    """The device for float64 and linear algebra: the model's, or the CPU for NPUs, which have neither."""
-    return torch.device("cpu") if device.type == "npu" else device
 
 
 class LayerStatistics:
@@ -37,7 +32,7 @@ class LayerStatistics:
     def __init__(self, spec: AttentionSpec, rotation: Rotation, context: int) -> None:
         """rotation: the layer's RoPE; context: tokens per calibration sequence."""
         self.spec, self.order = spec, rotation.order
-        exact = exact_device(rotation.frequencies.device)
+        exact = exact_device(rotation.order.device)
         self.frequencies, self.offered = rotation.frequencies.to(exact), rotation.offered.to(exact)
         self.rope_scale = rotation.scale
         device = self.frequencies.device
@@ -53,8 +48,8 @@ class LayerStatistics:
         kv_width = 2 * spec.num_kv_heads * spec.head_dim
         self._plain_xkv, self._weighted_xkv = zeros(width, kv_width), zeros(width, kv_width)
         self._distance = zeros(context)
-        self._sample = torch.zeros(SAMPLES, width, device=rotation.frequencies.device)
-        self._sample_weight = torch.zeros(SAMPLES, device=rotation.frequencies.device)  # attention received
+        self._sample = torch.zeros(SAMPLES, width, device=rotation.order.device)
+        self._sample_weight = torch.zeros(SAMPLES, device=rotation.order.device)  # attention received
         # Reservoir sampling: the tokens with the largest random keys. On the CPU, where the generator is.
         self._sample_key = torch.full((SAMPLES,), -1.0, device="cpu")
         self._random = torch.Generator().manual_seed(0)

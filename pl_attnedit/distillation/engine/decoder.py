@@ -89,7 +89,7 @@ class Head(nn.Module):
         if self.lm_head.bias is not None:
             raise UserError(f"teacher: the head of {type(model).__name__} has a bias, which the loss knows nothing of")
         self._model = (with_parts(model, model=_Given(), lm_head=nn.Identity()),)  # in a tuple: no submodule
-        probe = torch.tensor([[-1e3, -10.0, 0.1, 10.0, 1e3]])
+        probe = torch.linspace(-1e3, 1e3, 5, device=self.lm_head.weight.device)[None]
         self.finish = None if torch.equal(self._finish(probe), probe) else self._finish
 
     @property
