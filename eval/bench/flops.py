@@ -10,7 +10,8 @@ from torch import nn
 
 from pl_attnedit.attention import Target
 from pl_attnedit.eval.bench.timing import median_seconds
-from pl_attnedit.teachers import attention_spec, output_projection
+from pl_attnedit.modeling import edited_attention
+from pl_attnedit.teachers import attention_of, attention_spec, output_projection
 
 
 def linear_flops(module: nn.Module) -> int:
@@ -32,11 +33,6 @@ def router_of(module: Any) -> Any:
 def mixture_of(layer: nn.Module) -> Any:
     """The mixture of experts in a decoder layer, or None."""
     return next((module for module in layer.modules() if is_mixture(module)), None)
-
-
-def attention_of(layer: Any) -> Any:
-    """The attention of a decoder layer; None in a hybrid's layer without one."""
-    return getattr(layer, "self_attn", None)
 
 
 def _mixture_flops(mixture: Any) -> int:
@@ -81,7 +77,7 @@ def step_flops(
     "all"), and none below the first new attention where that alone trains; lm_head of both.
     """
     config = teacher.config
-    edited = [index for index, layer in enumerate(student.model.layers) if isinstance(attention_of(layer), Target)]
+    edited = list(edited_attention(student))
     training = edited if train_layers is None else list(train_layers)
     total = 0.0
     for index, (old, new) in enumerate(zip(teacher.model.layers, student.model.layers, strict=True)):

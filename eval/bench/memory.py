@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pl_attnedit.attention import LayerStatistics, Target
+from pl_attnedit.attention import LayerStatistics
 from pl_attnedit.attention.interface import Rotation
 from pl_attnedit.distillation.engine.decoder import final_norm
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
-from pl_attnedit.eval.bench.flops import attention_of, head_widths, mixture_of, router_of
-from pl_attnedit.modeling.edit import layers_that_need_text
-from pl_attnedit.teachers import attention_spec
+from pl_attnedit.eval.bench.flops import head_widths, mixture_of, router_of
+from pl_attnedit.modeling.edit import edited_attention, layers_that_need_text
+from pl_attnedit.teachers import attention_of, attention_spec
 
 CHUNKS_OF_LOGITS = 4  # both models' log-probabilities, the probabilities and the gradient, float32
 LAYERS_AT_WORK = 3
@@ -74,9 +74,9 @@ def trained_parameters(student: Any, step: Step) -> list[nn.Parameter]:
         return list(student.parameters())
     if step.trained == "layers":
         return [*student.model.layers.parameters(), *final_norm(student.model).parameters()]
-    chosen = range(len(student.model.layers)) if step.train_layers is None else step.train_layers
-    modules = (attention_of(student.model.layers[index]) for index in chosen)
-    return [p for module in modules if isinstance(module, Target) for p in module.parameters()]
+    edited = edited_attention(student)
+    chosen = edited if step.train_layers is None else edited.keys() & set(step.train_layers)
+    return [p for index in sorted(chosen) for p in edited[index].parameters()]
 
 
 def stage_memory(teacher: Any, student: Any, step: Step) -> StageMemory:
@@ -84,7 +84,7 @@ def stage_memory(teacher: Any, student: Any, step: Step) -> StageMemory:
     shards = step.devices if step.sharded else 1
     parameters = trained_parameters(student, step)
     trained = size(parameters)
-    new = [layer.self_attn for layer in student.model.layers if isinstance(attention_of(layer), Target)]
+    new = edited_attention(student).values()
     own = size(student.parameters()) if step.trunk_trains else sum(size(module.parameters()) for module in new)
     return StageMemory(
         weights=(size(teacher.parameters()) + own) / shards,
@@ -106,7 +106,7 @@ def init_memory(teacher: Any, student: Any, init: str, batch: int, seq: int) -> 
     one = LayerStatistics(spec, Rotation(head, pairs, pairs[: spec.rope_pairs], 1.0), seq)
     statistics = len(looking) * size(value for value in vars(one).values() if isinstance(value, torch.Tensor))
     probabilities = 3 * 4 * batch * spec.num_heads // spec.num_kv_heads * seq**2
-    new = sum(size(a.parameters()) for layer in student.model.layers if isinstance(a := attention_of(layer), Target))
+    new = sum(size(attention.parameters()) for attention in edited_attention(student).values())
     return StageMemory(size(teacher.parameters()) + new, 0.0, 0.0, 0.0, float(statistics + probabilities))
 
 
@@ -122,11 +122,10 @@ def _gathered(teacher: Any, student: Any, step: Step, trained: list[nn.Parameter
     def gathered(parameters: Iterable[torch.Tensor]) -> int:  # in the compute dtype, where that is smaller
         return sum(p.numel() * min(p.element_size(), step.itemsize) for p in parameters)
 
-    pairs = zip(teacher.model.layers, student.model.layers, strict=True)
     layers = [
-        gathered(old.parameters()) + gathered((new if step.trunk_trains else new.self_attn).parameters())
-        for old, new in pairs
-        if isinstance(attention_of(new), Target)
+        gathered(teacher.model.layers[index].parameters())
+        + gathered((student.model.layers[index] if step.trunk_trains else attention).parameters())
+        for index, attention in edited_attention(student).items()
     ]
     if step.stage == "stage1":  # the new attention is not resharded, its gradients wait for the backward pass
         return 2 * max(layers) + 2 * gathered(trained)
@@ -140,8 +139,8 @@ def _activations(teacher: Any, student: Any, step: Step) -> float:
     largest = LAYERS_AT_WORK * max(kept)
     if step.stage == "stage1":
         return step.tokens * step.itemsize * largest
-    edited = [index for index, layer in enumerate(student.model.layers) if isinstance(attention_of(layer), Target)]
-    behind = kept if step.trunk_trains else kept[edited[0] :]  # no backward pass below the first edited layer
+    # no backward pass below the first edited layer
+    behind = kept if step.trunk_trains else kept[min(edited_attention(student)) :]
     values = len(behind) * config.hidden_size if step.activation_checkpointing else sum(behind) - max(kept)
     total = step.tokens * step.itemsize * (values + largest)
     if step.feature_weight:  # float32 hidden states of both models

@@ -17,7 +17,14 @@ from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling.calibration import CalibrationBatch, collect_statistics
 from pl_attnedit.modeling.hf import EditedModelMixin, edited_classes, edited_config
 from pl_attnedit.modeling.plan import EditPlan
-from pl_attnedit.teachers import EDITED_PREFIX, check_teacher_config, editable_layers, model_class, output_projection
+from pl_attnedit.teachers import (
+    EDITED_PREFIX,
+    attention_of,
+    check_teacher_config,
+    editable_layers,
+    model_class,
+    output_projection,
+)
 from pl_attnedit.teachers.sources.checks import check_adapter, reading_config
 
 
@@ -138,8 +145,8 @@ def initialise_from(
 
 def edited_attention(student: PreTrainedModel) -> dict[int, Target]:
     """The student's new attention modules by layer index."""
-    attention = {index: getattr(layer, "self_attn", None) for index, layer in enumerate(student.model.layers)}
-    return {index: module for index, module in attention.items() if isinstance(module, Target)}
+    attention = enumerate(map(attention_of, student.model.layers))
+    return {index: module for index, module in attention if isinstance(module, Target)}
 
 
 def unshare_trunk(student: PreTrainedModel) -> None:

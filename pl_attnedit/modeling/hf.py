@@ -18,6 +18,7 @@ from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling.entry import OwnEntryFile, WithEntryFile
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import EDITED_PREFIX, model_class
+from pl_attnedit.teachers.base import fields_of
 
 PREFIX, SUFFIX = "Edited", "ForCausalLM"
 
@@ -130,12 +131,9 @@ def __getattr__(name: str) -> Any:
 
 def edited_config(teacher_config: PreTrainedConfig, plan: EditPlan) -> PreTrainedConfig:
     """The converted model's config: all of the teacher's fields and the edit plan."""
-    fields = teacher_config.to_dict()
     if teacher_config.model_type.startswith(EDITED_PREFIX):
         raise UserError(f"teacher model type {teacher_config.model_type!r}: is already converted")
-    for name in ("model_type", "architectures", "transformers_version", "auto_map"):
-        fields.pop(name, None)
     config_class, _ = edited_classes(teacher_config.model_type)
-    config = config_class(**{**fields, "attention_edit": plan.to_dict()})
+    config = config_class(**{**fields_of(teacher_config), "attention_edit": plan.to_dict()})
     config._attn_implementation = teacher_config._attn_implementation
     return config

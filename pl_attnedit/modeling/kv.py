@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -14,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pl_attnedit.attention import Target
-from pl_attnedit.teachers import layer_specs
+from pl_attnedit.teachers import attention_of, layer_specs
+from pl_attnedit.teachers.base import cos_and_sin
 
 DEFAULT_CONTEXT = 32768  # tokens, where none is stated
 
@@ -41,7 +41,7 @@ def promised_bytes(model: PreTrainedModel, context: int) -> list[int]:
     """
     values = []
     for layer, spec in zip(model.model.layers, layer_specs(model.config), strict=True):
-        attention = getattr(layer, "self_attn", None)
+        attention = attention_of(layer)
         if isinstance(attention, Target):
             values.append(attention.cached_values_per_token(context))
         else:
@@ -63,7 +63,8 @@ def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator
     for tokens in (context, *([1] * steps)):
         hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
         positions = torch.arange(past, past + tokens, device=model.device)[None]
-        call = {"position_embeddings": _rotation(model.model, hidden, positions), "position_ids": positions}
+        rotation = cos_and_sin(model.model.rotary_emb, model.config, hidden, positions)  # whichever layer's
+        call = {"position_embeddings": rotation, "position_ids": positions}
         with WithoutScores():
             for layer in model.model.layers:
                 few = slice(None) if hasattr(layer, "self_attn") else slice(64)  # the states of others do not grow
@@ -97,13 +98,6 @@ def _run_until_cached(layer: nn.Module, hidden: torch.Tensor, cache: Cache, call
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _rotation(decoder: Any, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
-    """cos and sin; which layer's does not matter here."""
-    if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters:
-        return decoder.rotary_emb(hidden, positions, decoder.config.layer_types[0])
-    return decoder.rotary_emb(hidden, positions)
 
 
 class WithoutScores(TorchFunctionMode):

@@ -3,6 +3,7 @@
 from pl_attnedit.registration import EDITED_PREFIX
 from pl_attnedit.teachers.base import (
     AttentionSpec,
+    attention_of,
     attention_spec,
     check_teacher_config,
     editable_layers,
@@ -14,6 +15,7 @@ from pl_attnedit.teachers.base import (
 __all__ = [
     "EDITED_PREFIX",
     "AttentionSpec",
+    "attention_of",
     "attention_spec",
     "check_teacher_config",
     "editable_layers",

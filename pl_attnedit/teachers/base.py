@@ -20,7 +20,7 @@ from pl_attnedit.registration import EDITED_PREFIX
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies; "dynamic" and "longrope" change with the text
 OUTPUTS = ("o_proj", "out_proj", "dense")  # what families call the projection of the attention's output
-FULL_TYPES, WINDOW_TYPES = ("full_attention",), ("sliding_attention",)
+FULL_TYPE, WINDOW_TYPE = "full_attention", "sliding_attention"
 
 _ROPE_NUMBERS = (
     *("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor", "attention_factor"),
@@ -70,6 +70,11 @@ def output_projection(attention: Any) -> nn.Linear:
     raise UserError(f"teacher: {type(attention).__name__} has no output projection ({', '.join(OUTPUTS)})")
 
 
+def attention_of(layer: Any) -> Any:
+    """The attention of a decoder layer; None in a hybrid's layer without one."""
+    return getattr(layer, "self_attn", None)
+
+
 def _spec_of(attention: Any, config: Any, window: int | None, rope: tuple[int, int]) -> AttentionSpec:
     heads = config.num_attention_heads
     head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -103,14 +108,19 @@ def _goes_through_interface(attention: nn.Module | None) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(attention).forward).__code__.co_names
 
 
+def cos_and_sin(rotary: Any, config: Any, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+    """What a decoder's rotary module makes for these positions (batch, time): of its last kind of layers, if each has its
+    own."""
+    layered = "layer_type" in inspect.signature(rotary.forward).parameters
+    return rotary(hidden, positions, **({"layer_type": config.layer_types[-1]} if layered else {}))
+
+
 def _rope_of(model: Any) -> tuple[int, int]:
     """Frequencies in a decoder's cos and sin, and every how many entries the next one comes."""
     try:
         with torch.device("cpu"):
             rotary = type(model.rotary_emb)(config=model.config)
-            layered = "layer_type" in inspect.signature(rotary.forward).parameters
-            options = {"layer_type": model.config.layer_types[-1]} if layered else {}
-            cos, sin = rotary(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long), **options)
+            cos, sin = cos_and_sin(rotary, model.config, torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long))
     except (AttributeError, TypeError, ValueError):  # none, or not of this form
         return 0, 1
     turn = torch.atan2(sin, cos).flatten()
@@ -123,18 +133,21 @@ def _rope_of(model: Any) -> tuple[int, int]:
 def windows_of(config: Any) -> list[int | None]:
     """The window of each layer of a teacher with this config, None where it sees all earlier tokens or has no attention."""
     window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
-    types = getattr(config, "layer_types", None) or [WINDOW_TYPES[0] if window else FULL_TYPES[0]] * layers
-    return [window if kind in WINDOW_TYPES else None for kind in types]
+    types = getattr(config, "layer_types", None) or [WINDOW_TYPE if window else FULL_TYPE] * layers
+    return [window if kind == WINDOW_TYPE else None for kind in types]
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The teacher's config of a converted model's, or the config itself."""
     if not config.model_type.startswith(EDITED_PREFIX):
         return config
-    fields = config.to_dict()
-    for name in ("attention_edit", "model_type", "architectures", "transformers_version", "auto_map"):
-        fields.pop(name, None)
-    return AutoConfig.for_model(config.model_type.removeprefix(EDITED_PREFIX), **fields)
+    return AutoConfig.for_model(config.model_type.removeprefix(EDITED_PREFIX), **fields_of(config))
+
+
+def fields_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """A config's fields that a converted model has from its teacher: all but those that say what kind of model it is."""
+    kind = ("attention_edit", "model_type", "architectures", "transformers_version", "auto_map")
+    return {name: value for name, value in config.to_dict().items() if name not in kind}
 
 
 def layer_specs(config: PreTrainedConfig) -> tuple[AttentionSpec | None, ...]:
@@ -148,8 +161,7 @@ def _layer_specs(fields: str) -> tuple[AttentionSpec | None, ...]:
     config = AutoConfig.for_model(**json.loads(fields))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).model
-    attention = [getattr(layer, "self_attn", None) for layer in model.layers]
-    attention = [module if _goes_through_interface(module) else None for module in attention]
+    attention = [module if _goes_through_interface(module) else None for module in map(attention_of, model.layers)]
     windows, rope = windows_of(config), _rope_of(model)
     return tuple(None if a is None else _spec_of(a, config, w, rope) for a, w in zip(attention, windows, strict=True))
 

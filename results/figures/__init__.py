@@ -14,31 +14,30 @@ from results.figures import plots, quality, speed, tasks
 from results.figures.data import FOLDER
 
 ROOT = FOLDER.parent
-TABLES: dict[str, Callable[..., str]] = {
-    made.__name__: made
-    for made in (
-        *(quality.conversions, quality.times, quality.quickstart, quality.study, quality.pilots, quality.bench_init),
-        *(
-            quality.recipes,
-            quality.phases,
-            quality.sensitivity,
-            quality.sequences,
-            quality.windows,
-            quality.precision,
-            tasks.offline,
-            tasks.by_context,
-            tasks.phases_tasks,
-        ),
-        *(
-            speed.bench_one_gpu,
-            speed.bench_two_gpus,
-            speed.bench_eval,
-            speed.bench_trl,
-            speed.bench_decode,
-            speed.bench_cuda_graph,
-        ),
-    )
-}
+MADE: tuple[Callable[..., str], ...] = (
+    quality.conversions,
+    quality.recipes,
+    quality.phases,
+    quality.times,
+    quality.quickstart,
+    quality.study,
+    quality.pilots,
+    quality.bench_init,
+    quality.sensitivity,
+    quality.sequences,
+    quality.windows,
+    quality.precision,
+    tasks.offline,
+    tasks.by_context,
+    tasks.phases_tasks,
+    speed.bench_one_gpu,
+    speed.bench_two_gpus,
+    speed.bench_eval,
+    speed.bench_trl,
+    speed.bench_decode,
+    speed.bench_cuda_graph,
+)
+TABLES = {made.__name__: made for made in MADE}
 PLOTS = (plots.kv_budget, plots.random_init)
 MARKED = re.compile(r"(<!-- table (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -28,9 +28,8 @@ class SinkWindowLayer(DynamicLayer):
         self.cumulative_length = 0
         self.columns: torch.Tensor | None = None
         self.update_columns = torch.empty(1, 0, dtype=torch.long)  # the columns of what `update` returned last
-        self.attention_mask: torch.Tensor | None = (
-            None  # the model's, for the next `update`, which families call without it
-        )
+        # the model's, for the next `update`, which families call without it
+        self.attention_mask: torch.Tensor | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any

@@ -81,9 +81,11 @@ class GateSWA(Target):
     @classmethod
     def replacing(cls, attention: Any, target: TargetConfig, config: PreTrainedConfig, layer_idx: int) -> GateSWA:
         assert isinstance(target, GateSWAConfig)
-        names = {"gate_proj"} if target.gate != "none" else set()
-        for name in (names | {"sink"}) & {*attention._modules, *attention._parameters}:
-            raise invalid("gate", target.gate, f"{type(attention).__name__} has a {name} of its own; use gate: none")
+        names, kind = {*attention._modules, *attention._parameters}, type(attention).__name__
+        if target.gate != "none" and "gate_proj" in names:
+            raise invalid("gate", target.gate, f"{kind} has a gate_proj of its own; use gate: none")
+        if "sink" in names:
+            raise UserError(f"target gate_swa: {kind} has a sink of its own")
         made: Any = attention
         made.__class__ = _joined(cls, type(attention))  # type: ignore[arg-type]
         ask_itself(made)
@@ -125,7 +127,7 @@ class GateSWA(Target):
         """
         assert self._around is not None
         if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1):
-            raise UserError(f"target gate_swa: {type(self).__mro__[3].__name__} makes masks of its own for each head")
+            raise UserError(f"target gate_swa: {type(self).__bases__[1].__name__} makes masks of its own for each head")
         (hidden_states, layer), columns = self._around, None
         window, scale = self.target.window, self.spec.scaling if scaling is None else scaling
         sink = s_aux if self.sink is None else self.sink if s_aux is None else torch.logaddexp(self.sink, s_aux)

@@ -20,6 +20,7 @@ from pl_attnedit.attention import Target
 from pl_attnedit.distillation.engine.decoder import Call, Head, enter_decoder, final_norm, run_around, tapped
 from pl_attnedit.distillation.engine.local_gradients import Anchor, LocalGradients
 from pl_attnedit.distillation.engine.operations import BlockReference, Operations
+from pl_attnedit.teachers import attention_of
 
 Batch = dict[str, Tensor]
 
@@ -28,9 +29,8 @@ class TeacherStates(NamedTuple):
     """Activations of one layer of the teacher, (batch, time, hidden) each."""
 
     output: Any  # None where the layer was run no further than its attention
-    attention_input: (
-        Any  # after the input norm, if the family has one; None, as the output, in layers without attention
-    )
+    # after the input norm, if the family has one; None, as the output, in layers without attention
+    attention_input: Any
     attention_call: Call
     attention_output: Any  # after the output projection, before whatever the family's layer does with it
 
@@ -78,7 +78,7 @@ class LayerPair(nn.Module):
         super().__init__()
         self.teacher = teacher
         self.operations, self.recompute, self.block_loss = operations, recompute, block_loss
-        attention = getattr(student, "self_attn", None)  # hybrids have layers with something else
+        attention = attention_of(student)
         self.attention = EditedAttention(attention, operations) if isinstance(attention, Target) else None
         self.trunk: nn.ModuleDict | None = None  # the student's own, once it has one
         parts = {name: part for name, part in student.named_children() if not isinstance(part, Target)}
