@@ -40,6 +40,7 @@ _LOOSE = {
     **{name: f"conversion.{name}" for name in ("doctor", "dry_run", "recipe", "run_folder", "study")},
     **{"recipe_checks": "conversion.checks", "checkpoint_disk": "checkpoints.disk"},
     **{"checkpoint_shards": "checkpoints.shards", "trained_on": "modeling.trained_on"},
+    "eval.bench.shapes": "shapes",
 }
 MOVED = {f"pl_attnedit.{old}": f"pl_attnedit.{new}" for old, new in _LOOSE.items()} | {
     f"pl_attnedit.{folder}.{old}": f"pl_attnedit.{folder}.{new}"

@@ -17,7 +17,7 @@ from pl_attnedit.conversion.dry_run import dry_run
 from pl_attnedit.conversion.recipe import Recipe, StageRecipe
 from pl_attnedit.data import Phase, TextDataModule
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.bench.shapes import config_of
+from pl_attnedit.shapes import config_of
 
 LATENT = {"type": "mla", "kv_lora_rank": 512, "qk_rope_head_dim": 64}
 A_PHASE = {"seq_len": 32, "batch_size": 2, "steps": 1, "learning_rate": 1.0}

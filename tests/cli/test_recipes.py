@@ -18,8 +18,8 @@ from pl_attnedit.conversion.pipeline import Conversion
 from pl_attnedit.conversion.recipe import Recipe, read_recipe, recipe_parser
 from pl_attnedit.conversion.run_folder import RunFolder
 from pl_attnedit.data import TextDataModule
-from pl_attnedit.eval.bench.shapes import config_of
 from pl_attnedit.eval.report.formatting import count, percent
+from pl_attnedit.shapes import config_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(CONFIGS.joinpath("recipes").glob("*.yaml"))

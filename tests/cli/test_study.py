@@ -23,8 +23,8 @@ from pl_attnedit.conversion.study import read_study
 from pl_attnedit.conversion.study_results import rows
 from pl_attnedit.conversion.study_run import StudyRun
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.bench.shapes import config_of
 from pl_attnedit.locks import LOCK, claim
+from pl_attnedit.shapes import config_of
 
 Make = Callable[..., Any]
 STUDIES = sorted(Path(__file__).parents[2].glob("configs/studies/*.yaml"))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pl_attnedit.cli.devices import device_option, torch_device
 from pl_attnedit.cli.options import TEACHER_HELP, show, yaml_value
-from pl_attnedit.eval.bench.shapes import SHAPES
 from pl_attnedit.eval.progress import Progress, Result
+from pl_attnedit.shapes import SHAPES
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def local_rank() -> int:
 
 def model_of(name: str, layers: int | None, dtype: torch.dtype, device: torch.device) -> Any:
     """A shape with random weights, or a real model."""
-    from pl_attnedit.eval.bench.shapes import random_model
+    from pl_attnedit.shapes import random_model
     from pl_attnedit.teachers.sources.resolve import load_teacher
 
     if name in SHAPES:

@@ -13,11 +13,11 @@ import torch
 from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
 from pl_attnedit.eval.bench.flops import linear_flops, step_flops
 from pl_attnedit.eval.bench.memory import Step, init_memory, kept_values, size, stage_memory, trained_parameters
-from pl_attnedit.eval.bench.shapes import config_of
 from pl_attnedit.modeling import EditPlan, edited_attention
 from pl_attnedit.modeling.calibration import collect_statistics
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.modeling.kv import on_meta
+from pl_attnedit.shapes import config_of
 
 RESULTS = Path(__file__).parents[3] / "results"
 TARGETS = {"smollm2-135m": MLAConfig(96, 32), "qwen3-8b": MLAConfig(512, 64)}
