@@ -60,7 +60,7 @@ def evaluate_suite(
 
     Args:
         student: folder of a converted or an exported model, or a checkpoint of a training (`load_student`).
-        teacher: hub name, folder, GGUF file or package:NAME.
+        teacher: hub name, folder, GGUF file, package:NAME or shape:NAME.
         out_dir: receives results.json, the tasks, and one jsonl per task and model with every sample.
         text: see `held_out_texts`; documents that the student was trained on are left out.
         bigbench: files, or their folder, for a suite with `bigbench`.
@@ -110,8 +110,8 @@ class _Pair:
 
     def __init__(self, suite: Suite, student: str | Path, teacher: str, device: str, dtype: str | None) -> None:
         self.suite = suite
-        of_teacher, of_student, self.tokenizer = load_pair(student, teacher, dtype)
-        self.models: tuple[Any, Any] = of_teacher.to(device), of_student.to(device)
+        of_teacher, of_student, self.tokenizer = load_pair(student, teacher, dtype, device)
+        self.models: tuple[Any, Any] = of_teacher, of_student
         self.teacher_print = teacher_fingerprint(teacher)
         self.student_print = model_fingerprint(student)
         context = model_context(of_teacher, suite.max_length or SHORTEST_CONTEXT)

@@ -76,15 +76,17 @@ def teacher_of(path: str | Path) -> str:
     return str(read_yaml(recipe, "recipe", "recipe")["teacher"])
 
 
-def load_pair(student: str | Path, teacher: str, dtype: str | None = None) -> tuple[Any, Any, PreTrainedTokenizerBase]:
-    """Teacher, student and the teacher's tokenizer; both models in the student's dtype, or in `dtype`. What did not train is
-    in memory once.
+def load_pair(
+    student: str | Path, teacher: str, dtype: str | None = None, device: str | torch.device = "cpu"
+) -> tuple[Any, Any, PreTrainedTokenizerBase]:
+    """Teacher, student and the teacher's tokenizer; both models in the student's dtype, or in `dtype`, on `device`. What did
+    not train is in memory once.
 
     Raises:
         UserError: as `load_student` and `load_teacher`; the student's vocabulary is not the teacher's.
     """
     of_student = load_student(student, dtype)
-    of_teacher, tokenizer = load_teacher(teacher, dtype=of_student.dtype)
+    of_teacher, tokenizer = load_teacher(teacher, of_student.dtype, device)
     sizes = [model.config.get_text_config().vocab_size for model in (of_student, of_teacher)]
     if sizes[0] != sizes[1]:
         raise invalid(
@@ -97,4 +99,5 @@ def load_pair(student: str | Path, teacher: str, dtype: str | None = None) -> tu
                 "student", str(student), "has other tokens than the teacher, must have the teacher's vocabulary"
             )
     share_weights(of_student, of_teacher)
+    of_student.to(device)  # type: ignore[arg-type]
     return of_teacher, of_student, tokenizer

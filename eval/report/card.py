@@ -22,6 +22,7 @@ from pl_attnedit.eval.report.formatting import (
     value_of,
 )
 from pl_attnedit.files import write_atomically
+from pl_attnedit.shapes import SHAPE_PREFIX
 from pl_attnedit.teachers.sources.gguf_parts import PACKAGE_PREFIX, files_in_package
 from pl_attnedit.teachers.sources.resolve import TEACHER_SOURCES, hub_snapshot
 
@@ -62,7 +63,9 @@ def write_card(
 def is_hub_name(teacher: str) -> bool:
     """Whether a teacher's name is one on the Hugging Face hub."""
     return not (
-        teacher.startswith((PACKAGE_PREFIX, ".", "~", "/")) or teacher.endswith(".gguf") or Path(teacher).is_dir()
+        teacher.startswith((PACKAGE_PREFIX, SHAPE_PREFIX, ".", "~", "/"))
+        or teacher.endswith(".gguf")
+        or Path(teacher).is_dir()
     )
 
 

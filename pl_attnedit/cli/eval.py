@@ -123,7 +123,7 @@ def _by_tasks(options: Namespace) -> EvaluationResult:
     from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
     from pl_attnedit.teachers.sources.resolve import teacher_fingerprint
 
-    teacher, student, tokenizer = load_pair(options.student, options.teacher, options.dtype)
+    teacher, student, tokenizer = load_pair(options.student, options.teacher, options.dtype, options.device)
     folder: str | Path | None = options.task_folder
     seq_len = 512 if options.seq_len is None else options.seq_len
     settings: dict[str, Any] = {}
@@ -135,8 +135,8 @@ def _by_tasks(options: Namespace) -> EvaluationResult:
         given |= {"tokenizer": tokenizer, "max_length": seq_len}
         folder = build_offline_tasks(held_out.texts, options.out / "tasks", **given)
     return evaluate_pair(
-        teacher.to(options.device),
-        student.to(options.device),
+        teacher,
+        student,
         tokenizer,
         options.tasks or OFFLINE_TASKS,
         task_folder=folder,

@@ -46,8 +46,8 @@ def main(arguments: Sequence[str]) -> int:
     names = ("prompts", "temperature", "top_p", "max_tokens", "batch_size", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     device = torch_device(options.device)
-    teacher, tokenizer = load_teacher(options.teacher, dtype=options.dtype)
-    writer = TeacherWriter(teacher.to(device), tokenizer, sampling)
+    teacher, tokenizer = load_teacher(options.teacher, options.dtype, device)
+    writer = TeacherWriter(teacher, tokenizer, sampling)
     began = time.monotonic()
 
     def report(documents: int, tokens: int) -> None:

@@ -13,7 +13,7 @@ from pl_attnedit.config_files import load_yaml
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.files import json_text
 
-TEACHER_HELP = "hub name, folder, GGUF file or package:NAME"
+TEACHER_HELP = "hub name, folder, GGUF file, package:NAME or shape:NAME (random weights)"
 
 
 class OptionParser(ArgumentParser):

@@ -87,8 +87,7 @@ def _measure(options: Any) -> dict[str, Any]:
     targets = parsed if isinstance(parsed, dict) else {"S": parsed}
     EditPlan("", targets)  # checks the letters
     device = torch_device(options.device)
-    teacher, tokenizer = load_teacher(options.teacher, dtype=options.dtype)
-    teacher.to(device)
+    teacher, tokenizer = load_teacher(options.teacher, options.dtype, device)
     layers, limit = teacher.config.num_hidden_layers, teacher.config.max_position_embeddings
     context = kv_context(teacher) if options.context is None else options.context
     if context > limit:

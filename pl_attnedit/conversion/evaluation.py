@@ -57,9 +57,7 @@ def evaluate_student(
         max_length: longest window in tokens.
         device: on which both are.
     """
-    teacher, student, tokenizer = load_pair(folder / "student", recipe.teacher)
-    for model in (teacher, student):
-        model.to(device)
+    teacher, student, tokenizer = load_pair(folder / "student", recipe.teacher, device=device)
     result = evaluate_pair(
         teacher,
         student,

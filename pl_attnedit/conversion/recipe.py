@@ -133,7 +133,7 @@ class Recipe:
 
     Args:
         name: of the run folder `runs/NAME` and of the MLflow run.
-        teacher: hub name, folder, GGUF file or package:NAME.
+        teacher: hub name, folder, GGUF file, package:NAME, or shape:NAME for random weights.
         targets: the target for each pattern letter, e.g. {S: {type: gate_swa, window: 512}}.
         stage1: layer-wise distillation with teacher forcing.
         stage2: distillation of next-token distributions.

@@ -24,6 +24,7 @@ from pl_attnedit.data.chat import check_chat, mark_answers, render
 from pl_attnedit.data.encoding import TooLongError, bare, encode
 from pl_attnedit.data.sources import Document, OpenSource, bytes_hash, document_hash
 from pl_attnedit.errors import invalid
+from pl_attnedit.shapes import SHAPE_PREFIX
 from pl_attnedit.teachers.sources.resolve import (
     PACKAGE_PREFIX,
     TEACHER_SOURCES,
@@ -94,13 +95,13 @@ def _memory_map(file: Path, dtype: str) -> np.ndarray:
 
 
 def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, or the one of a teacher: folder, hub name, `.gguf` file or `package:<name>`.
+    """The tokenizer itself, or the one of a teacher: folder, hub name, `.gguf` file, `package:` or `shape:<name>`.
 
     Raises:
         UserError: none found there, or one without an end-of-sequence token to join documents with.
     """
     if isinstance(tokenizer, str):
-        if tokenizer.startswith(PACKAGE_PREFIX) or tokenizer.endswith(".gguf"):
+        if tokenizer.startswith((PACKAGE_PREFIX, SHAPE_PREFIX)) or tokenizer.endswith(".gguf"):
             folder = resolve_teacher(tokenizer)
         elif Path(tokenizer).expanduser().is_dir():
             folder = Path(tokenizer).expanduser()

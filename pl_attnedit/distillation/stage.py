@@ -31,6 +31,7 @@ from pl_attnedit.modeling.edit import assemble, build_plan, check_teacher, initi
 from pl_attnedit.modeling.trained_on import KEY as TRAINED_ON
 from pl_attnedit.modeling.trained_on import TrainedOn
 from pl_attnedit.modeling.weights import copy_weights, default_dtype
+from pl_attnedit.shapes import SHAPE_PREFIX
 from pl_attnedit.teachers.sources.resolve import load_teacher, teacher_fingerprint
 
 # a checkpoint's optimizer state fits these values only
@@ -44,7 +45,7 @@ class DistillationModule(ValidatedModule):
     kept outside of it, where Lightning does not see them; this class moves them and keeps them in eval mode.
 
     Args:
-        teacher: hub name, folder, GGUF file or `package:NAME` of the teacher.
+        teacher: hub name, folder, GGUF file, `package:NAME` or `shape:NAME` of the teacher.
         targets: the target for each pattern letter, e.g. `{S: {type: gate_swa, window: 512}}`; or one target alone.
         pattern: letters repeated over the layers, F = full layer. Default: the target's own.
         layers: explicit indices of the layers to edit, instead of a pattern.
@@ -198,7 +199,9 @@ class DistillationModule(ValidatedModule):
     def find_teacher(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
         """The teacher with its tokenizer and fingerprint."""
         source = self.hparams["teacher"]
-        return *load_teacher(source, dtype=dtype), teacher_fingerprint(source)
+        here = source.startswith(SHAPE_PREFIX) and self._trainer is not None
+        device = self.trainer.strategy.root_device if here else "cpu"  # what is read may be sharded part by part
+        return *load_teacher(source, dtype, device), teacher_fingerprint(source)
 
     def _leave_out(self, trained: TrainedOn) -> None:
         """Takes text that the student was trained on out of the held-out documents."""

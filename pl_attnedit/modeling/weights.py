@@ -30,12 +30,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def share_weights(model: nn.Module, other: nn.Module) -> None:
     """Replaces parameters of `model` by those of `other` with the same name and the same bits, so that they are in memory
-    once. For a student whose trunk was frozen these are all but the attention's."""
+    once, on the device of `other`. For a student whose trunk was frozen these are all but the attention's."""
     theirs = dict(other.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             same = theirs.get(f"{prefix}.{name}")
-            if same is not None and same.dtype == parameter.dtype and torch.equal(same, parameter):
+            if same is None or same.dtype != parameter.dtype or same.shape != parameter.shape:
+                continue
+            if torch.equal(same, parameter.to(same.device)):
                 setattr(module, name, same)
 
 

@@ -27,7 +27,7 @@ def run(options: Namespace) -> int:
     from pl_attnedit.teachers.sources.resolve import load_teacher
 
     device = torch_device(options.device)
-    models = {"teacher": load_teacher(known_teacher(options.teacher, *options.student))[0].to(device)}
+    models = {"teacher": load_teacher(known_teacher(options.teacher, *options.student), device=device)[0]}
     for folder in options.student:
         models[new_name(folder_name(folder), models)] = load(folder).to(device)  # type: ignore[arg-type]
     result = show_measured(partial(bench_cache, models, options.contexts), cache_table, as_json=options.json)

@@ -34,11 +34,10 @@ def run(options: Namespace) -> int:
     from pl_attnedit.teachers.sources.resolve import load_teacher
 
     at_least(1, options, "seq_len", "calibration_sequences", "heldout_sequences")
-    device = torch_device(options.device)
-    teacher, tokenizer = load_teacher(options.teacher, dtype="float32")
+    teacher, tokenizer = load_teacher(options.teacher, "float32", torch_device(options.device))
     measure = partial(
         bench_init,
-        teacher.to(device),
+        teacher,
         tokenizer,
         calibration=options.calibration,
         heldout=options.heldout,

