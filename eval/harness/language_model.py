@@ -95,6 +95,11 @@ class SharedPrefixLM(HFLM):
         with self._progress(None, "choices"):
             return super().loglikelihood(requests, disable_tqdm=True)
 
+    def _model_call(self, inps, attn_mask=None, labels=None):
+        """Logits of whole rows, which nothing follows: `HFLM` would fill a cache."""
+        with torch.no_grad():
+            return self.model(inps, use_cache=False).logits
+
     def _progress(self, total: int | None, what: str) -> tqdm:
         self._bar = tqdm(
             total=total, desc=f"{self.name}: {what}", unit="tok", file=sys.stderr, leave=False, disable=False

@@ -14,9 +14,10 @@ from pl_attnedit.errors import UserError
 class SinkWindowLayer(DynamicLayer):
     """A layer of HF's `DynamicCache` that keeps `sinks + window - 1` tokens.
 
-    keys and values are (batch, kv_heads, kept, head_dim); `columns` (batch or 1, kept) is the position in the text of
-    each slot, -1 for an empty one. Until a token has to be dropped, all tokens are kept in order. Then the first `sinks`
-    slots are the sinks and the others the last `window - 1` tokens. `get_seq_length` counts the whole text.
+    keys and values are (batch, kv_heads, kept, head_dim). Until a token has to be dropped, all tokens are kept in order.
+    Then the first `sinks` slots are the sinks and the others the last `window - 1` tokens. `columns` (batch, kept) is the
+    position in the text of each slot, -1 for an empty one; None where no mask was given, so that the sinks are the text's
+    first tokens. `get_seq_length` counts the whole text.
     """
 
     is_sliding = False  # of Hugging Face's masks it needs those for the whole text
@@ -27,7 +28,7 @@ class SinkWindowLayer(DynamicLayer):
         self.window, self.sinks = window, sinks
         self.cumulative_length = 0
         self.columns: torch.Tensor | None = None
-        self.update_columns = torch.empty(1, 0, dtype=torch.long)  # the columns of what `update` returned last
+        self.update_columns: torch.Tensor | None = None  # the columns of what `update` returned last
         # the model's, for the next `update`, which families call without it
         self.attention_mask: torch.Tensor | None = None
 
@@ -40,35 +41,51 @@ class SinkWindowLayer(DynamicLayer):
         tokens are real, and so which are the sinks.
         """
         attention_mask, self.attention_mask = self.attention_mask, None
-        new = torch.arange(
-            self.cumulative_length, self.cumulative_length + key_states.shape[-2], device=key_states.device
-        )[None]
-        if self.columns is None or self.keys is None or self.values is None:
+        length, columns = key_states.shape[-2], self.columns
+        if columns is None and attention_mask is not None and self.sinks:
+            columns = self._columns_in_order(key_states)
+        if columns is not None:
+            new = torch.arange(self.cumulative_length, self.cumulative_length + length, device=key_states.device)
+            columns = torch.cat([columns, new.expand(columns.shape[0], -1)], dim=-1)
+        if self.keys is None or self.values is None or not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            keys, values, columns = key_states, value_states, new
+            keys, values = key_states, value_states
         else:
             keys = torch.cat([self.keys, key_states], dim=-2)
             values = torch.cat([self.values, value_states], dim=-2)
-            columns = torch.cat([self.columns, new.expand(self.columns.shape[0], -1)], dim=-1)
-        self.cumulative_length += key_states.shape[-2]
+        self.cumulative_length += length
         self.update_columns = columns
         self._keep(keys, values, columns, attention_mask)
         return keys, values
 
+    def _columns_in_order(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, kept): the columns of what was kept while there was no mask."""
+        kept = min(self.cumulative_length, self.sinks + self.window - 1)
+        columns = torch.arange(kept, device=states.device)
+        dropped = self.cumulative_length - kept
+        return torch.where(columns < self.sinks, columns, columns + dropped).expand(states.shape[0], -1)
+
     def _keep(
-        self, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, attention_mask: torch.Tensor | None
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        columns: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
     ) -> None:
         recent = self.window - 1
-        length = keys.shape[-2]
-        if length <= self.sinks + recent:
+        first_recent = keys.shape[-2] - recent
+        if first_recent <= self.sinks:
             self.keys, self.values, self.columns = keys, values, columns
             return
-        first_recent = length - recent
-        if attention_mask is None or not self.sinks:
-            slots = torch.arange(self.sinks, device=keys.device)[None]
+        if columns is None:
+            self.keys, self.values = (
+                torch.cat([states[:, :, : self.sinks], states[:, :, first_recent:]], dim=2) for states in (keys, values)
+            )
+            return
+        if attention_mask is None:
+            slots = torch.arange(self.sinks, device=keys.device).expand(keys.shape[0], -1)
             sink_columns = columns[:, : self.sinks]
         else:
-            columns = columns.expand(keys.shape[0], -1)
             real = attention_mask[:, 0, -1, :].expand(keys.shape[0], -1)
             held = real.gather(-1, columns.clamp(min=0)) & (columns >= 0)
             is_sink = held & (held.cumsum(-1) <= self.sinks)
@@ -79,7 +96,7 @@ class SinkWindowLayer(DynamicLayer):
         index = slots[:, None, :, None]
 
         def select(states: torch.Tensor) -> torch.Tensor:
-            sinks = states.gather(2, index.expand(states.shape[0], states.shape[1], -1, states.shape[3]))
+            sinks = states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
             return torch.cat([sinks, states[:, :, first_recent:]], dim=2)
 
         self.keys, self.values = select(keys), select(values)
@@ -98,7 +115,7 @@ class SinkWindowLayer(DynamicLayer):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove == 0 or self.columns is None or self.keys is None:
+        if tokens_to_remove == 0 or self.keys is None:
             return
         if self.cumulative_length > self.keys.shape[-2]:
             raise UserError(
@@ -108,7 +125,8 @@ class SinkWindowLayer(DynamicLayer):
             )
         super().crop(tokens_to_remove)
         self.cumulative_length = self.keys.shape[-2]
-        self.columns = self.columns[:, : self.cumulative_length]
+        if self.columns is not None:
+            self.columns = self.columns[:, : self.cumulative_length]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -120,11 +138,11 @@ class SinkWindowLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.columns is not None and self.columns.shape[0] > 1:
+        if self.columns is not None:
             self.columns = self.columns.repeat_interleave(repeats, dim=0)
 
     def _select_columns(self, indices: torch.Tensor) -> None:
-        if self.columns is not None and self.columns.shape[0] > 1:
+        if self.columns is not None:
             self.columns = self.columns[indices.to(self.columns.device)]
 
 

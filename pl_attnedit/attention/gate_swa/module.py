@@ -128,18 +128,17 @@ class GateSWA(Target):
         assert self._around is not None
         if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1):
             raise UserError(f"target gate_swa: {type(self).__bases__[1].__name__} makes masks of its own for each head")
-        (hidden_states, layer), columns = self._around, None
+        (hidden_states, layer), columns, seen = self._around, None, key.shape[2]
         window, scale = self.target.window, self.spec.scaling if scaling is None else scaling
         sink = s_aux if self.sink is None else self.sink if s_aux is None else torch.logaddexp(self.sink, s_aux)
-        if layer is not None:
+        if layer is not None and layer.update_columns is not None:
             columns, seen = layer.update_columns, layer.cumulative_length
-        whole = columns is None or columns.shape == (1, query.shape[2])  # every key is one of these queries' own tokens
-        if whole and attention_mask is None and window is not None and query.shape[2] == key.shape[2] > window:
+        whole = query.shape[2] == key.shape[2]  # every key is one of these queries' own tokens
+        if whole and attention_mask is None and window is not None and key.shape[2] > window:
             output = attend_window(query, key, value, window, self.target.sinks, scale, sink, softcap)
         else:
-            if columns is None:
-                seen = key.shape[2]
-                columns = torch.arange(seen, device=key.device)[None]
+            if columns is None:  # without a mask only the distances of keys count, not their places
+                columns = torch.arange(key.shape[2], device=key.device)[None]
             mask = self.visible(attention_mask, columns, query.shape[2], seen)
             output = attend(query, key, value, mask, scale, sink, softcap)
         if self.target.gate != "none":
@@ -160,8 +159,8 @@ class GateSWA(Target):
         window, sinks = self.target.window, self.target.sinks
         if window is None:
             return attention_mask
-        if attention_mask is None and queries == 1:
-            return None  # a single query sees all that is kept
+        if attention_mask is None and (queries == 1 or queries == columns.shape[1] <= window):
+            return None  # a single query sees all that is kept, and each of a short text all before it
         key_at = columns[:, None, None, :]
         query_at = torch.arange(seen - queries, seen, device=columns.device)[:, None]
         if attention_mask is None:

@@ -30,12 +30,15 @@ def attend_window(
 
     query (batch, heads, time, width), key and value (batch, kv_heads, time, width). sink_logit (heads,) or None and
     softcap: as in `attend`. Returns (batch, time, heads * width).
-    Compiled for a GPU this is flex_attention, which skips invisible blocks. On an NPU it is the fused operator, if there
-    are no sinks of either kind. Elsewhere each block of queries attends to its own and the previous block of keys.
-    (Uncompiled, flex_attention computes all scores; compiled, an evaluation would compile it for each text length.)
+    Compiled for a GPU this is flex_attention, which skips invisible blocks. (Uncompiled, flex_attention computes all
+    scores; compiled, an evaluation would compile it for each text length.) Uncompiled on a GPU, in half precision and
+    without gradients, it is FlashAttention's window. On an NPU it is the fused operator, if there are no sinks of either
+    kind. Elsewhere each block of queries attends to its own and the previous block of keys.
     """
     if _takes_flex(query):
         output = _flex(query, key, value, window, sinks, scale, sink_logit, softcap)
+    elif softcap is None and _takes_flash(query, key, value):
+        output = _flash(query, key, value, window, sinks, scale, sink_logit)
     elif takes_fused(query) and not sinks and sink_logit is None and softcap is None:
         output = fused_attention(query, key, value, None, scale, window)
     else:
@@ -88,6 +91,55 @@ def _visible_in_blocks(blocks: int, block: int, window: int, sinks: int, device:
 
 def _takes_flex(query: Tensor) -> bool:
     return query.device.type == "cuda" and torch.compiler.is_compiling()
+
+
+def _takes_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        query.device.type == "cuda"
+        and not torch.is_grad_enabled()  # no gradients go through its log-sum-exp
+        and {states.dtype for states in to_autocast(query, key, value)} <= {torch.float16, torch.bfloat16}
+        and query.shape[-1] == value.shape[-1] <= 256
+    )
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, sink_logit: Tensor | None
+) -> Tensor:
+    """FlashAttention over the window; the few sinks outside it join by the log-sum-exp of the window's scores."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    batch, heads, time, _ = query.shape
+    # (batch, time, heads, width), as most families made them; some torch versions share no keys within a group
+    query, key, value = (states.transpose(1, 2) for states in to_autocast(query, key, value))
+    key, value = (states.repeat_interleave(heads // states.shape[2], dim=2) for states in (key, value))
+    starts, far = _starts(batch, time, query.device), _beyond_window(time, window, sinks, query.device)
+    tokens = [states.flatten(0, 1) for states in (query, key, value)]
+    near, lse = varlen_attn(
+        *tokens, starts, starts, time, time, scale=scale, window_size=(window - 1, 0), return_aux=AuxRequest(lse=True)
+    )
+    near = near.unflatten(0, (batch, time)).transpose(1, 2)
+    if not sinks and sink_logit is None:
+        return near
+    scores = torch.einsum("bthw,bshw->bhts", query, key[:, :sinks])
+    logits = [lse.unflatten(1, (batch, time)).transpose(0, 1)[..., None], torch.add(far, scores, alpha=scale)]
+    if sink_logit is not None:
+        logits.append(sink_logit.float()[:, None, None].expand_as(logits[0]))
+    share = torch.cat(logits, dim=-1).softmax(-1).to(near.dtype)
+    there = share[..., 1 : 1 + scores.shape[-1]] @ value[:, :sinks].transpose(1, 2)
+    return torch.addcmul(there, near, share[..., :1])
+
+
+@lru_cache(maxsize=32)
+def _starts(batch: int, time: int, device: torch.device) -> Tensor:
+    """(batch + 1,): where each text of a batch begins, if all stand one behind the other."""
+    return torch.arange(0, batch * time + 1, time, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=32)
+def _beyond_window(time: int, window: int, sinks: int, device: torch.device) -> Tensor:
+    """(time, sinks), float32: 0 where a sink is outside a query's window, and -inf where it is in it or behind."""
+    at = torch.arange(time, device=device)
+    return torch.zeros(time, 1, device=device).masked_fill(at[:sinks] > at[:, None] - window, float("-inf"))
 
 
 def _flex(

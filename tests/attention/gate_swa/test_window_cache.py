@@ -38,8 +38,7 @@ def test_sinks_and_the_last_tokens_are_kept(window: int, sinks: int, chunks: lis
             kept = list(range(seen))
         assert layer.keys[1, 0, :, 0].tolist() == kept
         assert layer.values[0, 0, :, 0].tolist() == [-float(t) for t in kept]
-        assert layer.columns is not None
-        assert layer.columns[0].tolist() == kept
+        assert layer.columns is None  # the sinks are the text's first tokens
         assert layer.get_seq_length() == seen
     for tensor in (layer.keys, layer.values):
         assert tensor.shape[-2] == min(sinks + window - 1, 20)
@@ -83,9 +82,7 @@ def test_crop_until_a_token_is_dropped() -> None:
     layer.update(states(0, 5), states(0, 5))
     layer.crop(0)
     layer.crop(-2)
-    assert layer.get_seq_length() == 3
-    assert layer.columns is not None
-    assert layer.columns.tolist() == [[0, 1, 2]]
+    assert layer.get_seq_length() == layer.keys.shape[2] == 3
     layer.update(states(3, 3), states(3, 3))
     with pytest.raises(
         UserError, match=r"crop\(-1\): a window layer has already dropped tokens .*window 4, 6 tokens seen"
@@ -100,8 +97,23 @@ def test_reset_forgets_everything() -> None:
     assert layer.get_seq_length() == 0
     keys, _ = layer.update(states(20, 3, batch=1), states(20, 3, batch=1))
     assert keys[:, 0, :, 0].tolist() == [[20, 21, 22]]
-    assert layer.columns is not None
-    assert layer.columns.tolist() == [[0, 1, 2]]
+    assert layer.get_seq_length() == 3
+
+
+@pytest.mark.parametrize("before", [3, 9, 12])
+def test_a_mask_may_come_later(before: int) -> None:
+    """All tokens are real, so that it changes nothing."""
+    with_mask, without = SinkWindowLayer(window=4, sinks=2), SinkWindowLayer(window=4, sinks=2)
+    for begin, end in ((0, before), (before, before + 1), (before + 1, before + 4)):
+        mask = causal(torch.ones(2, end, dtype=torch.long), end - begin)
+        with_mask.attention_mask, without.attention_mask = mask, mask if begin else None
+        for layer in (with_mask, without):
+            layer.update(states(begin, end - begin), states(begin, end - begin))
+        assert torch.equal(with_mask.keys, without.keys)
+        if begin:
+            assert with_mask.columns is not None
+            assert without.columns is not None
+            assert torch.equal(with_mask.columns, without.columns)
 
 
 def test_each_layer_of_a_cache_is_found_again() -> None:

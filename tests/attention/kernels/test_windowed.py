@@ -46,6 +46,23 @@ def test_mixed_precision(device: str) -> None:
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("time", [33, 64, 500, 1031])
+@pytest.mark.parametrize(
+    ("window", "sinks", "learned"), [(32, 0, False), (32, 4, False), (256, 4, True), (40, 0, True)]
+)
+def test_flash_windows(time: int, window: int, sinks: int, learned: bool) -> None:
+    """What an evaluation in half precision runs, against blocks in float32."""
+    query, key, value = (torch.randn(3, heads, time, 64, device="cuda").bfloat16() for heads in (6, 3, 3))
+    sink = torch.randn(6, device="cuda") if learned else None
+    expected = blockwise(query.float(), key.float(), value.float(), window, sinks, 0.2, sink)
+    assert not windowed._takes_flash(query, key, value)  # with gradients
+    with torch.no_grad():
+        assert windowed._takes_flash(query, key, value)
+        found = attend_window(query, key, value, window, sinks, 0.2, sink)
+    torch.testing.assert_close(found.float(), expected.transpose(1, 2).flatten(2), rtol=0.02, atol=0.02)
+
+
 def test_work_grows_with_the_window_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores that are made: linear in the length of the text."""
     plain, made = F.scaled_dot_product_attention, []
