@@ -183,7 +183,8 @@ def answer(lm: SharedPrefixLM, task: LoadedTask, batch_size: int | str = "auto")
     """`samples` as lm-eval logs them, `seconds` and `batch_size`.
 
     Args:
-        batch_size: sequences per forward pass; "auto" starts large and halves where memory does not suffice.
+        batch_size: sequences of `max_length` per forward pass (of shorter ones a GPU gets as many more); "auto" starts
+            large and halves where memory does not suffice.
     """
     start = time.perf_counter()
     size = batch_size if isinstance(batch_size, int) else LARGEST_BATCH.get(lm.device.type, LARGEST_BATCH_ELSEWHERE)

@@ -13,6 +13,7 @@ import copy
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -34,7 +35,7 @@ class SharedPrefixLM(HFLM):
     Args:
         name: how the progress bar names the model.
         max_length: longest window in tokens, also of the rolling perplexity.
-        batch_size: sequences per forward pass.
+        batch_size: sequences of `max_length` per forward pass; of shorter ones a GPU gets as many more.
     """
 
     def __init__(
@@ -136,9 +137,21 @@ class SharedPrefixLM(HFLM):
             self._bar.update(sum(map(len, continuations)))
         if single:
             plain = [requests[i] for i in single]
-            results.update(zip(single, super()._loglikelihood_tokens(plain, True, override_bs)))
+            with self._rows(max(len(context) + len(asked) for _, context, asked in plain)):
+                results.update(zip(single, super()._loglikelihood_tokens(plain, True, override_bs)))
             self._bar.update(sum(len(continuation) for _, _, continuation in plain))
         return [results[i] for i in range(len(requests))]
+
+    @contextmanager
+    def _rows(self, longest: int) -> Iterator[None]:
+        """Batches of as many tokens as `batch_size` rows of `max_length` have: launches, not tokens, take a GPU's time."""
+        size = int(self.batch_size)
+        if self.device.type != "cpu":
+            self.batch_size_per_gpu = size * max(1, self.max_length // longest)
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = size
 
     def _equal_lengths(self, prefixes: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
         """Batches of prefixes of one length, since padding before or inside a cached prefix would move positions."""

@@ -95,7 +95,8 @@ def answer_both(
 
     Args:
         max_length: longest window in tokens; the training's sequence length is the fair one.
-        batch_size: sequences per forward pass; "auto" starts large and halves where memory does not suffice.
+        batch_size: sequences of `max_length` per forward pass (of shorter ones a GPU gets as many more); "auto" starts
+            large and halves where memory does not suffice.
         teacher_fingerprint, student_fingerprint: of `model_fingerprint`. With it the
             teacher's answers are kept in the cache folder for all evaluations, the student's in `out_dir`, and neither
             is computed twice.

@@ -92,6 +92,18 @@ def test_a_gpu_repeats_short_contexts(
     assert [len(rows) for rows in seen] == [3 if long == 60 else 2]
 
 
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 2), ("meta", 8)])
+def test_a_gpu_gets_as_many_tokens_of_short_rows(
+    device: str, rows: int, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = SharedPrefixLM(teacher, tokenizer, name="teacher", max_length=128, batch_size=2)
+    monkeypatch.setattr(type(lm), "device", property(lambda lm: torch.device(device)))
+    with pytest.raises(ZeroDivisionError), lm._rows(longest=30):
+        assert lm.batch_size == rows
+        raise ZeroDivisionError
+    assert lm.batch_size == 2
+
+
 def test_contexts_of_one_length_share_a_batch(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     lm = SharedPrefixLM(teacher, tokenizer, name="teacher", max_length=128, batch_size=2)
     batches = list(lm._equal_lengths([(1, 2), (3, 4, 5), (5, 6), (7, 8)]))
