@@ -113,9 +113,18 @@ def _flash(
     query, key, value = (states.transpose(1, 2) for states in to_autocast(query, key, value))
     key, value = (states.repeat_interleave(heads // states.shape[2], dim=2) for states in (key, value))
     starts, far = _starts(batch, time, query.device), _beyond_window(time, window, sinks, query.device)
-    tokens = [states.flatten(0, 1) for states in (query, key, value)]
+    packed_query, packed_key, packed_value = (states.flatten(0, 1) for states in (query, key, value))
     near, lse = varlen_attn(
-        *tokens, starts, starts, time, time, scale=scale, window_size=(window - 1, 0), return_aux=AuxRequest(lse=True)
+        packed_query,
+        packed_key,
+        packed_value,
+        starts,
+        starts,
+        time,
+        time,
+        scale=scale,
+        window_size=(window - 1, 0),
+        return_aux=AuxRequest(lse=True),
     )
     near = near.unflatten(0, (batch, time)).transpose(1, 2)
     if not sinks and sink_logit is None:

@@ -94,13 +94,16 @@ def test_a_gpu_repeats_short_contexts(
 
 @pytest.mark.parametrize(("device", "rows"), [("cpu", 2), ("meta", 8)])
 def test_a_gpu_gets_as_many_tokens_of_short_rows(
-    device: str, rows: int, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    rows: int,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lm = SharedPrefixLM(teacher, tokenizer, name="teacher", max_length=128, batch_size=2)
     monkeypatch.setattr(type(lm), "device", property(lambda lm: torch.device(device)))
-    with pytest.raises(ZeroDivisionError), lm._rows(longest=30):
+    with lm._rows(longest=30):
         assert lm.batch_size == rows
-        raise ZeroDivisionError
     assert lm.batch_size == 2
 
 
