@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from pl_attnedit.attention import LayerStatistics
-from pl_attnedit.attention.interface import Rotation
+from pl_attnedit.attention.statistics import PAIRS_AT_ONCE
 from pl_attnedit.distillation.engine.decoder import final_norm
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
 from pl_attnedit.eval.bench.flops import head_widths, mixture_of, router_of
+from pl_attnedit.modeling.calibration import layers_at_once
 from pl_attnedit.modeling.edit import edited_attention, layers_that_need_text
 from pl_attnedit.teachers import attention_of, attention_spec
 
@@ -97,15 +98,15 @@ def stage_memory(teacher: Any, student: Any, step: Step) -> StageMemory:
 
 def init_memory(teacher: Any, student: Any, init: str, batch: int, seq: int) -> StageMemory | None:
     """Of the init, where it looks at text; else None. Whatever the strategy each device has all weights, the
-    statistics of all layers, and three times the attention's probabilities for one key head."""
+    statistics of as many layers as are looked at together, and three times the attention probabilities of one part."""
     looking = layers_that_need_text(student, init)
     if not looking:
         return None
     spec = attention_spec(teacher.config)
-    head, pairs = torch.zeros(spec.head_dim, dtype=torch.long), torch.zeros(spec.head_dim // 2, dtype=torch.float64)
-    one = LayerStatistics(spec, Rotation(head, pairs, pairs[: spec.rope_pairs], 1.0), seq)
-    statistics = len(looking) * size(value for value in vars(one).values() if isinstance(value, torch.Tensor))
-    probabilities = 3 * 4 * batch * spec.num_heads // spec.num_kv_heads * seq**2
+    held = min(len(looking), layers_at_once(teacher.config, looking, seq))
+    statistics = held * LayerStatistics.size(spec, seq)
+    row = batch * spec.num_heads // spec.num_kv_heads * seq
+    probabilities = 3 * 4 * min(row * seq, max(row, PAIRS_AT_ONCE))
     new = sum(size(attention.parameters()) for attention in edited_attention(student).values())
     return StageMemory(size(teacher.parameters()) + new, 0.0, 0.0, 0.0, float(statistics + probabilities))
 

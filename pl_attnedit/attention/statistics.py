@@ -16,6 +16,7 @@ from pl_attnedit.teachers import AttentionSpec
 
 SINK_COLUMNS = 4  # first tokens, left out of the distances: attention to them does not depend on the distance
 WEIGHT_FLOOR = 0.1  # share of the plain mean in the weighted moments, so that no token is ignored
+PAIRS_AT_ONCE = 2**28  # attention probabilities, over the batch and the queries of a key head: 1 GiB in float32
 SAMPLES = 4096  # inputs kept; several times the rank of any latent in use
 
 
@@ -53,6 +54,13 @@ class LayerStatistics:
         # Reservoir sampling: the tokens with the largest random keys. On the CPU, where the generator is.
         self._sample_key = torch.full((SAMPLES,), -1.0, device="cpu")
         self._random = torch.Generator().manual_seed(0)
+
+    @staticmethod
+    def size(spec: AttentionSpec, context: int) -> int:
+        """Bytes that the statistics of a layer hold."""
+        width = spec.hidden_size + 1
+        moments = width * (2 * width + (spec.num_heads + 4 * spec.num_kv_heads) * spec.head_dim)
+        return 8 * (moments + context) + 4 * SAMPLES * (width + 2)
 
     @torch.no_grad()
     def update(
@@ -97,26 +105,30 @@ class LayerStatistics:
     ) -> torch.Tensor:
         """Sum over queries of the squared probability that each token gets, mean over heads: (batch, time).
 
-        Also adds the attention by distance. One key head at a time, so that the scores stay small.
+        Also adds the attention by distance. One key head and so many queries at a time that the scores
+        stay small.
         """
         groups, time = query.shape[1] // key.shape[1], query.shape[2]
         at = torch.arange(time, device=query.device)
-        hidden = (at[:, None] < at[None, :]).expand(query.shape[0], time, time)  # from a query: what comes later
         if position_ids is None:
-            position_ids = at.expand(query.shape[0], time)
-        else:  # and other documents
+            document, position_ids = None, at.expand(query.shape[0], time)
+        else:
             document = (position_ids == 0).cumsum(-1)
-            hidden = hidden | (document[:, :, None] != document[:, None, :])
         sinks = (position_ids < SINK_COLUMNS)[:, None, None, :]
-        distance = (at[:, None] - at[None, :]).clamp(min=0)
         received = torch.zeros(query.shape[0], time, device=query.device)
-        by_pair = torch.zeros(time, time, device=query.device)
-        for head in range(key.shape[1]):
-            scores = query[:, head * groups : (head + 1) * groups] @ key[:, head : head + 1].transpose(-1, -2)
-            scores = (scores.float() * self.spec.scaling).masked_fill(hidden[:, None], float("-inf")).softmax(-1)
-            received += scores.square().sum((1, 2))
-            by_pair += scores.masked_fill_(sinks, 0).sum((0, 1))
-        self._distance.scatter_add_(0, self._exact(distance.flatten()), self._exact(by_pair.flatten()).double())
+        for rows in at.split(max(PAIRS_AT_ONCE // (query.shape[0] * groups * time), 1)):
+            here = slice(int(rows[0]), int(rows[-1]) + 1)
+            hidden = (rows[:, None] < at[None, :]).expand(query.shape[0], -1, -1)  # from a query: what comes later
+            if document is not None:  # and other documents
+                hidden = hidden | (document[:, here, None] != document[:, None, :])
+            by_pair = torch.zeros(len(rows), time, device=query.device)
+            for head in range(key.shape[1]):
+                scores = query[:, head * groups : (head + 1) * groups, here] @ key[:, head : head + 1].transpose(-1, -2)
+                scores = (scores.float() * self.spec.scaling).masked_fill(hidden[:, None], float("-inf")).softmax(-1)
+                received += scores.square().sum((1, 2))
+                by_pair += scores.masked_fill_(sinks, 0).sum((0, 1))
+            distance = (rows[:, None] - at[None, :]).clamp(min=0)
+            self._distance.scatter_add_(0, self._exact(distance.flatten()), self._exact(by_pair.flatten()).double())
         return received / query.shape[1]
 
     @property

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pl_attnedit.attention import Target
 from pl_attnedit.checkpoints.io import read_checkpoint, use_atomic_files
 from pl_attnedit.distillation.engine.forward_check import check_forward
-from pl_attnedit.distillation.engine.pairs import Batch, Pairs
+from pl_attnedit.distillation.engine.pairs import Pairs
 from pl_attnedit.distillation.engine.sharding import broadcast, data_parallel_mesh, shard
 from pl_attnedit.distillation.metrics import LayerNMSE
 from pl_attnedit.distillation.settings import (
@@ -27,6 +26,7 @@ from pl_attnedit.distillation.settings import (
 from pl_attnedit.distillation.validation import ValidatedModule
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import EditPlan, edited_attention, unshare_trunk
+from pl_attnedit.modeling.calibration import Reported
 from pl_attnedit.modeling.edit import assemble, build_plan, check_teacher, initialise, layers_that_need_text
 from pl_attnedit.modeling.trained_on import KEY as TRAINED_ON
 from pl_attnedit.modeling.trained_on import TrainedOn
@@ -223,20 +223,11 @@ class DistillationModule(ValidatedModule):
             if not hasattr(data, "calibration_batches"):
                 raise UserError(f"init = {init!r}: this target needs a TextDataModule to calibrate on")
             batches = data.calibration_batches(self.hparams["calibration_tokens"])  # type: ignore[union-attr]
-            calibration = self._reported(batches)
+            report = getattr(self.trainer.progress_bar_callback, "report", None)
+            calibration = batches if report is None else Reported(batches, partial(report, "calibrating"))
             teacher.to(self.trainer.strategy.root_device)
             student.to(self.trainer.strategy.root_device)
         initialise(student, teacher, init, calibration)
-
-    def _reported(self, batches: list[Batch]) -> Iterator[Batch]:
-        """Yields the batches and reports progress."""
-        started, tokens = time.monotonic(), 0
-        for done, batch in enumerate(batches, start=1):
-            yield batch
-            tokens += batch["input_ids"].numel()
-            bar: Any = self.trainer.progress_bar_callback
-            if hasattr(bar, "report"):
-                bar.report("calibrating", done, len(batches), tokens, started)
 
     def prepare_training(self) -> None:
         """Registers the modules that train; in the subclasses."""

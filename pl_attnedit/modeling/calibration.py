@@ -1,14 +1,16 @@
-"""Collects the statistics of all layers in one pass of the teacher over the calibration text."""
+"""Collects the statistics of layers in passes of the teacher over the calibration text, a few layers at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pl_attnedit.attention import LayerStatistics
 from pl_attnedit.attention.interface import by_keyword, rotation_of
@@ -16,11 +18,56 @@ from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import attention_spec
 
 CalibrationBatch = torch.Tensor | Mapping[str, torch.Tensor]
+STATISTICS_BYTES = 4 * 10**9  # that are held at a time; the statistics of a layer of Qwen3-8B take 0.6e9
+
+
+class _Enough(Exception):
+    """The last of the layers has been seen."""
+
+
+class Reported:
+    """Batches of a calibration, which report each time that they are gone through: how many are done of how many, their
+    tokens, and when it began (`time.monotonic()`)."""
+
+    def __init__(
+        self, batches: Sequence[Mapping[str, torch.Tensor]], report: Callable[[int, int, int, float], None]
+    ) -> None:
+        self.batches, self.report = batches, report
+
+    def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        started, tokens = time.monotonic(), 0
+        for done, batch in enumerate(self.batches, start=1):
+            yield batch
+            tokens += batch["input_ids"].numel()
+            self.report(done, len(self.batches), tokens, started)
+
+
+def layers_at_once(config: PreTrainedConfig, layers: Sequence[int], context: int) -> int:
+    """How many of these layers have statistics that fit into `STATISTICS_BYTES`, at least one.
+
+    context: tokens of a calibration sequence.
+    """
+    largest = max(LayerStatistics.size(attention_spec(config, index), context) for index in layers)
+    return max(STATISTICS_BYTES // largest, 1)
+
+
+def statistics_in_parts(
+    teacher: PreTrainedModel, layers: Sequence[int], calibration: Iterable[CalibrationBatch]
+) -> Iterator[dict[int, LayerStatistics]]:
+    """`collect_statistics` of a few layers at a time, so that they fit into `STATISTICS_BYTES`. Each part costs a pass of
+    the teacher up to its last layer. Let go of one part before the next is made."""
+    batches = list(calibration) if isinstance(calibration, Iterator) else calibration
+    first = next(iter(batches), None)
+    ids = first["input_ids"] if isinstance(first, Mapping) else first
+    context = ids.shape[-1] if isinstance(ids, torch.Tensor) and ids.dim() else 1
+    step = layers_at_once(teacher.config, layers, context)
+    for start in range(0, len(layers), step):
+        yield collect_statistics(teacher, layers[start : start + step], batches)
 
 
 @torch.no_grad()
 def collect_statistics(
-    teacher: PreTrainedModel, layers: list[int], calibration: Iterable[CalibrationBatch]
+    teacher: PreTrainedModel, layers: Sequence[int], calibration: Iterable[CalibrationBatch]
 ) -> dict[int, LayerStatistics]:
     """Statistics of the attention in `layers` by layer index.
 
@@ -40,6 +87,8 @@ def collect_statistics(
             rotation = rotation_of(attention, hidden_states, call, rotary, spec.rope_stride, first)  # type: ignore[arg-type]
             statistics[index] = LayerStatistics(spec, rotation, hidden_states.shape[1])
         statistics[index].update(attention, hidden_states, call, position_ids)
+        if index == max(layers):
+            raise _Enough
 
     hooks = [
         teacher.model.layers[index].self_attn.register_forward_pre_hook(partial(update, index), with_kwargs=True)
@@ -58,7 +107,8 @@ def collect_statistics(
             time = input_ids.shape[1]
             if position_ids is not None:
                 position_ids = position_ids.to(device)
-            teacher.model(input_ids=input_ids.to(device), position_ids=position_ids, use_cache=False)
+            with suppress(_Enough):
+                teacher.model(input_ids=input_ids.to(device), position_ids=position_ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from pl_attnedit.attention import LayerStatistics, Target, TargetConfig, init_of
 from pl_attnedit.errors import UserError, invalid
-from pl_attnedit.modeling.calibration import CalibrationBatch, collect_statistics
+from pl_attnedit.modeling.calibration import CalibrationBatch, statistics_in_parts
 from pl_attnedit.modeling.hf import EditedModelMixin, edited_classes, edited_config
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import (
@@ -122,12 +122,15 @@ def initialise(
     """Fills the new attention modules of an assembled student."""
     for module in edited_attention(student).values():
         init_of(module.target, init).check(module.target, module.spec)
-    statistics: dict[int, LayerStatistics] = {}
-    if needed := layers_that_need_text(student, init):
-        if calibration is None:
-            raise UserError(f"calibration: init {init!r} needs an iterable of input-id batches for this target")
-        statistics = collect_statistics(teacher, needed, calibration)
-    initialise_from(student, teacher, init, statistics)
+    needed = layers_that_need_text(student, init)
+    initialise_from(student, teacher, init, {}, edited_attention(student).keys() - set(needed))
+    if not needed:
+        return
+    if calibration is None:
+        raise UserError(f"calibration: init {init!r} needs an iterable of input-id batches for this target")
+    for statistics in statistics_in_parts(teacher, needed, calibration):
+        initialise_from(student, teacher, init, statistics, statistics)
+        statistics.clear()  # before the next are collected
 
 
 def layers_that_need_text(student: PreTrainedModel, init: str) -> list[int]:
@@ -136,10 +139,16 @@ def layers_that_need_text(student: PreTrainedModel, init: str) -> list[int]:
 
 
 def initialise_from(
-    student: PreTrainedModel, teacher: PreTrainedModel, init: str, statistics: Mapping[int, LayerStatistics]
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    init: str,
+    statistics: Mapping[int, LayerStatistics],
+    layers: Collection[int] | None = None,
 ) -> None:
-    """`initialise` with statistics that exist already, by layer index."""
+    """`initialise` with statistics that exist already, by layer index; of some layers, None = all edited ones."""
     for index, module in edited_attention(student).items():
+        if layers is not None and index not in layers:
+            continue
         init_of(module.target, init).fill(module, teacher.model.layers[index].self_attn, statistics.get(index))
 
 

@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from pl_attnedit import MLAConfig, edit_model
-from pl_attnedit.attention import MLA
-from pl_attnedit.modeling import edited_attention
+from pl_attnedit.attention import MLA, LayerStatistics, statistics
+from pl_attnedit.modeling import calibration, edited_attention
 from pl_attnedit.modeling.calibration import collect_statistics
+from pl_attnedit.teachers import attention_spec
 
 Teachers = Callable[..., PreTrainedModel]
 Ids = Callable[..., torch.Tensor]
@@ -224,8 +225,11 @@ def test_statistics_are_streamed(make_teacher: Teachers, make_ids: Ids) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_documents_do_not_see_each_other_in_statistics(family: str, make_teacher: Teachers, make_ids: Ids) -> None:
-    """Two documents in a sequence, kept apart by their positions, count as the two by themselves."""
+def test_documents_do_not_see_each_other_in_statistics(
+    family: str, make_teacher: Teachers, make_ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two documents in a sequence, kept apart by their positions, count as the two by themselves; queries in parts."""
+    monkeypatch.setattr(statistics, "PAIRS_AT_ONCE", 4 * 2 * 48 * 10)
     teacher, ids = make_teacher(family), make_ids(8, 24)
     packed = {"input_ids": ids.view(4, 48), "position_ids": torch.arange(24).repeat(4, 2)}
     apart, alone = collect_statistics(teacher, [0, 2], [packed]), collect_statistics(teacher, [0, 2], [ids])
@@ -244,4 +248,26 @@ def test_the_given_batches_may_be_a_generator(make_teacher: Teachers, make_ids: 
     one = edit_model(teacher, MLAConfig(8, 4), calibration=batches(make_ids))
     other = edit_model(teacher, MLAConfig(8, 4), calibration=list(batches(make_ids)))
     for a, b in zip(one.state_dict().values(), other.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_few_layers_at_a_time_give_the_same_weights(
+    family: str, make_teacher: Teachers, make_ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics are held of as many layers as may be held, and every layer comes out the same to the bit."""
+    teacher, seen = make_teacher(family), []
+    collect = calibration.collect_statistics
+
+    def counted(*args: Any) -> Any:
+        seen.append(list(args[1]))
+        return collect(*args)
+
+    monkeypatch.setattr(calibration, "collect_statistics", counted)
+    once = edit_model(teacher, MLAConfig(8, 4), calibration=batches(make_ids))
+    spec = attention_spec(teacher.config)
+    monkeypatch.setattr(calibration, "STATISTICS_BYTES", 3 * LayerStatistics.size(spec, 32))
+    parts = edit_model(teacher, MLAConfig(8, 4), calibration=batches(make_ids))
+    assert seen == [[0, 1, 2, 3], [0, 1, 2], [3]]
+    for a, b in zip(once.state_dict().values(), parts.state_dict().values()):
         assert torch.equal(a, b)

@@ -13,7 +13,7 @@ import torch
 from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
 from pl_attnedit.eval.bench.flops import linear_flops, step_flops
 from pl_attnedit.eval.bench.memory import Step, init_memory, kept_values, size, stage_memory, trained_parameters
-from pl_attnedit.modeling import EditPlan, edited_attention
+from pl_attnedit.modeling import EditPlan, calibration, edited_attention
 from pl_attnedit.modeling.calibration import collect_statistics
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.modeling.kv import on_meta
@@ -82,14 +82,17 @@ def test_what_trains_and_where_it_is_held(make_teacher: Make, family: str) -> No
     assert plain < stage_memory(teacher, student, Step("stage2", tokens=4096, feature_weight=0.1)).activations
 
 
-def test_init_holds_what_the_statistics_do(make_teacher: Make, make_ids: Make) -> None:
+def test_init_holds_what_the_statistics_do(make_teacher: Make, make_ids: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = make_teacher("qwen3")
     student = edit_model(teacher, MLAConfig(8, 4), pattern="SF", init="random")
     collected = collect_statistics(teacher, [0, 2], [make_ids(2, 16)])
     held = sum(size(v for v in vars(one).values() if isinstance(v, torch.Tensor)) for one in collected.values())
     found = init_memory(teacher, student, "calibrated", batch=2, seq=16)
     assert found is not None
-    assert found.activations == held + 3 * 4 * 2 * 2 * 16**2
+    assert found.activations == pytest.approx(held + 3 * 4 * 2 * 2 * 16**2, rel=0.01)
+    monkeypatch.setattr(calibration, "STATISTICS_BYTES", held // 2)
+    halved = init_memory(teacher, student, "calibrated", batch=2, seq=16)
+    assert halved.activations == pytest.approx(held / 2 + 3 * 4 * 2 * 2 * 16**2, rel=0.01)  # type: ignore[union-attr]
     windows = edit_model(teacher, GateSWAConfig(window=8), init="random")
     assert init_memory(teacher, windows, "calibrated", batch=2, seq=16) is None
 
