@@ -16,6 +16,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "mistral, windows": {"sliding_window": 6},
     "qwen2, windows": {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 6},
     "cohere2": {"logit_scale": 0.5, **MIXED},  # one norm, attention and MLP side by side; no RoPE in its full layers
+    "deepseek_v3": {  # a latent already: wide keys, narrow values, less in the cache than reaches the scores
+        **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
+        **{"n_group": 1, "topk_group": 1, "num_key_value_heads": 4},
+    },
     "ernie4_5": {"head_dim": 8},  # RoPE of neighbours
     "exaone4": MIXED,
     "gemma2": {
@@ -35,7 +40,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "granite": FACTORS,
     "granitemoe": {**FACTORS, **LOCAL_EXPERTS},
     "hunyuan_v1_dense": {"head_dim": 16},  # norms behind RoPE
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {
+        **EXPERTS,
+        **{"num_dense_layers": 1, "layer_types": ["conv", "full_attention"] * 2},
+    },
+    "nanochat": {},  # one norm without weights for the embeddings and behind the last layer; a norm behind RoPE
     "nemotron": {"partial_rotary_factor": 0.5},
     "olmo2": {},  # norms of outputs alone, and over all heads at once
     "olmo3": MIXED,
@@ -51,7 +60,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "starcoder2": {"use_bias": True},
 }
 # what is refused, with the reason: a norm between heads and output projection; a mask of its own; layers that return more;
-# no `model.layers`; no interface
+# no `model.layers`; no interface; states of another mixer in the same cache; a cache of its own; two attentions in a layer
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bitnet": ({}, "the attention of layer 0 of the teacher: .* off by"),
     "doge": ({}, "DogeAttention makes masks of its own for each head"),
@@ -59,6 +68,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_state": 8, "mamba_d_head": 8, "mamba_n_groups": 1},
         "BambaModel takes more from its layers than hidden states",
     ),
+    "falcon_h1": (
+        {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+        "cache states of another mixer",
+    ),
+    "longcat_flash": ({}, "has 2 layers where the config says 4"),
+    "minimax": ({**LOCAL_EXPERTS, "head_dim": 8}, "MiniMaxModel has a cache of its own"),
     "gpt_neox": ({}, "its model has no model.layers"),
     "jetmoe": ({}, "none of its layers has a self_attn"),
     "phi": ({}, "the head of PhiForCausalLM has a bias"),

@@ -79,7 +79,7 @@ class Target(nn.Module, ABC):
 
     def head_widths(self) -> tuple[int, int, int]:
         """Number of query heads, width of a query (and key) head, width of a value head."""
-        return self.spec.num_heads, self.spec.head_dim, self.spec.head_dim
+        return self.spec.num_heads, self.spec.head_dim, self.spec.value_dim
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from pl_attnedit.modeling.trained_on import KEY as TRAINED_ON
 from pl_attnedit.modeling.trained_on import TrainedOn
 from pl_attnedit.modeling.weights import copy_weights, default_dtype
 from pl_attnedit.shapes import SHAPE_PREFIX
+from pl_attnedit.teachers.base import rotary_of
 from pl_attnedit.teachers.sources.resolve import load_teacher, teacher_fingerprint
 
 # a checkpoint's optimizer state fits these values only
@@ -256,11 +257,13 @@ class DistillationModule(ValidatedModule):
         self._sum_exactly(self.device)
         self.teacher.eval()
         for model in (self.teacher, self.student):
-            rotary = model.model.rotary_emb.to(self.device)
+            rotary = rotary_of(model.model)
+            if rotary is not None and {b.dtype for b in rotary.buffers()} - {torch.float32}:  # by `64-true`
+                rotary._buffers = type(rotary)(config=model.config)._buffers
+            if rotary is not None:
+                rotary.to(self.device)
             if not self.sharded:
                 model.to(self.device)
-            if rotary.inv_freq.dtype != torch.float32:  # converted by `64-true`; RoPE frequencies stay float32
-                model.model.rotary_emb = type(rotary)(config=model.config).to(self.device)
 
     def layer_modules(self) -> dict[int, Target]:
         """The new attention modules by layer index."""

@@ -16,6 +16,7 @@ from pl_attnedit.attention import LayerStatistics
 from pl_attnedit.attention.interface import by_keyword, rotation_of
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import attention_spec
+from pl_attnedit.teachers.base import rotary_of
 
 CalibrationBatch = torch.Tensor | Mapping[str, torch.Tensor]
 STATISTICS_BYTES = 4 * 10**9  # that are held at a time; the statistics of a layer of Qwen3-8B take 0.6e9
@@ -76,7 +77,7 @@ def collect_statistics(
     statistics cover distances up to this time; the init extrapolates beyond it.
     """
     statistics: dict[int, LayerStatistics] = {}
-    rotary = getattr(teacher.model, "rotary_emb", None)
+    rotary = rotary_of(teacher.model)
 
     def update(index: int, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -84,7 +85,7 @@ def collect_statistics(
         if index not in statistics:
             spec = attention_spec(teacher.config, index)
             first = 1 if position_ids is None else int((position_ids[0] == 1).nonzero()[0])
-            rotation = rotation_of(attention, hidden_states, call, rotary, spec.rope_stride, first)  # type: ignore[arg-type]
+            rotation = rotation_of(attention, hidden_states, call, rotary, spec.rope_stride, first)
             statistics[index] = LayerStatistics(spec, rotation, hidden_states.shape[1])
         statistics[index].update(attention, hidden_states, call, position_ids)
         if index == max(layers):

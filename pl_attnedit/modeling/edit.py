@@ -97,14 +97,15 @@ def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
     config = edited_config(teacher.config, plan)
     with torch.device("meta"):
         student: Any = edited_classes(teacher.config.model_type)[1](config)
-    for name, module in teacher.model.named_children():
-        if name != "layers":
-            student.model.register_module(name, module)
-    student.lm_head = teacher.lm_head
+    for mine, theirs in ((student, teacher), (student.model, teacher.model)):
+        mine._parameters, mine._buffers = theirs._parameters, theirs._buffers  # those outside of any part of it
+        for name, module in theirs.named_children():
+            if name not in ("model", "layers"):
+                mine.register_module(name, module)
     for index, layer in enumerate(teacher.model.layers):
         # the layer itself is the student's own: Hugging Face's hooks on it would collect twice what both return
         edited, full = student.model.layers[index], plan.target_of(index) is None
-        edited._parameters, edited._buffers = layer._parameters, layer._buffers  # those outside of any part of it
+        edited._parameters, edited._buffers = layer._parameters, layer._buffers
         for name, module in layer.named_children():
             if full or name != "self_attn":
                 edited.register_module(name, module)

@@ -29,20 +29,24 @@ class EditedConfigMixin(OwnEntryFile):
     transformers 4 ignores `rope_parameters` and would silently rotate with theta 10000. Loading checks that both agree.
     """
 
-    rope_parameters: dict[str, Any]
     base_model_tp_plan = None  # rules for the teacher's projections, which do not hold for targets
 
     def __post_init__(self, **kwargs: Any) -> None:
         outer = kwargs.get("rope_theta")
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        inner = (self.rope_parameters or {}).get("rope_theta")
+        inner = self._rope_theta
         if outer is not None and inner is not None and outer != inner:
             raise invalid(
                 "rope_theta", outer, f"config.json also says rope_parameters.rope_theta = {inner}; must agree"
             )
 
+    @property
+    def _rope_theta(self) -> float | None:
+        """None where kinds of layers have one each, or there is no RoPE."""
+        return (getattr(self, "rope_parameters", None) or {}).get("rope_theta")
+
     def to_dict(self) -> dict[str, Any]:
-        theta = (self.rope_parameters or {}).get("rope_theta")  # kinds of layers may have one each
+        theta = self._rope_theta
         return {**super().to_dict(), **({} if theta is None else {"rope_theta": theta})}  # type: ignore[misc]
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedCo
 
 from pl_attnedit.attention import Target
 from pl_attnedit.teachers import attention_of, layer_specs
-from pl_attnedit.teachers.base import cos_and_sin
+from pl_attnedit.teachers.base import cos_and_sin, rotary_of
 
 DEFAULT_CONTEXT = 32768  # tokens, where none is stated
 
@@ -63,8 +63,9 @@ def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator
     for tokens in (context, *([1] * steps)):
         hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
         positions = torch.arange(past, past + tokens, device=model.device)[None]
-        rotation = cos_and_sin(model.model.rotary_emb, model.config, hidden, positions)  # whichever layer's
-        call = {"position_embeddings": rotation, "position_ids": positions}
+        call = {"position_ids": positions}
+        if (rotary := rotary_of(model.model)) is not None:  # whichever layer's
+            call["position_embeddings"] = cos_and_sin(rotary, model.config, hidden, positions)
         with WithoutScores():
             for layer in model.model.layers:
                 few = slice(None) if hasattr(layer, "self_attn") else slice(64)  # the states of others do not grow

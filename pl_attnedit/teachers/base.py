@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pl_attnedit.errors import UserError, invalid
@@ -31,18 +33,20 @@ _ROPE_OTHERS = ("rope_type", "type", "truncate", "finetuned")
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Shape of one attention module of a teacher. Widths are in features, `head_dim` per head.
+    """Shape of one attention module of a teacher. Widths are in features, `head_dim` and `value_dim` per head.
 
     `scaling` is the factor on the scores before the softmax; `window` the tokens that the teacher's own queries see, None =
     all earlier ones; `softcap` bounds the scores; `own_sinks` are learned ones. The model's cos and sin hold `rope_pairs`
     frequencies, of which each is found every `rope_stride` entries; 0 = it has none. `plain_heads`: the projections make
-    queries, keys and values, and nothing else, such as a gate.
+    queries, keys and values of one width, and nothing else, such as a gate or a latent. `cached_values_per_token` are values
+    (not bytes) that the teacher caches per token and layer; `mixed_cache`: with them, states of another mixer in the layer.
     """
 
     hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    output_width: int
     qkv_bias: bool
     o_bias: bool
     qk_norm: bool
@@ -55,11 +59,12 @@ class AttentionSpec:
     rope_pairs: int = 0
     rope_stride: int = 1
     plain_heads: bool = True
+    cached_values_per_token: int = 0
+    mixed_cache: bool = False
 
     @property
-    def cached_values_per_token(self) -> int:
-        """Values (not bytes) that the teacher caches per token and layer: keys and values."""
-        return 2 * self.num_kv_heads * self.head_dim
+    def value_dim(self) -> int:
+        return self.output_width // self.num_heads
 
 
 def output_projection(attention: Any) -> nn.Linear:
@@ -75,7 +80,9 @@ def attention_of(layer: Any) -> Any:
     return getattr(layer, "self_attn", None)
 
 
-def _spec_of(attention: Any, config: Any, window: int | None, rope: tuple[int, int]) -> AttentionSpec:
+def _spec_of(
+    attention: Any, config: Any, window: int | None, rope: tuple[int, int], cached: tuple[int | None, bool]
+) -> AttentionSpec:
     heads = config.num_attention_heads
     head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads, output = getattr(config, "num_key_value_heads", None) or heads, output_projection(attention)
@@ -86,6 +93,7 @@ def _spec_of(attention: Any, config: Any, window: int | None, rope: tuple[int, i
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
+        output_width=output.in_features,
         qkv_bias=any(m.bias is not None for m in inputs),
         o_bias=output.bias is not None,
         qk_norm=any("norm" in name for name, _ in attention.named_children()),
@@ -98,6 +106,8 @@ def _spec_of(attention: Any, config: Any, window: int | None, rope: tuple[int, i
         rope_pairs=rope[0],
         rope_stride=rope[1],
         plain_heads=sum(m.out_features for m in inputs) == (heads + 2 * kv_heads) * head_dim,
+        cached_values_per_token=2 * kv_heads * head_dim if cached[0] is None else cached[0],
+        mixed_cache=cached[1],
     )
 
 
@@ -106,6 +116,11 @@ def _goes_through_interface(attention: nn.Module | None) -> bool:
     if attention is None:
         return False
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(attention).forward).__code__.co_names
+
+
+def rotary_of(model: Any) -> Any:
+    """A decoder's module that makes cos and sin for its layers; None where it has none."""
+    return getattr(model, "rotary_emb", None) or getattr(model, "pos_emb", None)
 
 
 def cos_and_sin(rotary: Any, config: Any, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
@@ -119,7 +134,7 @@ def _rope_of(model: Any) -> tuple[int, int]:
     """Frequencies in a decoder's cos and sin, and every how many entries the next one comes."""
     try:
         with torch.device("cpu"):
-            rotary = type(model.rotary_emb)(config=model.config)
+            rotary = type(rotary_of(model))(config=model.config)
             cos, sin = cos_and_sin(rotary, model.config, torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long))
     except (AttributeError, TypeError, ValueError):  # none, or not of this form
         return 0, 1
@@ -128,6 +143,21 @@ def _rope_of(model: Any) -> tuple[int, int]:
         return len(turn) // 2, 2
     halves = torch.equal(*turn.chunk(2))
     return len(turn) // 2 if halves else len(turn), 1
+
+
+def _cached_by(model: Any, config: Any, index: int) -> tuple[int | None, bool]:
+    """Values that a layer of a decoder on the meta device caches for a token, None where it could not be tried; and whether
+    its cache holds other states too."""
+    cache, rotary = DynamicCache(config=config), rotary_of(model)
+    layer = cache.layers[index]
+    with torch.device("meta"), suppress(Exception):  # what follows the cache, or a family that is refused elsewhere
+        hidden, positions = torch.zeros(1, 1, config.hidden_size), torch.zeros(1, 1, dtype=torch.long)
+        rotation = None if rotary is None else cos_and_sin(rotary, config, hidden, positions)
+        call = {"position_embeddings": rotation, "position_ids": positions, "attention_mask": None}
+        attention_of(model.layers[index])(hidden_states=hidden, past_key_values=cache, **call)
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
+    values = sum(each.numel() for each in held if each is not None)
+    return values or None, hasattr(layer, "conv_states")
 
 
 def windows_of(config: Any) -> list[int | None]:
@@ -161,9 +191,15 @@ def _layer_specs(fields: str) -> tuple[AttentionSpec | None, ...]:
     config = AutoConfig.for_model(**json.loads(fields))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).model
+    if len(model.layers) != config.num_hidden_layers:
+        raise AttributeError(f"it has {len(model.layers)} layers where the config says {config.num_hidden_layers}")
+    _check_cache(model)
     attention = [module if _goes_through_interface(module) else None for module in map(attention_of, model.layers)]
     windows, rope = windows_of(config), _rope_of(model)
-    return tuple(None if a is None else _spec_of(a, config, w, rope) for a, w in zip(attention, windows, strict=True))
+    return tuple(
+        None if a is None else _spec_of(a, config, w, rope, _cached_by(model, config, i))
+        for i, (a, w) in enumerate(zip(attention, windows, strict=True))
+    )
 
 
 def attention_spec(config: PreTrainedConfig, layer_idx: int | None = None) -> AttentionSpec:
@@ -212,6 +248,14 @@ def check_teacher_config(config: PreTrainedConfig) -> None:
     if not any(found):
         reason = "none of its layers has a self_attn that goes through transformers' attention interface"
         raise invalid("teacher model type", config.model_type, reason)
+
+
+def _check_cache(model: Any) -> None:
+    given = inspect.signature(model.forward).parameters.get("past_key_values")
+    for name in set(re.findall(r"\w*Cache", str(given))) - {"Cache", "DynamicCache"}:
+        raise UserError(
+            f"teacher: {type(model).__name__} has a cache of its own ({name}); targets know transformers' DynamicCache"
+        )
 
 
 def _check_rope(rope: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from pl_attnedit.eval.bench.stages import StepBench, make_module
 from pl_attnedit.modeling import edited_attention
 from pl_attnedit.modeling.edit import load
 from pl_attnedit.modeling.kv import held_bytes, on_meta, promised_bytes
-from pl_attnedit.teachers import layer_specs
+from pl_attnedit.teachers import attention_of, layer_specs
 
 Ids = Callable[..., torch.Tensor]
 Make = Callable[..., PreTrainedModel]
@@ -28,9 +28,13 @@ NO_LATENT = {
     "mistral, windows": "sees a window of 6 tokens",
     "gemma2": "bounds its scores",
     "gpt_oss": "has learned sinks",
-    "qwen3_next": "a gate of its own",
+    "qwen3_next": "a gate, a latent",
+    "deepseek_v3": "a gate, a latent",
 }
-NOT_CALIBRATED = {"hunyuan_v1_dense": "what follows the RoPE in HunYuanDenseV1Attention is not known"}
+NOT_CALIBRATED = {
+    "hunyuan_v1_dense": "what follows the RoPE in HunYuanDenseV1Attention is not known",
+    "nanochat": "what follows the RoPE in NanoChatAttention is not known",
+}
 
 
 @pytest.fixture(scope="module", params=sorted(ROWS))
@@ -147,6 +151,7 @@ def test_a_step_has_the_gradients_of_plain_pytorch(
     for target in targets:
         module: Any = make_module(source, StepBench(stage, target, pattern="SSF", compiled=False))
         module.configure_model()
+        module.on_fit_start()
         module.log = module.log_dict = lambda *_, **__: None
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         found = torch.autograd.grad(module.training_step(batch, 0)["loss"], trained)
@@ -177,7 +182,25 @@ def test_what_is_cached(source: PreTrainedModel) -> None:
     for model in (source, student):
         held = held_bytes(on_meta(model.config, torch.float32), 33)
         for layer, bytes, promised in zip(model.model.layers, held, promised_bytes(model, 33), strict=True):
-            if not hasattr(layer, "self_attn"):
+            if attention_of(layer) is None:
                 assert bytes > 0
             elif bytes != promised:  # of a window of 6 Hugging Face holds 5 tokens in a tensor of 6
                 assert bytes == promised / 5 * 6
+
+
+def test_a_decoder_without_rope(make_teacher: Make, make_ids: Ids) -> None:
+    """Nothing makes cos and sin, and no `rope_parameters` are in its config."""
+    teacher = make_teacher("jamba", attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False)
+    student = edit_model(teacher, GateSWAConfig(window=None), pattern="S")
+    check_forward(teacher, student)
+    torch.testing.assert_close(logits(student, make_ids(2, 9)), logits(teacher, make_ids(2, 9)), atol=1e-5, rtol=0.0)
+    assert promised_bytes(teacher, 9) == [0, 9 * 2 * 2 * 8 * 4] * 2
+
+
+def test_weights_outside_of_any_part(make_teacher: Make, make_ids: Ids) -> None:
+    """Of the whole decoder and of its layers, as Zaya has them."""
+    teacher: Any = make_teacher("llama")
+    student: Any = edit_model(teacher, GateSWAConfig(window=None), pattern="S")
+    for theirs, ours in ((teacher, student), (teacher.model, student.model)):
+        assert theirs._parameters is ours._parameters
+    assert {parameter.device.type for parameter in student.parameters()} == {"cpu"}

@@ -55,6 +55,11 @@ class GateSWAConfig(TargetConfig):
             raise invalid("learned_sink", self.learned_sink, "must be true or false")
 
     def check(self, spec: AttentionSpec) -> None:
+        if spec.mixed_cache and self.window is not None:
+            raise UserError(
+                "target gate_swa: this teacher's layers cache states of another mixer beside keys and values, which the "
+                "cache of a window has no place for; only window: null goes"
+            )
         if spec.window is None:
             return
         if self.window is None or self.window > spec.window:
@@ -92,7 +97,7 @@ class GateSWA(Target):
         made._describe(target, config, layer_idx)
         spec = made.spec
         if target.gate != "none":
-            gates = spec.num_heads if target.gate == "head" else spec.num_heads * spec.head_dim
+            gates = spec.num_heads if target.gate == "head" else spec.output_width
             made.gate_proj = nn.Linear(spec.hidden_size, gates, bias=False)
         made.sink = nn.Parameter(torch.zeros(spec.num_heads)) if target.learned_sink else None
         made._around = None

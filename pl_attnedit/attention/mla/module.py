@@ -80,7 +80,10 @@ class MLAConfig(TargetConfig):
         for there, what in (
             (spec.softcap, "bounds its scores (softcap)"),
             (spec.own_sinks, "has learned sinks in its softmax"),
-            (not spec.plain_heads, "makes more than queries, keys and values (a gate of its own)"),
+            (
+                not spec.plain_heads,
+                "has projections for more than queries, keys and values of one width (a gate, a latent)",
+            ),
             (spec.window, f"sees a window of {spec.window} tokens"),
         ):
             if there:

@@ -74,7 +74,14 @@ def final_norm(model: Any) -> nn.Module:
 
 
 class _Given(nn.Module):
-    """A decoder whose last hidden states are given."""
+    """A decoder whose last hidden states are given. Its head may read its attributes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._known = (model,)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__[name] if name in self.__dict__ else getattr(self.__dict__["_known"][0], name)
 
     def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
@@ -88,7 +95,7 @@ class Head(nn.Module):
         self.lm_head = model.lm_head
         if self.lm_head.bias is not None:
             raise UserError(f"teacher: the head of {type(model).__name__} has a bias, which the loss knows nothing of")
-        self._model = (with_parts(model, model=_Given(), lm_head=nn.Identity()),)  # in a tuple: no submodule
+        self._model = (with_parts(model, model=_Given(model.model), lm_head=nn.Identity()),)  # in a tuple: no submodule
         probe = torch.linspace(-1e3, 1e3, 5, device=self.lm_head.weight.device)[None]
         self.finish = None if torch.equal(self._finish(probe), probe) else self._finish
 

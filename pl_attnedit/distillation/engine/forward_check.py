@@ -83,15 +83,16 @@ def _attention(target: Any, attention: Any, entered: Tensor, call: Call) -> Tens
 
 def _own_forward(model: Any, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     """What enters each layer and what leaves the last, (1, time, hidden) each, and the logits (1, time, vocabulary)."""
-    states: list[Tensor] = []
+    states: dict[nn.Module, Tensor] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(args[0] if args else kwargs["hidden_states"])
+        states[module] = args[0] if args else kwargs["hidden_states"]  # the last time: norms may be used twice
 
     watched = [*model.model.layers, final_norm(model.model)]
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in watched]
     try:
-        return states, model(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False).logits
+        return [states[module] for module in watched], logits
     finally:
         for handle in handles:
             handle.remove()
