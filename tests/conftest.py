@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from any_family import ATTENTION, MODEL_TYPES, ROWS
 from drawing import Drawing
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import AutoConfig, PreTrainedModel
 
 from pl_attnedit.attention import INITS, TARGETS, Init, Target, TargetConfig
@@ -25,6 +26,8 @@ with suppress(ImportError):  # the environment of vLLM draws nothing
     import vl_convert
 
     vl_convert.vegalite_to_svg = Drawing()
+# what was compiled is kept from one session to the next, unlike all else in the cache folder of the tests
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
 torch._dynamo.config.fail_on_recompile_limit_hit = True  # elsewhere torch.compile only warns where it gives up
 
 VOCAB = 64

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pl_attnedit.distillation.engine.decoder import attend
+from pl_attnedit.distillation.engine.decoder import attend, with_parts
+from pl_attnedit.distillation.engine.local_gradients import compile_whole
 from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden, plain_kl, plain_layer_losses
 
 
@@ -24,13 +25,20 @@ def step_of(gradients: Callable[[], None], module: Any, optimizer: Any) -> Calla
     return step
 
 
+def compiled_by_layer(model: Any) -> Any:
+    """A decoder whose layers run through torch.compile: one graph for each kind of layer, however many there are."""
+    layers: list[Any] = list(map(compile_whole, model.layers))
+    return with_parts(model, layers=nn.ModuleList(layers))
+
+
 class LayerwiseBound:
     """Stage 1's parts alone."""
 
     def __init__(self, module: Any, batch: dict[str, Tensor], *, compiled: bool) -> None:
         self.batch = batch
-        wrap: Callable[..., Any] = torch.compile if compiled else lambda function: function
-        self.trunk, self.attend = wrap(module.teacher.model), wrap(attend)
+        trunk = module.teacher.model
+        self.trunk = compiled_by_layer(trunk) if compiled else trunk
+        self.attend = compile_whole(attend) if compiled else attend
         self.layers = module.layer_modules()
         with module.trainer.precision_plugin.forward_context(), torch.no_grad():
             with TeacherForced(module.teacher, self.layers) as forced:
@@ -50,9 +58,9 @@ class ModelBound:
     """Stage 2's parts alone."""
 
     def __init__(self, module: Any, batch: dict[str, Tensor], *, compiled: bool, chunk: int = 4096) -> None:
-        wrap: Callable[..., Any] = torch.compile if compiled else lambda function: function
         self.batch, self.chunk = batch, chunk
-        self.teacher, self.student = wrap(module.teacher.model), wrap(module.student.model)
+        both = module.teacher.model, module.student.model
+        self.teacher, self.student = map(compiled_by_layer, both) if compiled else both
         self.teacher_head, self.student_head = module.teacher.lm_head.weight, module.student.lm_head.weight
         self.upstream: Tensor | None = None
 

@@ -3,9 +3,9 @@
 Ours is `Trainer.fit` of the real stage module, loader and optimiser included. After each window of our steps the others run
 a window on the same weights with the same optimiser, so that all see the same machine:
 
-- bound: the same parts alone, the best of eager and compiled. Stage 1: the teacher's trunk forward, then each new attention
-  forward and backward on stored inputs. Stage 2: teacher forward, student forward and backward, the lm_head matrix products,
-  a constant upstream gradient. No loss, no loader.
+- bound: the same parts alone, the best of eager and compiled layer by layer. Stage 1: the teacher's trunk forward, then each
+  new attention forward and backward on stored inputs. Stage 2: teacher forward, student forward and backward, the lm_head
+  matrix products, a constant upstream gradient. No loss, no loader.
 - naive: two whole passes, all activations kept, full logits.
 """
 
@@ -75,9 +75,10 @@ def bench_step(teacher: PreTrainedModel, options: StepBench, progress: Progress 
     """Measures one stage on the teacher's device; the keys are those of the JSON."""
     import pl_attnedit.strategies  # noqa: F401  # registers fsdp2
 
+    began = time.perf_counter()
     device = next(teacher.parameters()).device
     module = make_module(teacher, options)
-    measured = Windows(options, device, progress or Progress())
+    measured = Windows(options, device, progress or Progress(), began)
     measured.progress.begin(
         options.repeats * (1 + len(options.others)), lambda: summarise(module, measured, options, device)
     )
@@ -141,8 +142,9 @@ class RandomTokens(Dataset[dict[str, Tensor]]):
 class Windows(Callback):
     """Times windows of training steps, and after each a window of every other variant."""
 
-    def __init__(self, options: StepBench, device: torch.device, progress: Progress) -> None:
-        self.options, self.device, self.progress = options, device, progress
+    def __init__(self, options: StepBench, device: torch.device, progress: Progress, began: float) -> None:
+        self.options, self.device, self.progress, self.began = options, device, progress, began
+        self.first_step = 0.0  # seconds from the teacher's weights to the end of the first step
         self.seconds: dict[str, list[float]] = {"ours": []}
         self.peaks: dict[str, int] = {}
         self.above: dict[str, int] = {}  # peaks above the memory held between steps (weights, optimizer states)
@@ -175,6 +177,9 @@ class Windows(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         warmup, timed, profiled = self.options.batches
         done = batch_idx + 1 - warmup
+        if batch_idx == 0:
+            synchronize(self.device)
+            self.first_step = time.perf_counter() - self.began
         if profiled and done == timed + profiled:
             self.communication = self.look_at_kernels()
         if done <= 0 or done > timed or done % self.options.window:
@@ -240,6 +245,7 @@ def summarise(module: Any, measured: Windows, options: StepBench, device: torch.
         "step_over_bound": step / min(bounds.values()) if bounds else None,
         "tokens_per_s": tokens / step,
         "flop_utilisation": flops * tokens / step / rate,
+        "seconds_to_first_step": measured.first_step,
         "peak_bytes": measured.peaks["ours"],
         "weights_gradients_optimizer_bytes": measured.fixed_bytes,
         "working_bytes": measured.above["ours"] - gradient_bytes(module),
@@ -295,4 +301,5 @@ def step_table(result: dict[str, Any]) -> str:
         + (f", step over bound {ratio:.2f}" if ratio else "")
         + f", on {result['machine']['device']}"
     )
+    rows.append(f"the first step ended {result['seconds_to_first_step']:.0f} s after the teacher's weights were there")
     return "\n".join(rows)

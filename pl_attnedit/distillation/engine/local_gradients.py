@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
+
+from pl_attnedit.cache import cache_root
 
 GRAPHS = 64
 
@@ -16,8 +19,10 @@ def compile_whole(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` through torch.compile, with static shapes.
 
     It is compiled for each kind of layer, shape of batch (training, validation and its last batch, phases) and mode
-    (gradients or not): of a mixed plan more often than the eight times after which torch would run it uncompiled.
+    (gradients or not): of a mixed plan more often than the eight times after which torch would run it uncompiled. Not for
+    each layer: layers of a kind share a graph. What is compiled is kept in our cache folder, for the next start.
     """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     return torch.compile(function, dynamic=False)
 

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
 from pl_attnedit.cli import main
@@ -37,8 +39,28 @@ def test_ours_bound_and_naive_are_measured_in_one_run(
     assert ours["min_ms"] <= ours["median_ms"] == result["step_ms"] <= ours["max_ms"]
     assert result["step_over_bound"] == pytest.approx(result["step_ms"] / result["bound_ms"])
     assert result["tokens_per_s"] == pytest.approx(2 * 32 / result["step_ms"] * 1e3)
+    assert result["seconds_to_first_step"] > 0
     json.dumps(result)
     assert "tokens/s" in step_table(result)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_layers_of_a_kind_share_their_graphs(
+    make_teacher: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Neither a training step nor its bound takes longer to compile for more layers."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    graphs = []
+    for layers in (2, 6):
+        torch._dynamo.reset()
+        counter.clear()
+        teacher = make_teacher("qwen3_moe", num_hidden_layers=layers)
+        options = StepBench(stage, LATENT, batch=1, seq=16, repeats=1, warmup=1, compiled=True, beside=("bound",))
+        bench_step(teacher, options)
+        graphs.append((counter.frame_count, counter.op_count))
+    assert graphs[0] == graphs[1] > (0, 0)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("stage", "block_loss"), [("stage1", False), ("stage1", True), ("stage2", False)])
