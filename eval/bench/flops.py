@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pl_attnedit.attention import Target
+from pl_attnedit.attention.base import visible_on_average
 from pl_attnedit.eval.bench.timing import median_seconds
 from pl_attnedit.modeling import edited_attention
 from pl_attnedit.teachers import attention_of, attention_spec, output_projection
@@ -47,14 +48,19 @@ def head_widths(attention: Any, config: Any) -> tuple[int, int, int]:
         return 0, 0, 0
     if isinstance(attention, Target):
         return attention.head_widths()
-    spec = attention_spec(config)
-    return spec.num_heads, spec.head_dim, spec.head_dim
+    spec = attention_spec(config, attention.layer_idx)
+    return spec.num_heads, spec.head_dim, spec.value_dim
 
 
 def score_flops(attention: Any, config: Any, seq_len: int) -> float:
-    """Forward FLOPs per token of scores and weighted values; causal, so half of the square, or what a target sees."""
+    """Forward FLOPs per token of scores and weighted values; causal, so half of the square, or what is seen of it."""
     heads, query, value = head_widths(attention, config)
-    visible = attention.visible_per_token(seq_len) if isinstance(attention, Target) else (seq_len + 1) / 2
+    if attention is None:
+        return 0.0
+    if isinstance(attention, Target):
+        visible = attention.visible_per_token(seq_len)
+    else:
+        visible = visible_on_average(attention_spec(config, attention.layer_idx).window or seq_len, seq_len)
     return 2 * visible * heads * (query + value)
 
 

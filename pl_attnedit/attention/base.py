@@ -75,7 +75,7 @@ class Target(nn.Module, ABC):
 
     def visible_per_token(self, seq_len: int) -> float:
         """Keys that a query sees, on average over a text of `seq_len` tokens."""
-        return (seq_len + 1) / 2
+        return visible_on_average(seq_len, seq_len)
 
     def head_widths(self) -> tuple[int, int, int]:
         """Number of query heads, width of a query (and key) head, width of a value head."""
@@ -95,6 +95,12 @@ class Init:
     fill: Callable[[Any, nn.Module, Any], None]
     needs_text: bool = False
     check: Callable[[Any, AttentionSpec], None] = lambda config, spec: None
+
+
+def visible_on_average(reach: int, seq_len: int) -> float:
+    """Keys that a query sees, on average over a text of `seq_len` tokens, where it sees the last `reach`."""
+    reach = min(reach, seq_len)
+    return reach - reach * (reach - 1) / (2 * seq_len)
 
 
 def positive(field: str, value: Any, *, optional: bool = False) -> None:

@@ -107,13 +107,23 @@ class Rotation(NamedTuple):
 
     order (width,): entries so that the second half is what the first turns with: real and imaginary parts. frequencies
     (width / 2,) float64: radians per token of each such pair, 0 where it is not turned. offered (pairs,) float64: all
-    frequencies that cos and sin hold. scale: YaRN's factor on scores.
+    frequencies that cos and sin hold. scale: YaRN's factor on scores. columns: where in cos and sin those of the pairs are
+    that are turned, which stand first.
     """
 
     order: Tensor
     frequencies: Tensor
     offered: Tensor
     scale: float
+    columns: Tensor
+
+    def turn(self, heads: Tensor, call: dict[str, Any]) -> Tensor:
+        """What the layer's RoPE makes of heads (batch, heads, time, width) in `order`, where it is called with `call`."""
+        cos, sin = (each[:, None, :, self.columns] for each in call["position_embeddings"])
+        turned = len(self.columns)
+        real, imaginary = heads.chunk(2, dim=-1)
+        (x, still), (y, too) = (each.split([turned, each.shape[-1] - turned], dim=-1) for each in (real, imaginary))
+        return torch.cat([x * cos - y * sin, still, y * cos + x * sin, too], dim=-1)
 
 
 def rotation_of(
@@ -173,7 +183,7 @@ def rotation_of(
             f"init calibrated: what follows the RoPE in {type(attention).__name__} is not known; use init random"
         )
     frequencies = torch.cat([offered[index.to(exact)], offered.new_zeros(len(still) // 2)])
-    return Rotation(torch.tensor(order, device=cos.device), frequencies, offered, scale)
+    return Rotation(torch.tensor(order, device=cos.device), frequencies, offered, scale, index * stride)
 
 
 def _exact(rotary: Any, turn: Tensor, cos: Tensor) -> tuple[Tensor, float]:

@@ -35,7 +35,7 @@ class LayerStatistics:
         self.spec, self.order = spec, rotation.order
         exact = exact_device(rotation.order.device)
         self.frequencies, self.offered = rotation.frequencies.to(exact), rotation.offered.to(exact)
-        self.rope_scale = rotation.scale
+        self.rope_scale, self._rotation = rotation.scale, rotation
         device = self.frequencies.device
         width = spec.hidden_size + 1
 
@@ -72,10 +72,9 @@ class LayerStatistics:
     ) -> None:
         """Adds one batch. hidden_states (batch, time, hidden) and `call` are the inputs of the teacher's `attention`;
         position_ids (batch, time) begin at 0 with each document where documents do not see each other."""
-        seen = heads_of(attention, hidden_states, call)
-        received = self._attention_received(seen.query, seen.key, position_ids)
         query, key, value, _ = heads_of(attention, hidden_states, not_turned(call))
         query, key = query[..., self.order], key[..., self.order]
+        received = self._attention_received(*(self._rotation.turn(each, call) for each in (query, key)), position_ids)
         x = torch.cat([hidden_states, torch.ones_like(hidden_states[..., :1])], dim=-1).flatten(0, 1).float()
         q = query.transpose(1, 2).flatten(2).flatten(0, 1).float()
         kv = torch.cat([key, value], dim=1).transpose(1, 2).flatten(2).flatten(0, 1).float()

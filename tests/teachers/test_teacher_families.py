@@ -54,6 +54,7 @@ def test_heads_turn_as_the_rotation_says(row: str, make_teacher: Teachers, make_
         cos, sin = turn.cos(), turn.sin()
         turned = torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
         torch.testing.assert_close(seen, turned, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(rotation.turn(plain, call), seen, atol=1e-5, rtol=1e-5)
         rotated = int((rotation.frequencies > 0).sum())
         no_rope = (row == "smollm3" and attention.layer_idx % 2) or (row == "cohere2" and spec.window is None)
         assert rotated == (0 if no_rope else spec.rope_pairs)

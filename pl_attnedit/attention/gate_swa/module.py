@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, positive
+from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, positive, visible_on_average
 from pl_attnedit.attention.gate_swa.cache import SinkWindowLayer, window_layer
 from pl_attnedit.attention.interface import ask_itself, by_keyword
 from pl_attnedit.attention.kernels.windowed import attend_window
@@ -185,8 +185,7 @@ class GateSWA(Target):
     def visible_per_token(self, seq_len: int) -> float:
         if self.target.window is None:
             return super().visible_per_token(seq_len)
-        reach = min(self.target.window + self.target.sinks, seq_len)
-        return reach - reach * (reach - 1) / (2 * seq_len)
+        return visible_on_average(self.target.window + self.target.sinks, seq_len)
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ import torch
 from fixtures_stages import same, weights
 from transformers import PreTrainedModel
 
-from pl_attnedit import MLAConfig, edit_model
+from pl_attnedit import MLAConfig, UserError, edit_model
 from pl_attnedit.attention import MLA
 from pl_attnedit.attention.mla.plain_svd import init_plain_svd
 from pl_attnedit.modeling import edited_attention
@@ -38,6 +38,26 @@ def test_exact_where_nothing_is_lost(make_teacher: Teachers, make_ids: Make, fam
     target = MLAConfig(kv_lora_rank=rank, qk_rope_head_dim=8, latent_norm=False)
     student = edit_model(teacher, target, init="plain_svd", calibration=[text]).eval()
     assert (student(text).logits - teacher(text).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_pairs_that_are_zero_in_every_query(make_teacher: Teachers, make_ids: Make) -> None:
+    """As the QK-norms of Gemma-3-270M have them: which entries turn with which is not to be seen there, and the same."""
+    teacher, students = make_teacher("qwen3"), []
+    target, text = MLAConfig(8, 4, latent_norm=False), make_ids(4, 32)
+    for layer in teacher.model.layers:
+        layer.self_attn.q_norm.weight[[3, 11, 5, 13]] = 1e-30
+    students.append(edit_model(teacher, target, init="plain_svd", calibration=[text]))
+    for layer in teacher.model.layers:
+        layer.self_attn.q_norm.weight[[3, 11, 5, 13]] = 0
+    students.append(edit_model(teacher, target, init="plain_svd", calibration=[text]))
+    torch.testing.assert_close(*(student(text).logits for student in students), atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize("family", ["glm4", "smollm3"])
+def test_other_forms_of_rope_are_refused(make_teacher: Teachers, make_ids: Make, family: str) -> None:
+    with pytest.raises(UserError, match="knows k_proj and a RoPE of Llama's form alone"):
+        edit_model(make_teacher(family), MLAConfig(8, 4), init="plain_svd", calibration=[make_ids(2, 24)])
 
 
 @pytest.mark.parametrize("latent_norm", [False, True])

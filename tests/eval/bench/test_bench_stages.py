@@ -109,6 +109,13 @@ def test_a_window_counts_the_keys_that_are_seen(make_teacher: Callable[..., Any]
     assert score_flops(attention, config, 16) == pytest.approx(2 * seen * spec.num_heads * 2 * spec.head_dim)
 
 
+def test_a_window_of_the_teachers_own_counts_the_keys_that_are_seen(make_teacher: Callable[..., Any]) -> None:
+    teacher = make_teacher("gemma3_text")
+    window, full = (score_flops(layer.self_attn, teacher.config, 16) for layer in teacher.model.layers[:2])
+    seen = sum(min(position + 1, 6) for position in range(16)) / 16
+    assert (window, full) == (2 * seen * 4 * 2 * 16, 2 * 17 / 2 * 4 * 2 * 16)
+
+
 def test_a_target_states_what_it_sees(make_teacher: Callable[..., Any], alone: Any, monkeypatch: Any) -> None:
     teacher = make_teacher("llama")
     student = edit_model(teacher, alone, init="random")
