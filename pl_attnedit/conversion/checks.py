@@ -15,14 +15,16 @@ from pl_attnedit.attention import init_of
 from pl_attnedit.callbacks import ProgressiveUnfreezing, TeacherForcing
 from pl_attnedit.conversion.recipe import Recipe, StageRecipe
 from pl_attnedit.distillation import STAGES, DistillationModule
+from pl_attnedit.distillation.engine.forward_check import check_forward
 from pl_attnedit.distillation.optimisation import check_cuda_graph
 from pl_attnedit.distillation.settings import check_precision, frozen_dtype, parse_targets
 from pl_attnedit.distillation.stage1 import check_trained_layers
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling import EditPlan
-from pl_attnedit.modeling.edit import build_plan
+from pl_attnedit.modeling.calibration import collect_statistics
+from pl_attnedit.modeling.edit import assemble, build_plan, layers_that_need_text
 from pl_attnedit.teachers import attention_spec, check_teacher_config
-from pl_attnedit.teachers.sources.resolve import teacher_config
+from pl_attnedit.teachers.sources.resolve import load_teacher, teacher_config
 
 
 def check_recipe(recipe: Recipe) -> tuple[PreTrainedConfig, EditPlan]:
@@ -62,6 +64,23 @@ def check_edits(
         if init is not None:
             init_of(target, init).check(target, spec)
     return config, plan
+
+
+def check_teacher_runs(recipe: Recipe, device: torch.device) -> None:
+    """What only the weights show: whether teacher and student are run as Hugging Face runs them, and whether the init can
+    read the teacher's RoPE. Loads the teacher.
+
+    Raises:
+        UserError: by `check_forward`, or by the calibration.
+    """
+    teacher, _ = load_teacher(recipe.teacher, frozen_dtype(recipe.trainer.get("precision"), recipe.dtype), device)
+    student = assemble(
+        teacher, build_plan(teacher.config, parse_targets(recipe.targets), recipe.pattern, recipe.layers)
+    )
+    check_forward(teacher, student)
+    ids = torch.arange(64, device=device)[None] % teacher.config.vocab_size
+    if looking := layers_that_need_text(student, recipe.init):
+        collect_statistics(teacher, looking[:1], [ids])
 
 
 def check_devices(recipe: Recipe, device_type: str, processes: int) -> None:

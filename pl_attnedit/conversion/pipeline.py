@@ -19,7 +19,7 @@ from pl_attnedit.callbacks import (
     check_checkpoint,
     latest_checkpoint,
 )
-from pl_attnedit.conversion.checks import check_recipe, stage_module
+from pl_attnedit.conversion.checks import check_recipe, check_teacher_runs, stage_module
 from pl_attnedit.conversion.evaluation import build_tasks, evaluate_student, measure_cache
 from pl_attnedit.conversion.recipe import Recipe, StageRecipe
 from pl_attnedit.conversion.run_folder import RunFolder, read_summary
@@ -71,6 +71,8 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
         if stage.total_steps:
             data.check_batches(trainer.world_size)
     if trainer.is_global_zero and not (path / RUNS_FILE).exists():
+        check_teacher_runs(recipe, trainer.strategy.root_device)
+        release_memory()
         connect(recipe.tracking_uri)
     folder = RunFolder(path, plain, follows=not trainer.is_global_zero)
     if not trainer.is_global_zero:

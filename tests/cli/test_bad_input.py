@@ -127,6 +127,20 @@ def test_a_mistake_in_the_recipe(fails: Callable[..., str], overrides: list[str]
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides", "expected"),
+    [
+        ("bitnet", [], "the attention of layer 0 of the teacher: what is run here is off by"),
+        ("hunyuan_v1_dense", ["--targets", f"{{S: {LATENT}}}"], "what follows the RoPE in HunYuanDenseV1Attention"),
+    ],
+)
+def test_what_only_the_weights_show(
+    fails: Callable[..., str], teacher_folder: Make, family: str, overrides: list[str], expected: str
+) -> None:
+    """A decoder that does more than is known of it, and RoPE that the init cannot read."""
+    assert expected in fails("--teacher", teacher_folder(family), *overrides)
+
+
 def test_text_that_cannot_be_used(fails: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1") * 100)
