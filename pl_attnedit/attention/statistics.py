@@ -74,7 +74,8 @@ class LayerStatistics:
         position_ids (batch, time) begin at 0 with each document where documents do not see each other."""
         query, key, value, _ = heads_of(attention, hidden_states, not_turned(call))
         query, key = query[..., self.order], key[..., self.order]
-        received = self._attention_received(*(self._rotation.turn(each, call) for each in (query, key)), position_ids)
+        turned = self._rotation.turn(query, call), self._rotation.turn(key, call)
+        received = self._attention_received(*turned, position_ids)
         x = torch.cat([hidden_states, torch.ones_like(hidden_states[..., :1])], dim=-1).flatten(0, 1).float()
         q = query.transpose(1, 2).flatten(2).flatten(0, 1).float()
         kv = torch.cat([key, value], dim=1).transpose(1, 2).flatten(2).flatten(0, 1).float()
