@@ -80,14 +80,17 @@ def build_trainer(options: dict[str, Any]) -> Trainer:
 def save_student(module: DistillationModule, path: Path, dtype: torch.dtype | None = None) -> None:
     """The student as a Hugging Face folder with its tokenizer. All processes must call it; rank 0 writes.
 
-    dtype: of all its weights; None = each as it is, for a training that goes on from there.
+    dtype: of all its parameters; None = each as it is, for a training that goes on from there.
     """
     assert module.tokenizer is not None
     state = whole_state_dict(module.student)
     if module.global_rank == 0:
         if dtype is not None:
-            once = {id(value): value.to(dtype) for value in state.values()}  # what is tied stays one
-            state = {name: once[id(value)] for name, value in state.items()}
+            kept = {name for name, _ in module.student.named_buffers()}
+            once = {
+                id(value): value.to(dtype) for name, value in state.items() if name not in kept
+            }  # what is tied stays one
+            state = {name: once.get(id(value), value) for name, value in state.items()}
         module.student.save_pretrained(path, state_dict=state)
         if dtype not in (None, module.student.dtype):  # `save_pretrained` has written the module's own
             module.student.config.dtype = dtype

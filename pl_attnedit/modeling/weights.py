@@ -53,18 +53,26 @@ def copy_weights(student: Any, folder: Path, dtype: torch.dtype) -> None:
     if plan != student.edit_plan:
         raise invalid("init_from", str(folder), f"has another edit plan: {plan.to_dict()}")
     saved = _saved_tensors(folder)
-    ours = dict(student.named_parameters())  # what is tied has one name, as in the files
+    ours = _saved_names(student)
     if wrong := sorted(ours.keys() ^ saved.keys()):
         raise invalid("init_from", str(folder), f"its weights do not fit its config.json: {', '.join(wrong[:4])} ...")
     edited = tuple(f"model.layers.{index}.self_attn." for index in plan.edited_layers)
     trunk = [name for name in ours if not name.startswith(edited)]
     if any(not torch.equal(ours[name].cpu(), saved[name].to(ours[name].dtype)) for name in trunk):
         unshare_trunk(student)
-        ours = dict(student.named_parameters())
+        ours = _saved_names(student)
         for name in trunk:
-            ours[name].data = saved[name].to(ours[name].device, dtype)
+            kept = dtype if isinstance(ours[name], nn.Parameter) else ours[name].dtype
+            ours[name].data = saved[name].to(ours[name].device, kept)
     for name in ours.keys() - set(trunk):
         ours[name].copy_(saved[name])
+
+
+def _saved_names(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, and buffers that are saved, such as what balances experts. What is tied has one name, as in the files."""
+    state = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in state}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def _saved_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -17,8 +17,9 @@ from pl_attnedit.distillation.engine.forward_check import check_forward
 from pl_attnedit.eval.bench.reference import plain_kl, plain_layer_losses
 from pl_attnedit.eval.bench.stages import StepBench, make_module
 from pl_attnedit.modeling import edited_attention
-from pl_attnedit.modeling.edit import load
+from pl_attnedit.modeling.edit import assemble, load
 from pl_attnedit.modeling.kv import held_bytes, on_meta, promised_bytes
+from pl_attnedit.modeling.weights import copy_weights
 from pl_attnedit.teachers import attention_of, layer_specs
 
 Ids = Callable[..., torch.Tensor]
@@ -95,7 +96,7 @@ def test_a_window_longer_than_the_text_equals_the_teacher(source: PreTrainedMode
         )
 
 
-def test_short_windows(source: PreTrainedModel, make_ids: Ids, tmp_path: Path) -> None:
+def test_short_windows(source: Any, make_ids: Ids, tmp_path: Path) -> None:
     """Cached decoding, and a saved student that anybody loads."""
     sinks = 0 if None not in [spec.window for spec in layer_specs(source.config) if spec] else 2
     student, ids = edit_model(source, GateSWAConfig(4, sinks=sinks), pattern="SSF"), make_ids(2, 18)
@@ -103,6 +104,9 @@ def test_short_windows(source: PreTrainedModel, make_ids: Ids, tmp_path: Path) -
     assert_decodes(student, ids)
     student.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path), ids), logits(student, ids))
+    again = assemble(source, student.edit_plan)  # as a stage begins
+    copy_weights(again, tmp_path, torch.float32)
+    assert torch.equal(logits(again, ids), logits(student, ids))
     generated = student.generate(ids[:, :6], max_new_tokens=8, do_sample=False)
     assert generated.shape == (2, 14)
 
