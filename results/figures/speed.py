@@ -83,8 +83,8 @@ def bench_cuda_graph() -> str:
 
 
 def bench_eval() -> str:
-    """Requests/s in lm-eval tasks: the median of the rounds after the first, which warms up."""
-    found = [row for row in data("bench_eval")["rows"] if row["round"]]
+    """Requests/s in lm-eval tasks: the median of the rounds that were kept."""
+    found = data("bench_eval")["rows"]
     rows = []
     for task, student in dict.fromkeys((row["task"], row["student"]) for row in found):
         mine = [row for row in found if (row["task"], row["student"]) == (task, student)]
