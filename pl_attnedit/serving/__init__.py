@@ -2,30 +2,29 @@
 
 `vllm serve STUDENT`, `LLM(...)` and `lm_eval --model vllm` take a converted model's folder as they take any other. The
 models are the family's own vLLM classes with the attention of the edited layers swapped, as in `pl_attnedit.modeling.hf`.
-Importing this package does not import vLLM, whose own interfaces are used in `layers`, `paged_backend`, `kv_cache` and
-`models` alone.
+Importing this package does not import vLLM, whose own interfaces are used in `layers`, `kv_cache`, `paged_backend`,
+`flash_backend` and `models` alone.
 """
 
 from __future__ import annotations
 
 import logging
 
-VERSIONS = ">=0.32,<0.33"  # of vLLM; what tests/serving was run with
+VERSIONS = ("0.26", "0.32")  # of vLLM; what was run: 0.26 on an NVIDIA GPU, both on a CPU
 
 
 def register() -> None:
     """Called by vLLM in each of its processes, perhaps more than once: makes the converted models known to it."""
     import vllm
-    from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
     from pl_attnedit.modeling.hf import edited_classes
     from pl_attnedit.serving.checks import SERVED
 
-    if Version(vllm.__version__).base_version not in SpecifierSet(VERSIONS):
+    if ".".join(map(str, Version(vllm.__version__).release[:2])) not in VERSIONS:
         logging.getLogger("vllm.pl_attnedit").warning(
             "pl_attnedit serves converted models with vLLM %s; this is %s, with which they are not served",
-            VERSIONS,
+            " and ".join(VERSIONS),
             vllm.__version__,
         )
         return

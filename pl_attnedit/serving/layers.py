@@ -5,7 +5,7 @@ So projections, norms and RoPE, and what vLLM does with them (tensor parallelism
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -17,35 +17,39 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from pl_attnedit.attention import MLA, GateSWAConfig, MLAConfig, TargetConfig
 from pl_attnedit.attention.mla.module import rotate_pairs
 from pl_attnedit.errors import invalid
 from pl_attnedit.serving.kv_cache import SinkWindowSpec
 from pl_attnedit.serving.memory import Layer, latent_block, layers_of
-from pl_attnedit.serving.paged_backend import GatheredBackend
+from pl_attnedit.serving.paged_backend import latent_backend, sinks_backend
 
 
 class WindowAttention(Attention):
     """vLLM's attention to a window, and to the `kept` first tokens."""
 
     def __init__(self, *args: Any, kept: int, **kwargs: Any) -> None:
-        super().__init__(*args, attn_backend=GatheredBackend if kept else None, **kwargs)
+        super().__init__(*args, attn_backend=sinks_backend() if kept else None, **kwargs)
         self.kept = kept
 
     def get_kv_cache_spec(self, vllm_config: Any) -> KVCacheSpec:
         # one kind of spec with and without sinks: vLLM would take two windows of one length for the same
         spec = super().get_kv_cache_spec(vllm_config)
         assert spec is not None
-        return replace_as(spec, SinkWindowSpec, sinks=self.kept)
+        values = {field.name: getattr(spec, field.name) for field in fields(spec) if field.init}
+        # vLLM 0.26 gives windows the smallest blocks that the kernel takes
+        values["block_size"] = vllm_config.cache_config.block_size
+        return SinkWindowSpec(**values, sinks=self.kept)
 
 
 class LatentAttention(Attention):
     """Attention of all heads to one key that is its own value."""
 
-    def __init__(self, *args: Any, layers: list[Layer], **kwargs: Any) -> None:
-        super().__init__(*args, num_kv_heads=1, attn_backend=GatheredBackend, **kwargs)
+    def __init__(self, heads: int, width: int, scale: float, rank: int, layers: list[Layer], **kwargs: Any) -> None:
+        backend = latent_backend(width, rank)
+        super().__init__(heads, width, scale, num_kv_heads=1, head_size_v=rank, attn_backend=backend, **kwargs)
         self.layers = layers
 
     def get_kv_cache_spec(self, vllm_config: Any) -> KVCacheSpec:
@@ -149,11 +153,11 @@ class LatentSelfAttention(nn.Module):
             heads,
             cached,
             shape.scaling,
-            head_size_v=shape.rank,
+            shape.rank,
+            layers_of(config, ranks),
             cache_config=vllm_config.cache_config,
             quant_config=quant,
             prefix=f"{prefix}.attn",
-            layers=layers_of(config, ranks),
         )
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
