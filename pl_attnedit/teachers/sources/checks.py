@@ -87,6 +87,8 @@ def check_model(name: str, config: PreTrainedConfig) -> None:
     headless = bool(architectures) and not any(a.endswith(_CAUSAL_ENDINGS) for a in architectures)
     if headless or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         found = ", ".join(architectures) or kind
+        if config.get_text_config() is not config:
+            found += ", which reads more than text: text models alone are converted, and none is taken out of another"
         raise invalid("teacher", name, f"must be a causal language model with its head, this is {found}")
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

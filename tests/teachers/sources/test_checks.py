@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config, Qwen2_5_VLConfig
 
 from pl_attnedit import edit_model, load
 from pl_attnedit.attention import GateSWAConfig
@@ -164,6 +165,16 @@ def test_weights_that_are_the_model(folder: Path, change: Callable[[Path], None]
         (config(architectures=["FooForCausalLM"]), "says FooForCausalLM, .*run as LlamaForCausalLM"),
         (config(auto_map={"AutoModelForCausalLM": "modeling.FooForCausalLM"}), "says FooForCausalLM"),
         (config(attention_edit={"letters": "SF"}), "is a converted model already"),
+        (
+            lambda folder: Gemma3Config(architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(folder),
+            "this is Gemma3ForConditionalGeneration, which reads more than text",
+        ),
+        (
+            lambda folder: Qwen2_5_VLConfig(architectures=["Qwen2_5_VLForConditionalGeneration"]).save_pretrained(
+                folder
+            ),
+            "this is Qwen2_5_VLForConditionalGeneration, which reads more than text",
+        ),
         (config(model_type="attnedit_llama"), "is a converted model already"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
