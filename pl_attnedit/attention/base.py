@@ -131,7 +131,7 @@ def as_bool_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4:  # flash: 2 dims, flex: a BlockMask
         raise UserError(
             "attention implementation of the model: targets run on the masks of 'sdpa' or 'eager'; "
-            "load the model with attn_implementation='sdpa'"
+            "load the model with attn_implementation='sdpa', unless its attention gets masks of another kind with it too"
         )
     return attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
 
