@@ -13,6 +13,7 @@ from pl_attnedit.distillation.engine import decoder
 from pl_attnedit.distillation.engine.decoder import Call, attend, leave_layer
 from pl_attnedit.distillation.engine.local_gradients import compile_whole, eager_gradients, traced_gradients
 from pl_attnedit.distillation.losses import nmse
+from pl_attnedit.teachers import attention_of
 
 
 class BlockReference(NamedTuple):
@@ -39,13 +40,18 @@ class Operations:
 
         self.compiled = compiled
         self.run_teacher = wrap(decoder.run_teacher)
-        self.run_layer = wrap(decoder.run_layer)
+        self._run_layer = wrap(decoder.run_layer)
         self.enter_layer = wrap(decoder.enter_layer)
         self.leave_layer = wrap(decoder.leave_layer)
         self.attend = wrap(decoder.attend)
         self.local_loss = wrap(local_loss)
         self._eager = partial(eager_gradients, self.local_loss)
         self._traced = wrap(partial(traced_gradients, local_loss)) if compiled else self._eager
+
+    def run_layer(self, layer: Any, hidden: Tensor, call: Call) -> Tensor:
+        """`decoder.run_layer`. A hybrid's layers without attention run as they are: torch.compile unrolls their loops over
+        the text, for minutes, and its backward pass fails on a view in Qwen3-Next's."""
+        return (decoder.run_layer if attention_of(layer) is None else self._run_layer)(layer, hidden, call)
 
     def local_gradients(
         self, attention: Target, entered: Tensor, reference: Tensor | BlockReference, call: Call

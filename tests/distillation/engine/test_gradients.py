@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fixtures_stages import LATENT, WINDOW
 from torch import Tensor
 
+from pl_attnedit.distillation.engine import operations
 from pl_attnedit.eval.bench.reference import last_hidden, plain_kl, plain_layer_losses
 
 Make = Callable[..., Any]
@@ -256,3 +257,11 @@ def test_activations_of_stage_1_do_not_grow_with_depth(make_stage1: Make, make_t
         del loss, kept
     assert peaks[16][0] < 1.05 * peaks[4][0]
     assert peaks[16][1] > 3.5 * peaks[4][1]  # the reference's do
+
+
+def test_layers_without_attention_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hybrid's linear attention: its loops over the text would be unrolled, and a view in its backward pass fails."""
+    monkeypatch.setattr(operations, "compile_whole", lambda function: lambda layer, hidden, call: "compiled")
+    run, hidden = operations.Operations(compiled=True).run_layer, torch.ones(1, 2, 3)
+    assert run(torch.nn.Identity(), hidden, {}) is hidden
+    assert run(torch.nn.ModuleDict({"self_attn": torch.nn.Identity()}), hidden, {}) == "compiled"
