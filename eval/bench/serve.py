@@ -61,8 +61,8 @@ async def measure(engine: Engine, load: Load, vocabulary: int, seed: int) -> dic
 
     Returns:
         `at_once`: most texts that were in work at a time, by vLLM's own count; `output_tokens_per_s` from the first
-        request to the last token; `first_ms` and `between_ms`: p50 and p99 of the times to the first token and between
-        tokens;
+        request to the last token; `decode_tokens_per_s` while every request is answered, None where there is no such
+        time; `first_ms` and `between_ms`: p50 and p99 of the times to the first token and between tokens;
         `hits`: share of the prompts' tokens that were found in the cache; `preemptions`.
     """
     prompts = load.prompts(vocabulary, seed)
@@ -91,6 +91,7 @@ async def measure(engine: Engine, load: Load, vocabulary: int, seed: int) -> dic
     return {
         "at_once": round(max(running)),
         "output_tokens_per_s": load.requests * load.new_tokens / seconds,
+        "decode_tokens_per_s": _together(answers),
         "first_ms": _percentiles([times[1] - times[0] for times in answers]),
         "between_ms": _percentiles([gap for times in answers for gap in np.diff(times[1:])]),
         "hits": found / asked if asked else 0.0,
@@ -106,6 +107,13 @@ async def _answer(engine: Engine, prompt: list[int], new_tokens: int) -> list[fl
         # tokens of the first chunk share its time; those of later chunks are spread evenly over the gap before it
         times += [now] * new if len(times) == 1 else [last + (now - last) * (i + 1) / new for i in range(new)]
     return times
+
+
+def _together(answers: Sequence[Sequence[float]]) -> float | None:
+    """Tokens per second from the time when all answers have begun until one has ended."""
+    begin, end = max(times[1] for times in answers), min(times[-1] for times in answers)
+    tokens = sum(begin < time <= end for times in answers for time in times[1:])
+    return tokens / (end - begin) if end > begin else None
 
 
 async def _watch(engine: Engine, running: list[float]) -> None:

@@ -36,6 +36,9 @@ MADE: tuple[Callable[..., str], ...] = (
     speed.bench_trl,
     speed.bench_decode,
     speed.bench_cuda_graph,
+    speed.serving_loads,
+    speed.serving_alone,
+    speed.serving_kl,
 )
 TABLES = {made.__name__: made for made in MADE}
 PLOTS = (plots.kv_budget, plots.random_init)

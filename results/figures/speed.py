@@ -91,3 +91,56 @@ def bench_eval() -> str:
         speeds = [statistics.median(row["requests_per_s"][model] for row in mine) for model in ("teacher", "student")]
         rows.append([f"{task}, {student.split()[1]}", *map(digits, speeds), f"{speeds[1] / speeds[0]:.2f}"])
     return table(["task, pattern", "teacher", "student", "ratio"], rows)
+
+
+def serving_loads() -> str:
+    """Students beside their teacher in vLLM at one size of the KV cache."""
+    found = [row for row in data("serving_gpu")["loads"]["rows"] if row["kv_cache_bytes"] != 2**31]
+    teachers = {row["shape"]: row["rows"] for row in found if row["model"] == "teacher"}
+    rows = []
+    for row in found:
+        for load, teacher in zip(row["rows"], teachers[row["shape"]]):
+            if load["new_tokens"] < 256:  # of one text alone
+                continue
+            cells = []
+            for key in ("decode_tokens_per_s", "output_tokens_per_s"):
+                ratio = "" if load is teacher else f" (**{load[key] / teacher[key]:.1f}**)"
+                cells.append(digits(load[key]) + ratio)
+            place = f"{row['shape']}, {row['kv_cache_bytes'] / 2**30:.0f} GiB, {load['context'] / 1024:.0f}k"
+            rows.append((place, row["model"], str(load["requests"]), *cells))
+    head = [
+        "shape, KV cache, context",
+        "",
+        "texts at once",
+        "tokens/s while all are answered",
+        "with the prompts' time",
+    ]
+    return table(head, sorted(rows, key=lambda row: row[0]))
+
+
+def serving_alone() -> str:
+    """One text at a time in vLLM: the time to the first token, and between tokens."""
+    found = [row for row in data("serving_gpu")["loads"]["rows"] if row["kv_cache_bytes"] != 2**30]
+    teachers = {row["shape"]: row["rows"] for row in found if row["model"] == "teacher"}
+    rows = []
+    for row in found:
+        cells = []
+        for load, teacher in zip(row["rows"][:2], teachers[row["shape"]]):
+            for key in ("first_ms", "between_ms"):
+                cells.append(digits(load[key]) + ("" if load is teacher else f" (**{load[key] / teacher[key]:.2f}**)"))
+        rows.append([f"{row['shape']}, {row['model']}", *cells])
+    return table(["ms", "first token, 8k", "between tokens, 8k", "first token, 32k", "between tokens, 32k"], rows)
+
+
+def serving_kl() -> str:
+    """KL of vLLM's answers on a GPU from Hugging Face's, beside what bfloat16 costs there."""
+    modes = {"eager": "no graphs", "graphs": "CUDA graphs", "compile": "compiled, CUDA graphs"}
+    rows = [
+        [
+            row["student"],
+            modes[row["mode"]],
+            *(digits(row[key]["mean"], 2) for key in ("prompts", "answers", "bfloat16_in_hf")),
+        ]
+        for row in data("serving_gpu")["kl"]["rows"]
+    ]
+    return table(["KL", "", "vLLM, prompts", "vLLM, answers", "bfloat16 in Hugging Face"], rows)

@@ -14,7 +14,7 @@ import pytest
 
 from pl_attnedit.cli import main
 from pl_attnedit.eval.bench import vllm_engines
-from pl_attnedit.eval.bench.serve import Load, bench_serve, counter, loads_of, serve_table
+from pl_attnedit.eval.bench.serve import Load, _together, bench_serve, counter, loads_of, serve_table
 
 
 class Counting:
@@ -63,8 +63,14 @@ def test_figures_of_teacher_and_student() -> None:
     assert [row["hits"] for row in result["rows"]] == [0, 0.5, 0, 0.5]
     assert all(row["between_ms"]["p99"] > 0 and row["output_tokens_per_s"] > 0 for row in result["rows"])
     assert [ratio["at_once"] for ratio in result["ratios"]] == [2, 2]
+    assert all(row["decode_tokens_per_s"] is None for row in result["rows"]), "some waited until others had ended"
     table = serve_table({**result, "vllm": "0", "engine": {}})
     assert "student / teacher at 8 tokens, rate inf, 4 shared: at_once 2.00" in table
+
+
+def test_tokens_per_second_while_all_are_answered() -> None:
+    assert _together([[0, 1, 2, 3, 4], [0, 2, 3, 4, 5]]) == 2
+    assert _together([[0, 1, 2], [0, 2, 3]]) is None
 
 
 def test_prompts_are_new_for_each_seed_and_share_what_they_are_to() -> None:
