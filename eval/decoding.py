@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from pl_attnedit.teachers.base import cos_and_sin, rotary_of
+
 WARMUP_STEPS = 3  # of decode, in each run
 
 
@@ -62,11 +64,13 @@ class Decoder:
         """
         trunk: Any = self.model.model
         hidden = trunk.embed_tokens(self.token)
-        rotation = trunk.rotary_emb(hidden, self.position)
-        for layer in trunk.layers:
-            hidden = layer(
-                hidden, attention_mask=None, position_embeddings=rotation, past_key_values=self.cache, use_cache=True
-            )
+        rotary, config, rotations = rotary_of(trunk), self.model.config, {}
+        kinds = getattr(config, "layer_types", None) or [None] * len(trunk.layers)
+        for index, (kind, layer) in enumerate(zip(kinds, trunk.layers, strict=True)):
+            if kind not in rotations:
+                rotations[kind] = cos_and_sin(rotary, config, hidden, self.position, index)
+            call = {"attention_mask": None, "past_key_values": self.cache, "use_cache": True}
+            hidden = layer(hidden, position_embeddings=rotations[kind], **call)
         self.logits = self.model.lm_head(trunk.norm(hidden))
         self.token.copy_(self.logits.argmax(-1))
 

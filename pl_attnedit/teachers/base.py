@@ -123,11 +123,10 @@ def rotary_of(model: Any) -> Any:
     return getattr(model, "rotary_emb", None) or getattr(model, "pos_emb", None)
 
 
-def cos_and_sin(rotary: Any, config: Any, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
-    """What a decoder's rotary module makes for these positions (batch, time): of its last kind of layers, if each has its
-    own."""
+def cos_and_sin(rotary: Any, config: Any, hidden: torch.Tensor, positions: torch.Tensor, layer: int = -1) -> Any:
+    """What a decoder's rotary module makes for these positions (batch, time): of this layer's kind, if each has its own."""
     layered = "layer_type" in inspect.signature(rotary.forward).parameters
-    return rotary(hidden, positions, **({"layer_type": config.layer_types[-1]} if layered else {}))
+    return rotary(hidden, positions, **({"layer_type": config.layer_types[layer]} if layered else {}))
 
 
 def _rope_of(model: Any) -> tuple[int, int]:

@@ -43,7 +43,7 @@ def test_a_held_step_computes_what_a_growing_cache_does(
     make_ids: Callable[..., torch.Tensor],
     context: int,
 ) -> None:
-    for model in (*pair, make_teacher("mistral", sliding_window=12)):
+    for model in (*pair, make_teacher("mistral", sliding_window=12), make_teacher("gemma3_text")):
         ids, new = make_ids(2, context), make_ids(3, 1, seed=1)
         growing, held = DynamicCache(config=model.config), DynamicCache(config=model.config)
         for cache in (growing, held):
