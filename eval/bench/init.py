@@ -22,6 +22,7 @@ from pl_attnedit.eval.report.formatting import aligned
 from pl_attnedit.modeling.calibration import collect_statistics
 from pl_attnedit.modeling.edit import assemble, build_plan, initialise_from
 from pl_attnedit.modeling.kv import promised_bytes
+from pl_attnedit.teachers import editable_layers
 
 BATCH = 4  # sequences per forward pass
 SEED = 0  # for the random init and the order of calibration documents
@@ -96,8 +97,7 @@ def bench_init(
     progress = progress or Progress()
     progress.say(f"statistics of {text.numel():,} tokens")
     start = time.perf_counter()
-    layers = list(range(teacher.config.num_hidden_layers))
-    statistics = collect_statistics(teacher, layers, text.split(BATCH)) if needed else {}
+    statistics = collect_statistics(teacher, editable_layers(teacher.config), text.split(BATCH)) if needed else {}
     seconds = time.perf_counter() - start
     reference = last_hidden(teacher, asked)
     result: dict[str, Any] = {

@@ -51,6 +51,18 @@ def test_rows_that_fit_are_measured_and_the_others_named(
         bench_init(teacher, tokenizer, rows=["nothing like it"], **options)
 
 
+def test_statistics_of_a_hybrid_are_of_its_full_layers(
+    make_teacher: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, text: str, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(Path(text).read_text().upper())
+    options = {"calibration": text, "heldout": str(other), "seq_len": 40}
+    options |= {"calibration_sequences": 1, "heldout_sequences": 1}
+    teacher = make_teacher("lfm2_moe", vocab_size=len(tokenizer))
+    [row] = bench_init(teacher, tokenizer, rows=["96+32, plain"], **options)["rows"]
+    assert "kv_lora_rank" in row["does_not_fit"]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("init", ["calibrated", "plain_svd"])
 def test_a_row_measures_what_edit_model_makes(make_teacher: Callable[..., PreTrainedModel], init: str) -> None:
