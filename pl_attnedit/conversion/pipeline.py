@@ -149,8 +149,10 @@ class Conversion:
         """The part of `run` for processes other than rank 0. Which phases are done cannot change without them."""
         if not self.folder.done("init"):
             self.initialise()
+            self.let_go()
         if not self.folder.done("stage1"):
             self.stage("stage1", self.recipe.stage1, "init")
+            self.let_go()
         if not self.folder.done("stage2"):
             self.stage("stage2", self.recipe.stage2, "stage1/student")
 
@@ -169,6 +171,11 @@ class Conversion:
             return
         self.say(name)
         self.folder.finish(name, work())
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Frees the models of a phase before the next makes its own."""
+        self.data.trainer = None  # Lightning has put the Trainer there, which holds them
         release_memory()
 
     @staticmethod
@@ -185,7 +192,7 @@ class Conversion:
         found = self.validate(trainer, module)
         if not self.follows:
             self.runs.run("stage1").log_metrics(found, step=0)  # where the curves of stage 1 begin
-        self.folder.save_folder("init", lambda path: save_student(module, path))
+        self.folder.save_folder("init", lambda path: save_student(module, path, trunk=self.is_last("init")))
         return found
 
     def stage(self, name: str, stage: StageRecipe, start: str) -> dict[str, Any]:
@@ -205,7 +212,8 @@ class Conversion:
         trainer.fit(module, self.data, ckpt_path=str(checkpoint) if checkpoint else None)
         speed = next(each for each in trainer.callbacks if isinstance(each, Throughput)).tokens_per_second  # type: ignore[attr-defined]
         dtype = module.frozen_dtype if name == "stage2" else None
-        self.folder.save_folder(RESULTS[name], lambda path: save_student(module, path, dtype))
+        whole = self.is_last(name)
+        self.folder.save_folder(RESULTS[name], lambda path: save_student(module, path, dtype, trunk=whole))
         found = self.validate(trainer, module)
         if not self.follows:
             self.runs.run(name).finish()
@@ -213,6 +221,11 @@ class Conversion:
         phases = stage.all_phases(self.data.seq_len, self.data.batch_size)
         tokens = batch * sum(phase.steps * phase.batch_size * phase.seq_len for phase in phases)
         return found | {"tokens": tokens, "tokens_per_s": speed}
+
+    def is_last(self, name: str) -> bool:
+        """Whether no stage trains after this phase, so that what it saves is the student."""
+        later = {"init": (self.recipe.stage1, self.recipe.stage2), "stage1": (self.recipe.stage2,), "stage2": ()}
+        return not any(stage.total_steps for stage in later[name])
 
     def leave_out(self, name: str, start: str) -> dict[str, Any]:
         """What a stage of no steps hands on: the student it got, and that one's figures."""

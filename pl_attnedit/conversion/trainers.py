@@ -17,6 +17,7 @@ from pl_attnedit.distillation import DistillationModule
 from pl_attnedit.distillation.engine.sharding import whole_state_dict
 from pl_attnedit.distillation.settings import frozen_dtype
 from pl_attnedit.errors import UserError
+from pl_attnedit.modeling.weights import attention_name
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
 
 
@@ -77,13 +78,21 @@ def build_trainer(options: dict[str, Any]) -> Trainer:
         raise UserError(f"trainer: {error}") from error
 
 
-def save_student(module: DistillationModule, path: Path, dtype: torch.dtype | None = None) -> None:
+def save_student(
+    module: DistillationModule, path: Path, dtype: torch.dtype | None = None, *, trunk: bool = True
+) -> None:
     """The student as a Hugging Face folder with its tokenizer. All processes must call it; rank 0 writes.
 
-    dtype: of all its parameters; None = each as it is, for a training that goes on from there.
+    Args:
+        dtype: of all its parameters; None = each as it is, for a training that goes on from there.
+        trunk: False leaves out all but the new attention, for a training that goes on with the teacher's trunk.
     """
     assert module.tokenizer is not None
-    state = whole_state_dict(module.student)
+    if trunk:
+        state = whole_state_dict(module.student)
+    else:
+        new = {f"{attention_name(index)}.": attention for index, attention in module.layer_modules().items()}
+        state = {p + name: value for p, part in new.items() for name, value in whole_state_dict(part).items()}
     if module.global_rank == 0:
         if dtype is not None:
             kept = {name for name, _ in module.student.named_buffers()}

@@ -28,6 +28,11 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def attention_name(index: int) -> str:
+    """The name of a layer's attention in a student."""
+    return f"model.layers.{index}.self_attn"
+
+
 def share_weights(model: nn.Module, other: nn.Module) -> None:
     """Replaces parameters of `model` by those of `other` with the same name and the same bits, so that they are in memory
     once, on the device of `other`. For a student whose trunk was frozen these are all but the attention's."""
@@ -44,7 +49,7 @@ def share_weights(model: nn.Module, other: nn.Module) -> None:
 @torch.no_grad()
 def copy_weights(student: Any, folder: Path, dtype: torch.dtype) -> None:
     """Copies the weights of a saved converted model into an assembled student. If the saved trunk differs from the
-    teacher's, the student gets a trunk of its own, of `dtype`.
+    teacher's, the student gets a trunk of its own, of `dtype`. None is saved between the phases of a conversion.
 
     Raises:
         UserError: `folder` holds no converted model of the same edit plan, or its weights are broken or incomplete.
@@ -54,17 +59,19 @@ def copy_weights(student: Any, folder: Path, dtype: torch.dtype) -> None:
         raise invalid("init_from", str(folder), f"has another edit plan: {plan.to_dict()}")
     saved = _saved_tensors(folder)
     ours = _saved_names(student)
+    edited = tuple(f"{attention_name(index)}." for index in plan.edited_layers)
+    trunk = {name for name in ours if not name.startswith(edited)}
+    if not trunk & saved.keys():
+        ours, trunk = {name: ours[name] for name in ours.keys() - trunk}, set()
     if wrong := sorted(ours.keys() ^ saved.keys()):
         raise invalid("init_from", str(folder), f"its weights do not fit its config.json: {', '.join(wrong[:4])} ...")
-    edited = tuple(f"model.layers.{index}.self_attn." for index in plan.edited_layers)
-    trunk = [name for name in ours if not name.startswith(edited)]
     if any(not torch.equal(ours[name].cpu(), saved[name].to(ours[name].dtype)) for name in trunk):
         unshare_trunk(student)
         ours = _saved_names(student)
         for name in trunk:
             kept = dtype if isinstance(ours[name], nn.Parameter) else ours[name].dtype
             ours[name].data = saved[name].to(ours[name].device, kept)
-    for name in ours.keys() - set(trunk):
+    for name in ours.keys() - trunk:
         ours[name].copy_(saved[name])
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from pl_attnedit.attention import target_from_dict
 from pl_attnedit.callbacks import NaNGuard
+from pl_attnedit.conversion.trainers import save_student
 from pl_attnedit.data import Phase
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.reference import TeacherForced, last_hidden
@@ -445,3 +446,17 @@ def test_the_student_can_be_saved_and_loaded(make_stage: Make, make_data: Make, 
     make_trainer(steps=1).fit(module, make_data())
     module.student.save_pretrained(tmp_path)
     assert same(weights(load(tmp_path)), weights(module.student))
+
+
+def test_a_student_saved_without_its_trunk_goes_on_with_the_teachers(make_stage1: Make, tmp_path: Path) -> None:
+    """As it lies between the phases of a conversion."""
+    module = make_stage1(init="random")
+    module.configure_model()
+    save_student(module, tmp_path, trunk=False)
+    after = make_stage1(init_from=str(tmp_path))
+    after.configure_model()
+    for name, value in after.student.state_dict().items():
+        assert torch.equal(value, module.student.state_dict()[name]), name
+    assert after.student.lm_head is after.teacher.lm_head  # still shared
+    with pytest.raises(UserError, match="its weights do not fit its config"):
+        load(tmp_path)
