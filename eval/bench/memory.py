@@ -51,7 +51,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step of a stage is. tokens: of one device's batch; devices: of all nodes; sharded: by FSDP2."""
+    """What a step of a stage is. tokens: of one device's batch; devices: of all nodes."""
 
     stage: str
     tokens: int
@@ -60,7 +60,7 @@ class Step:
     feature_weight: float = 0.0
     activation_checkpointing: bool = False
     devices: int = 1
-    sharded: bool = False
+    shards: int = 1  # devices that share one copy
     itemsize: int = 2  # bytes of an activation
     device_type: str = "cuda"
 
@@ -82,7 +82,7 @@ def trained_parameters(student: Any, step: Step) -> list[nn.Parameter]:
 
 def stage_memory(teacher: Any, student: Any, step: Step) -> StageMemory:
     """Of teacher and student (on any device, meta too), which need not share their trunk."""
-    shards = step.devices if step.sharded else 1
+    shards = step.shards
     parameters = trained_parameters(student, step)
     trained = size(parameters)
     new = edited_attention(student).values()
@@ -117,7 +117,7 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _gathered(teacher: Any, student: Any, step: Step, trained: list[nn.Parameter]) -> float:
-    if not step.sharded:
+    if step.shards == 1:
         return size(trained)
 
     def gathered(parameters: Iterable[torch.Tensor]) -> int:  # in the compute dtype, where that is smaller

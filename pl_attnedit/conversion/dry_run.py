@@ -18,6 +18,7 @@ from pl_attnedit.eval.report.formatting import count, duration, percent
 from pl_attnedit.modeling import kv
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.serving.memory import BLOCK, held_bytes
+from pl_attnedit.strategies.fsdp2 import check_shard_over
 
 CONTEXTS = (1024, 8192, 32768)  # tokens; the model's limit is added
 # Share of a matrix product's rate that training reaches on a GPU. Measured on one and two H200, both stages
@@ -120,10 +121,19 @@ def _step(name: str, stage: StageRecipe, phase: Phase, recipe: Recipe, devices: 
         feature_weight=float(options.get("feature_weight", 0.0)),
         activation_checkpointing=bool(options.get("activation_checkpointing", False)),
         devices=devices,
-        sharded="fsdp" in str(recipe.trainer.get("strategy", "")),
+        shards=_shards(recipe.trainer.get("strategy"), devices),
         itemsize=itemsize,
         device_type="cpu" if recipe.trainer.get("accelerator") == "cpu" else "cuda",
     )
+
+
+def _shards(strategy: Any, devices: int) -> int:
+    """How many devices share one copy of everything."""
+    if "fsdp" not in str(strategy):
+        return 1
+    over = (strategy.get("init_args") or {}).get("shard_over") if isinstance(strategy, dict) else None
+    check_shard_over(over, devices)
+    return over or devices
 
 
 def _low(recipe: Recipe) -> bool:

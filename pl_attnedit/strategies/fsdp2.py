@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -18,7 +20,7 @@ from pl_attnedit.errors import invalid
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """`ModelParallelStrategy` that shards over all processes. In YAML: `strategy: fsdp2`.
+    """`ModelParallelStrategy` that shards over all processes, or over groups of them. In YAML: `strategy: fsdp2`.
 
     A checkpoint is a folder into which each process writes its shards. Any number of processes can read it under every
     strategy, and this strategy reads the checkpoint files of the others. Optimizer states are keyed by parameter number, as
@@ -26,18 +28,30 @@ class FSDP2Strategy(ModelParallelStrategy):
     that have not made a step yet a state as if they had.)
 
     Args:
+        shard_over: how many processes in a row share the shards of one copy, such as those of a node. There are as many
+            copies as such groups; only gradients pass between them (HSDP). None = all processes share one copy.
         process_group_backend: as in Lightning's strategies: nccl, gloo ...; by default what suits the device.
         timeout: as in Lightning's strategies.
     """
 
     own_checkpoints = True
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, shard_over: int | None = None, **kwargs: Any) -> None:
         super().__init__(tensor_parallel_size=1, **kwargs)
+        self.shard_over = shard_over
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._data_parallel_size = processes = self.num_nodes * self.num_processes
+        check_shard_over(self.shard_over, processes)
         super().setup_environment()
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """What parameters are sharded over: one dimension, or copies x shards."""
+        if self.shard_over in (None, self.world_size):
+            return self.device_mesh["data_parallel"]
+        sizes = (self.world_size // self.shard_over, self.shard_over)
+        return init_device_mesh(self.root_device.type, sizes, mesh_dim_names=("copies", "shards"))
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The shards of this process."""
@@ -85,6 +99,12 @@ class FSDP2Strategy(ModelParallelStrategy):
             }
             optimizer.load_state_dict({"state": shards, "param_groups": saved["param_groups"]})
         return checkpoint
+
+
+def check_shard_over(shard_over: Any, processes: int) -> None:
+    """`UserError` unless so many processes make whole groups of `shard_over`."""
+    if shard_over is not None and (type(shard_over) is not int or shard_over < 1 or processes % shard_over):
+        raise invalid("shard_over", shard_over, f"must divide the number of processes, {processes}")
 
 
 def _read_state(reader: ShardReader, index: int, state: dict[int, Any], parameters: dict[int, Tensor]) -> None:

@@ -220,7 +220,8 @@ def test_one_layer_of_a_mixture_with_a_trunk_of_another_dtype(
     )
     assert main(["convert", "-c", str(path)]) == 0
     summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
-    assert left == [set()] * 7
+    assert len(left) >= 7
+    assert not any(left)
     assert pl_attnedit.load(tmp_path / "runs" / "tiny" / "student").dtype == torch.bfloat16
     assert budget(summary) == expected_budget(path, summary)
 

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from fixtures_stages import LATENT, WINDOW, make_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-import pl_attnedit.strategies  # noqa: F401  # knows "fsdp2"
 from pl_attnedit.callbacks import (
     NaNGuard,
     ProcessWatch,
@@ -32,6 +32,7 @@ from pl_attnedit.callbacks import (
 from pl_attnedit.checkpoints import io as checkpoints
 from pl_attnedit.conversion.trainers import save_student
 from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
+from pl_attnedit.strategies import FSDP2Strategy
 
 STAGES = {"stage1": LayerwiseDistillation, "stage2": ModelDistillation}
 BATCH, STEPS, TIME = 2, 3, 16  # sequences per process and batch, optimizer steps, tokens
@@ -64,6 +65,13 @@ CASES: dict[str, dict[str, Any]] = {
         "callbacks": lambda: [ProgressiveUnfreezing("bottom_up", steps_per_group=1)],
         "accumulate": 2,
     },
+    "experts": {
+        "stage": "stage2",
+        "family": "qwen3_moe",
+        "options": {"targets": LATENT, "init": "random", "train": "layers"},
+        "callbacks": list,
+        "accumulate": 2,
+    },
     "all": {
         "stage": "stage2",
         "family": "llama",
@@ -72,7 +80,8 @@ CASES: dict[str, dict[str, Any]] = {
         "accumulate": 1,
     },
 }
-RUNS = [(case, strategy) for case in CASES for strategy in ("ddp", "fsdp2")]
+StrategyRegistry.register("fsdp2_copies", FSDP2Strategy, shard_over=1)  # a copy in each process
+RUNS = [*((case, strategy) for case in CASES for strategy in ("ddp", "fsdp2")), ("experts", "fsdp2_copies")]
 
 
 class Gradients(Callback):

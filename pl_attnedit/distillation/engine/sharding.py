@@ -28,12 +28,12 @@ def data_parallel_mesh(module: LightningModule) -> DeviceMesh | None:
     """
     if module.device_mesh is None:
         return None
-    strategy = module.trainer.strategy
+    strategy: Any = module.trainer.strategy
     if not getattr(strategy, "own_checkpoints", False):
         raise invalid(
             "strategy", type(strategy).__name__, "use fsdp2: no other strategy could read this one's checkpoints"
         )
-    return module.device_mesh["data_parallel"]
+    return strategy.mesh
 
 
 def shard(pairs: Pairs, mesh: DeviceMesh, precision: str, *, gather_once: bool) -> None:
@@ -43,7 +43,7 @@ def shard(pairs: Pairs, mesh: DeviceMesh, precision: str, *, gather_once: bool) 
     layer, and what of a safetensors file is memory-mapped is never read as a whole.
 
     Args:
-        mesh: one dimension, the processes to shard over.
+        mesh: one dimension, the processes to shard over; or two, copies and the processes that each is sharded over.
         precision: the Trainer's. `bf16-mixed` gathers layers in bfloat16 and reduces gradients in float32.
         gather_once: the new attention stays whole from the forward to the backward pass, as stage 1 needs it, whose
             gradients exist by then; else it is gathered again.

@@ -44,7 +44,14 @@ def test_estimate_is_near_what_was_measured(row: dict[str, Any]) -> None:
     strategy, trained = what.get("strategy"), what.get("train", "attention")
     devices, sharded = 2 if strategy else 1, strategy == "fsdp2"
     again = what.get("activation_checkpointing", False)
-    step = Step(what["stage"], batch * seq, trained, devices=devices, sharded=sharded, activation_checkpointing=again)
+    step = Step(
+        what["stage"],
+        batch * seq,
+        trained,
+        devices=devices,
+        shards=devices if sharded else 1,
+        activation_checkpointing=again,
+    )
     memory = stage_memory(teacher, student, step)
     fixed = memory.weights + memory.gradients + memory.optimizer
     assert fixed == pytest.approx(row["weights_gradients_optimizer_bytes"], rel=1e-3)
@@ -67,7 +74,7 @@ def test_what_trains_and_where_it_is_held(make_teacher: Make, family: str) -> No
     assert one.optimizer == 2 * one.gradients
     assert one.gathered == 0
 
-    both = Step("stage2", tokens=64, devices=4, sharded=True)
+    both = Step("stage2", tokens=64, devices=4, shards=4)
     assert sum(p.numel() for p in trained_parameters(student, both)) == new / 4  # float32
     sharded = stage_memory(teacher, student, both)
     assert (sharded.weights, sharded.gradients) == ((every + new) / 4, new / 4)
