@@ -23,6 +23,7 @@ MADE: tuple[Callable[..., str], ...] = (
     quality.study,
     quality.pilots,
     quality.bench_init,
+    quality.bench_init_gemma,
     quality.sensitivity,
     quality.sequences,
     quality.windows,

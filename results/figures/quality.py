@@ -128,6 +128,14 @@ def bench_init() -> str:
     return table(["teacher: 384 values", "calibrated", "calibrated, latent norm", "plain SVD", "random"], rows)
 
 
+def bench_init_gemma() -> str:
+    rows = [
+        [row["name"], f"{row['kv_budget']:.0%}", digits(row["kl"]), f"{row['top1']:.1%}", digits(row["ppl_student"])]
+        for row in data("bench_init_gemma")["rows"]
+    ]
+    return table(["three full layers", "KV budget", "KL", "top-1", "perplexity"], rows)
+
+
 def sensitivity() -> str:
     found = data("sensitivity_gate_swa")
     rows = []
