@@ -172,6 +172,22 @@ def test_stage_2_with_feature_matching_and_checkpointing(make_stage2: Make, fami
 
 
 @pytest.mark.parametrize("stage", ["make_stage1", "make_stage2"])
+def test_what_routers_return_beside_hidden_states_is_in_no_loss(stage: str, request: pytest.FixtureRequest) -> None:
+    """Where the teacher's config asks for its logits, and so for a loss that balances experts."""
+    make, batch, found = request.getfixturevalue(stage), make_batch(), []
+    for asked in (False, True):
+        module = make("qwen3_moe", LATENT, init="random")
+        teacher, *others = module.find_teacher(torch.float32)
+        teacher.config.output_router_logits = asked
+        module.find_teacher = lambda dtype, found=(teacher, *others): found
+        torch.manual_seed(0)
+        module.configure_model()
+        module.log = module.log_dict = lambda *_, **__: None
+        found.append(engine_gradients(module, batch))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("stage", ["make_stage1", "make_stage2"])
 def test_accumulation(stage: str, request: pytest.FixtureRequest) -> None:
     module, batches = configured(request.getfixturevalue(stage)), [make_batch(0), make_batch(1)]
     assert_equal_gradients(engine_gradients(module, *batches), plain_gradients(module, *batches))
