@@ -100,7 +100,8 @@ def save_student(
                 id(value): value.to(dtype) for name, value in state.items() if name not in kept
             }  # what is tied stays one
             state = {name: once.get(id(value), value) for name, value in state.items()}
-        module.student.save_pretrained(path, state_dict=state)
+        # a file is put together in host memory
+        module.student.save_pretrained(path, state_dict=state, max_shard_size="5GB")
         if dtype not in (None, module.student.dtype):  # `save_pretrained` has written the module's own
             module.student.config.dtype = dtype
             module.student.config.save_pretrained(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pl_attnedit.cache import build_once, cache_root
@@ -25,8 +26,9 @@ def model_fingerprint(path: str | Path) -> str:
     for key in _CONFIG_NOISE & config.keys():
         del config[key]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for file in sorted(path.glob("*.safetensors")):
-        digest.update(file_sha256(file).encode())
+    with ThreadPoolExecutor() as threads:
+        for of_file in threads.map(file_sha256, sorted(path.glob("*.safetensors"))):
+            digest.update(of_file.encode())
     return digest.hexdigest()
 
 
