@@ -192,6 +192,11 @@ def test_what_is_cached(source: PreTrainedModel) -> None:
                 assert bytes == promised / 5 * 6
 
 
+def test_no_latents_beside_another_mixers_states(make_teacher: Make) -> None:
+    with pytest.raises(UserError, match="target mla: this teacher's layers cache states of another mixer"):
+        edit_model(make_teacher("falcon_h1", **REFUSED["falcon_h1"][0]), LATENT, init="random")
+
+
 def test_a_decoder_without_rope(make_teacher: Make, make_ids: Ids) -> None:
     """Nothing makes cos and sin, and no `rope_parameters` are in its config."""
     teacher = make_teacher("jamba", attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False)

@@ -68,6 +68,11 @@ class MLAConfig(TargetConfig):
     def check(self, spec: AttentionSpec) -> None:
         if self.kv_lora_rank > spec.hidden_size:
             raise invalid("kv_lora_rank", self.kv_lora_rank, f"must be at most the hidden size {spec.hidden_size}")
+        if spec.mixed_cache:
+            raise UserError(
+                "target mla: this teacher's layers cache states of another mixer beside keys and values, "
+                "and latents beside those were not shown to be right"
+            )
         if not spec.rope_pairs:
             raise UserError(
                 "target mla: this teacher's layers get no cos and sin of a RoPE, from which it takes its own"
