@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from pl_attnedit.callbacks import AtomicCheckpointIO, ResumableCheckpoint
 from pl_attnedit.callbacks.checkpoint_time import SHARE
-from pl_attnedit.eval.bench.stages import RandomTokens, StepBench, machine, make_module
+from pl_attnedit.eval.bench.stages import machine
+from pl_attnedit.eval.bench.step import RandomTokens, StepBench, make_module
 from pl_attnedit.eval.bench.timing import synchronize
 from pl_attnedit.eval.progress import Progress
 

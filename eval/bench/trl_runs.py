@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pl_attnedit.attention import MLAConfig
-from pl_attnedit.eval.bench.stages import RandomTokens, StepBench, make_module
+from pl_attnedit.eval.bench.step import RandomTokens, StepBench, make_module
 from pl_attnedit.memory import current_bytes, peak_bytes, reset_peak
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
 from pl_attnedit.attention import TargetConfig
 from pl_attnedit.distillation.engine.forward_check import check_forward
 from pl_attnedit.eval.bench.reference import plain_kl, plain_layer_losses
-from pl_attnedit.eval.bench.stages import StepBench, make_module
+from pl_attnedit.eval.bench.step import StepBench, make_module
 from pl_attnedit.modeling import edited_attention
 from pl_attnedit.modeling.edit import assemble, load
 from pl_attnedit.modeling.kv import held_bytes, on_meta, promised_bytes

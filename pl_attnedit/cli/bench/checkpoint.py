@@ -31,7 +31,7 @@ def add_to(commands: Any) -> None:
 def run(options: Namespace) -> int:
     from pl_attnedit.distillation.settings import parse_targets
     from pl_attnedit.eval.bench.checkpoint import bench_checkpoint
-    from pl_attnedit.eval.bench.stages import StepBench
+    from pl_attnedit.eval.bench.step import StepBench
 
     at_least(1, options, "batch", "seq", "devices")
     teacher = teacher_of_training(options, local_rank())

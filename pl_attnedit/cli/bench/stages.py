@@ -37,7 +37,8 @@ def add_to(commands: Any) -> None:
 
 def run(options: Namespace) -> int:
     from pl_attnedit.distillation.settings import parse_targets
-    from pl_attnedit.eval.bench.stages import StepBench, bench_step, step_table
+    from pl_attnedit.eval.bench.stages import bench_step, step_table
+    from pl_attnedit.eval.bench.step import StepBench
 
     at_least(1, options, "batch", "seq", "accumulate", "window", "repeats", "devices")
     if options.window % options.accumulate:

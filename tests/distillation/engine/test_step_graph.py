@@ -12,7 +12,7 @@ from torch import nn
 from pl_attnedit.attention import GateSWAConfig, MLAConfig
 from pl_attnedit.distillation.engine.cuda_graph import StepGraph
 from pl_attnedit.errors import UserError
-from pl_attnedit.eval.bench.stages import RandomTokens, StepBench, make_module
+from pl_attnedit.eval.bench.step import RandomTokens, StepBench, make_module
 from pl_attnedit.shapes import random_model
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

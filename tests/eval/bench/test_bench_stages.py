@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
 from pl_attnedit.cli import main
 from pl_attnedit.eval.bench.flops import score_flops, step_flops
-from pl_attnedit.eval.bench.stages import StepBench, bench_step, step_table
+from pl_attnedit.eval.bench.stages import bench_step, step_table
+from pl_attnedit.eval.bench.step import StepBench
 
 KEYS = {"step_ms", "bound_ms", "step_over_bound", "tokens_per_s", "flop_utilisation", "peak_bytes"}
 LATENT = MLAConfig(kv_lora_rank=8, qk_rope_head_dim=4)
