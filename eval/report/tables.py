@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ VERDICTS = {
     "none": ("? no clear difference", "none"),
     "non-inferior": ("✓ non-inferior", "better"),
     "better": ("✓ better", "better"),
+    "no number": ("▼ no number", "worse"),
 }
 SIGNS = {"worse": "▼", "none": "?", "better": "✓"}
 SIGNS_READ = "▼ inferior or worse, ? inconclusive or no clear difference, ✓ non-inferior or better; numbers of tasks."
@@ -71,13 +73,17 @@ class TaskRow:
 
 
 def task_row(row: Row) -> TaskRow:
-    """A row of results.json. Without a stated margin the verdict is the test's."""
+    """A row of results.json. Without a stated margin the verdict is the test's; null stands for what is no number."""
     metric, better = row["metric"], 1 if row["higher_is_better"] else -1
-    gain = better * row["difference"]
-    low, high = sorted((better * row["ci_low"], better * row["ci_high"]))
-    margin, detectable = row.get("margin"), row.get("mde")
+    margin, detectable, known = row.get("margin"), row.get("mde"), None not in (row["ci_low"], row["ci_high"])
+    gain = better * row["difference"] if known else -sys.float_info.max  # sorts last
+    low, high = sorted((better * row["ci_low"], better * row["ci_high"])) if known else (gain, gain)
     significant_ = row["p_holm"] < ALPHA and gain != 0
-    verdict = row.get("verdict") or ("none" if not significant_ else "better" if gain > 0 else "worse")
+    verdict = (
+        "no number"
+        if not known
+        else row.get("verdict") or ("none" if not significant_ else "better" if gain > 0 else "worse")
+    )
     unit = "points" if percentage_metric(metric) else ""
     return TaskRow(
         task=row["task"],
@@ -91,7 +97,7 @@ def task_row(row: Row) -> TaskRow:
         high=points_or_value(metric, row["ci_high"]),
         unit=unit,
         gain=gain,
-        bar=interval_bar(gain, low, high, VERDICTS[verdict][1], margin),
+        bar=interval_bar(gain, low, high, VERDICTS[verdict][1], margin) if known else Markup(""),
         p=row["p_holm"],
         detectable="" if detectable is None else f"{points_or_value(metric, detectable).lstrip('+')} {unit}".strip(),
         margin="" if margin is None else f"{points_or_value(metric, margin).lstrip('+')} {unit}".strip(),

@@ -259,12 +259,14 @@ def test_a_student_that_diverged(suites: tuple[str, list[str]], tmp_path: Path) 
     results = fake_suite()
     for values in (results["fidelity"], *results["by_position"]):
         values |= {key: math.nan for key in values if key.startswith("kl")}
+    results["tasks"][0] |= dict.fromkeys(("student", "difference", "ci_low", "ci_high", "mde"), None)
     added = log_fake_suite(uri, tmp_path, ids[2], results, suite="fidelity")
     try:
         page = Page(write_report(ids[2:3], tmp_path / "report.html", uri).read_text())
     finally:
         connect(uri).delete_run(added)
     assert "nan ± nan top-1 88.0%" in page.text
+    assert "no number" in page.text
     assert "by position" not in page.text.lower()
 
 
