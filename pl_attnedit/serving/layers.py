@@ -22,9 +22,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from pl_attnedit.attention import MLA, GateSWAConfig, MLAConfig, TargetConfig
 from pl_attnedit.attention.mla.module import rotate_pairs
 from pl_attnedit.errors import invalid
+from pl_attnedit.serving.backends import latent_backend, sinks_backend
 from pl_attnedit.serving.kv_cache import SinkWindowSpec
 from pl_attnedit.serving.memory import Layer, latent_block, layers_of
-from pl_attnedit.serving.paged_backend import latent_backend, sinks_backend
 
 
 class WindowAttention(Attention):

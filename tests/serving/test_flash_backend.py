@@ -100,7 +100,7 @@ def main() -> None:
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends import fa_utils
 
-    from pl_attnedit.serving import paged_backend
+    from pl_attnedit.serving import backends
 
     def write_keys(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor, *_: Any) -> None:
         keys[slots // BLOCK, slots % BLOCK], values[slots // BLOCK, slots % BLOCK] = key, value
@@ -118,11 +118,11 @@ def main() -> None:
         compare("LatentImpl", width, rank)
 
     def chosen(width: int, rank: int) -> str:
-        return paged_backend.latent_backend(width, rank).__name__
+        return backends.latent_backend(width, rank).__name__
 
-    assert (chosen(128, 104), paged_backend.sinks_backend().__name__) == ("GatheredLatentBackend", "GatheredBackend")
-    paged_backend.flash_attention = lambda: True
-    assert paged_backend.sinks_backend().__name__ == "SinksBackend"
+    assert (chosen(128, 104), backends.sinks_backend().__name__) == ("GatheredLatentBackend", "GatheredBackend")
+    backends.flash_attention = lambda: True
+    assert backends.sinks_backend().__name__ == "SinksBackend"
     assert {chosen(128, 104), chosen(576, 512), chosen(320, 256)} == {"LatentBackend"}
     assert {chosen(46, 36), chosen(640, 512), chosen(640, 576)} == {"GatheredLatentBackend"}
 
