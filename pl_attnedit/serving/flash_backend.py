@@ -70,21 +70,10 @@ def flash(
 class SinksImpl(GatheredImpl):
     """The window's attention, to which that of the few sinks before it is added by the logarithms of their sums."""
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor | None,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        if attn_metadata is None:
-            return output.zero_()
-        common, tokens = attn_metadata.common, attn_metadata.common.num_actual_tokens
+    def _attend(
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor | None, kv_cache: Tensor, step: Any, output: Tensor
+    ) -> None:
+        common, tokens = step.common, step.common.num_actual_tokens
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         ops.reshape_and_cache_flash(
             key, value, keys, values, common.slot_mapping, self.kv_cache_dtype, layer._k_scale, layer._v_scale
@@ -114,27 +103,15 @@ class SinksImpl(GatheredImpl):
             layer.kept,
             self.sinks,
         )
-        return output
 
 
 class LatentImpl(GatheredImpl):
     """All heads share one key, whose first values are its value: so each is read once for all heads."""
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor | None,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        if attn_metadata is None:
-            return output.zero_()
-        common, tokens, rank = attn_metadata.common, attn_metadata.common.num_actual_tokens, output.shape[-1]
+    def _attend(
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor | None, kv_cache: Tensor, step: Any, output: Tensor
+    ) -> None:
+        common, tokens, rank = step.common, step.common.num_actual_tokens, output.shape[-1]
         ops.concat_and_cache_mla(
             key[:, 0, :rank],
             key[:, 0, rank:],
@@ -143,14 +120,13 @@ class LatentImpl(GatheredImpl):
             self.kv_cache_dtype,
             layer._k_scale,
         )
-        query, keys, splits = query[:tokens], kv_cache.transpose(1, 2), attn_metadata.splits
+        query, keys, splits = query[:tokens], kv_cache.transpose(1, 2), step.splits
         if self.head_size <= 256:
             found = flash(query, keys, keys, self.scale, common, num_splits=splits)[..., :rank]
         else:
             parts = query[..., rank:], keys[..., rank:], keys[..., :rank]
             found = flash(*parts, self.scale, common, q_v=query[..., :rank], num_splits=splits)
         output[:tokens] = found
-        return output
 
 
 class SinksBackend(GatheredBackend):

@@ -118,7 +118,7 @@ class GatheredImpl(AttentionImpl[GatheredMetadata]):
         key: Tensor,
         value: Tensor | None,
         kv_cache: Tensor,
-        attn_metadata: GatheredMetadata | None,
+        attn_metadata: Any,
         output: Tensor,
         *args: Any,
         **kwargs: Any,
@@ -127,8 +127,20 @@ class GatheredImpl(AttentionImpl[GatheredMetadata]):
         kv_cache (blocks, key heads, tokens of a block, values). Writes and returns `output` (tokens, heads, value width)."""
         if attn_metadata is None:  # vLLM's trial run, before there is a cache
             return output.zero_()
-        tokens = attn_metadata.tokens
-        states = key[:tokens] if value is None else torch.cat([key[:tokens], value[:tokens]], dim=-1)
-        kv_cache[attn_metadata.block, :, attn_metadata.offset] = states
-        attend_tiles(query[:tokens], kv_cache, attn_metadata.tiles, self.scale, output[:tokens], self.sinks)
+        self._attend(layer, query, key, value, kv_cache, attn_metadata, output)
         return output
+
+    def _attend(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        kv_cache: Tensor,
+        step: Any,
+        output: Tensor,
+    ) -> None:
+        """`forward` of a step. step: what this backend's builder made for it."""
+        states = key[: step.tokens] if value is None else torch.cat([key[: step.tokens], value[: step.tokens]], dim=-1)
+        kv_cache[step.block, :, step.offset] = states
+        attend_tiles(query[: step.tokens], kv_cache, step.tiles, self.scale, output[: step.tokens], self.sinks)
