@@ -23,6 +23,17 @@ END_OF_TEXT = "<|endoftext|>"
 BYTES = 256
 IN_CACHE, AT_ONCE = 2**15, 2**24  # weights drawn at once, on a CPU and elsewhere; bounds the memory beside them
 
+_TINY: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "model_type": "llama",
@@ -64,33 +75,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     # for tests, of the two families above
-    "tiny-qwen3": {
-        "model_type": "qwen3",
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": False,
-    },
+    "tiny-qwen3": {"model_type": "qwen3", **_TINY},
     "tiny-qwen3-moe": {
         "model_type": "qwen3_moe",
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
         "moe_intermediate_size": 32,
         "num_experts": 8,
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": False,
+        **_TINY,
     },
 }
 

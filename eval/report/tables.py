@@ -79,11 +79,9 @@ def task_row(row: Row) -> TaskRow:
     gain = better * row["difference"] if known else -sys.float_info.max  # sorts last
     low, high = sorted((better * row["ci_low"], better * row["ci_high"])) if known else (gain, gain)
     significant_ = row["p_holm"] < ALPHA and gain != 0
-    verdict = (
-        "no number"
-        if not known
-        else row.get("verdict") or ("none" if not significant_ else "better" if gain > 0 else "worse")
-    )
+    verdict = row.get("verdict") or ("none" if not significant_ else "better" if gain > 0 else "worse")
+    if not known:
+        verdict = "no number"
     unit = "points" if percentage_metric(metric) else ""
     return TaskRow(
         task=row["task"],

@@ -94,10 +94,11 @@ def _takes_flex(query: Tensor) -> bool:
 
 
 def _takes_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    dtypes = {query.dtype, key.dtype, value.dtype}
     return (
         query.device.type == "cuda"
         and not torch.is_grad_enabled()  # no gradients go through its log-sum-exp
-        and {states.dtype for states in to_autocast(query, key, value)} <= {torch.float16, torch.bfloat16}
+        and (torch.is_autocast_enabled("cuda") or dtypes <= {torch.float16, torch.bfloat16})  # autocast is in 16 bits
         and query.shape[-1] == value.shape[-1] <= 256
     )
 
