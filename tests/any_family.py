@@ -1,4 +1,4 @@
-"""Tiny models of many families: fields of their configs beside `conftest.BASE`, with what is particular to each at work.
+"""Tiny models of many families: fields of their configs beside `BASE`, with what is particular to each at work.
 
 To try another family, add a row; the package needs nothing for it.
 """
@@ -7,9 +7,24 @@ from __future__ import annotations
 
 from typing import Any
 
+VOCAB = 64
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # so large that attention is far from uniform
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+M_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 FACTORS = {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 0.5, "attention_multiplier": 0.2}
 ROWS: dict[str, dict[str, Any]] = {
     "llama, biases": {"attention_bias": True},
@@ -49,6 +64,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "olmo2": {},  # norms of outputs alone, and over all heads at once
     "olmo3": MIXED,
     "phi3": {},  # fused projections
+    "qwen2_5_vl_text": {**M_ROPE, "tie_word_embeddings": False},  # transformers has it in multimodal models alone
+    "qwen3_vl_text": {**M_ROPE, "tie_word_embeddings": True},
     "qwen3_next": {
         **EXPERTS,
         **{"head_dim": 16, "shared_expert_intermediate_size": 16, "partial_rotary_factor": 0.25},

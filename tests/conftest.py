@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import torch.nn.functional as F
-from any_family import ATTENTION, MODEL_TYPES, ROWS
+from any_family import ATTENTION, BASE, MODEL_TYPES, ROWS, VOCAB
 from drawing import Drawing
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import AutoConfig, PreTrainedModel
@@ -30,20 +30,6 @@ with suppress(ImportError):  # the environment of vLLM draws nothing
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
 torch._dynamo.config.fail_on_recompile_limit_hit = True  # elsewhere torch.compile only warns where it gives up
 
-VOCAB = 64
-BASE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,  # so large that attention is far from uniform
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 # what is particular to each family, names and proportions as in its published models
 PARTICULAR: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def write_card(
         _introduction(summary, data.license),
         _figures(summary),
         _evaluation(evaluation),
-        _use(),
+        _use(Path(folder)),
         "## How it was made\n\n```yaml\n" + yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True) + "```",
         f"MLflow run `{summary['run_id']}`; {duration(summary['wall_seconds'])} of wall time.",
     ]
@@ -142,15 +143,18 @@ def _evaluation(evaluation: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _use() -> str:
-    return """## Use
+def _use(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").is_file() else {}
+    multimodal = "AutoModelForImageTextToText" in config.get("auto_map", {})
+    model, reader = ("ImageTextToText", "Processor") if multimodal else ("CausalLM", "Tokenizer")
+    return f"""## Use
 
 ```python
 import pl_attnedit  # pip install pl_attnedit
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelFor{model}, Auto{reader}
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelFor{model}.from_pretrained(FOLDER)
+{reader.lower()} = Auto{reader}.from_pretrained(FOLDER)
 ```
 
 Programs that do not import `pl_attnedit` load it with `trust_remote_code=True`, which runs only the import in

@@ -17,6 +17,7 @@ from pl_attnedit.eval.bench.memory import StageMemory, Step, init_memory, stage_
 from pl_attnedit.eval.report.formatting import count, duration, percent
 from pl_attnedit.modeling import kv
 from pl_attnedit.modeling.hf import edited_config
+from pl_attnedit.serving.checks import check_config
 from pl_attnedit.serving.memory import BLOCK, held_bytes
 from pl_attnedit.strategies.fsdp2 import check_shard_over
 
@@ -95,6 +96,7 @@ def _kv(teacher: Any, student: Any, limit: int) -> list[dict[str, Any]]:
     for context in sorted({*(c for c in CONTEXTS if c < limit), limit}):
         found = {"teacher": sum(kv.held_bytes(teacher, context)), "student": sum(kv.held_bytes(student, context))}
         try:
+            check_config(student.config)
             vllm: dict[str, Any] = {
                 name: held_bytes(model.config, context, model.dtype.itemsize)
                 for name, model in {"teacher": teacher, "student": student}.items()

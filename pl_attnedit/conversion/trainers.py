@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from pl_attnedit.distillation import DistillationModule
 from pl_attnedit.distillation.engine.sharding import whole_state_dict
 from pl_attnedit.distillation.settings import frozen_dtype
 from pl_attnedit.errors import UserError
+from pl_attnedit.modeling.hf import put_back
 from pl_attnedit.modeling.weights import attention_name
 from pl_attnedit.strategies import with_npu  # importing it makes our strategies known
+from pl_attnedit.teachers.sources.checks import INDEX
+from pl_attnedit.teachers.sources.resolve import TOKENIZER_FILES, resolve_teacher
 
 
 def check_machine(recipe: Recipe) -> Trainer:
@@ -100,10 +104,16 @@ def save_student(
                 id(value): value.to(dtype) for name, value in state.items() if name not in kept
             }  # what is tied stays one
             state = {name: once.get(id(value), value) for name, value in state.items()}
-        # a file is put together in host memory
-        module.student.save_pretrained(path, state_dict=state, max_shard_size="5GB")
-        if dtype not in (None, module.student.dtype):  # `save_pretrained` has written the module's own
-            module.student.config.dtype = dtype
-            module.student.config.save_pretrained(path)
+        student: Any = module.student
         module.tokenizer.save_pretrained(path)
+        if trunk and hasattr(student.config, "part_of"):
+            teacher = resolve_teacher(module.hparams["teacher"])
+            student, state = put_back(student, teacher, state)
+            for file in [file for pattern in TOKENIZER_FILES for file in teacher.glob(pattern) if file.name != INDEX]:
+                shutil.copy(file, path)  # of the processor
+        # a file is put together in host memory
+        student.save_pretrained(path, state_dict=state, max_shard_size="5GB")
+        if dtype not in (None, student.dtype):  # `save_pretrained` has written the module's own
+            student.config.dtype = dtype
+            student.config.save_pretrained(path)
         module.trained_on().save(path)

@@ -125,22 +125,19 @@ def model_context(tokenizer: PreTrainedTokenizerBase) -> int:
     An enormous number where neither says anything.
     """
     longest = int(tokenizer.model_max_length)
-    config = Path(tokenizer.name_or_path) / "config.json"
-    if config.is_file():
-        longest = min(longest, json.loads(config.read_text("utf-8")).get("max_position_embeddings") or longest)
-    return longest
+    return min(longest, _model_fields(tokenizer).get("max_position_embeddings") or longest)
 
 
-def model_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """How many tokens the tokenizer's model has embeddings for, as the config beside it says; None where there is none."""
+def _model_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The config beside a tokenizer, of a multimodal model its text model's; empty where there is none."""
     config = Path(tokenizer.name_or_path) / "config.json"
     fields = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    return fields.get("vocab_size") or (fields.get("text_config") or {}).get("vocab_size")
+    return {**fields, **(fields.get("text_config") or {})}
 
 
 def unknown_to_model(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The number of its model's embeddings, if the tokenizer has tokens beyond them; else None."""
-    known = model_vocabulary(tokenizer)
+    known = _model_fields(tokenizer).get("vocab_size")
     return known if known is not None and max(tokenizer.get_vocab().values()) >= known else None
 
 

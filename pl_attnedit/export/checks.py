@@ -25,6 +25,8 @@ def teacher_type(student: PreTrainedModel) -> str:
 def check_family(student: PreTrainedModel, format: str) -> None:
     """Raises `UserError` for a student whose blocks are not of the form that the formats have."""
     kind = teacher_type(student)
+    whole = getattr(student.config, "part_of", None)
+    refuse_unless(whole is None, format, "model type", whole, "it reads more than text")
     refuse_unless(kind in FAMILIES, format, "teacher", kind, f"it needs one of {', '.join(FAMILIES)}")
     own = [window for window in windows_of_teacher(student.config) if window is not None]
     refuse_unless(not own, format, "sliding_window", own[:1], "it needs a teacher without windows of its own")

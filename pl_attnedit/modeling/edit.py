@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from pl_attnedit.attention import LayerStatistics, Target, TargetConfig, init_of
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling.calibration import CalibrationBatch, statistics_in_parts
-from pl_attnedit.modeling.hf import EditedModelMixin, edited_classes, edited_config
+from pl_attnedit.modeling.hf import EditedModelMixin, config_of_text, edited_classes, edited_config
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import (
     EDITED_PREFIX,
@@ -25,6 +25,7 @@ from pl_attnedit.teachers import (
     model_class,
     output_projection,
 )
+from pl_attnedit.teachers.multimodal import auto_class, is_multimodal, text_of
 from pl_attnedit.teachers.sources.checks import check_adapter, reading_config
 
 
@@ -171,7 +172,15 @@ def unshare_trunk(student: PreTrainedModel) -> None:
 
 
 def read_config(path: Path, *, stock: bool = False) -> Any:
-    """The config of a converted model, or with `stock` of any model. Raises `UserError` if there is none."""
+    """The config of a converted model, or with `stock` of any model; of a multimodal one that of its text model.
+
+    Raises:
+        UserError: there is none.
+    """
+    return config_of_text(_whole_config(path, stock))
+
+
+def _whole_config(path: Path, stock: bool) -> Any:
     check_adapter("path", path)
     if not (path / "config.json").is_file():
         raise invalid("path", str(path), "must be the folder of a converted model (it has no config.json)")
@@ -185,6 +194,8 @@ def read_config(path: Path, *, stock: bool = False) -> Any:
 def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedModel:
     """A converted model from its folder, in eval mode. `kwargs` go to `from_pretrained` (dtype, device_map ...).
 
+    Of a multimodal model it is the text model alone; transformers' `AutoModelForImageTextToText` loads the whole.
+
     Args:
         stock: also load causal language models of Hugging Face's own classes, such as `pl_attnedit.export` writes.
 
@@ -192,10 +203,10 @@ def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedM
         UserError: the folder holds no converted model, or its weights are broken or incomplete.
     """
     path = Path(path).expanduser()
-    config = read_config(path, stock=stock)
+    config = _whole_config(path, stock)
     options = {"config": config, "output_loading_info": True, "use_safetensors": True, **kwargs}  # no pickle
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        loaded: Any = auto_class(config).from_pretrained(path, **options)
     except UserError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -209,4 +220,4 @@ def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedM
     wrong = sorted([*found["missing_keys"], *found["unexpected_keys"]])
     if wrong:  # Hugging Face only warns, and fills in random weights
         raise invalid("path", str(path), f"its weights do not fit its config.json: {', '.join(wrong[:4])} ...")
-    return model.eval()
+    return (text_of(model, config_of_text(config)) if is_multimodal(config) else model).eval()

@@ -28,11 +28,13 @@ class WithEntryFile:
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
         """As Hugging Face's, with the entry file."""
         config = type(self.config).__name__
-        model = config.removesuffix("Config") + "ForCausalLM"  # FSDP renames the model's own class
-        self.config.auto_map = {
-            "AutoConfig": f"{ENTRY_MODULE}.{config}",
-            "AutoModelForCausalLM": f"{ENTRY_MODULE}.{model}",
-        }
+        model, autos = config.removesuffix("Config"), ["AutoModelForCausalLM"]  # FSDP renames the model's own class
+        if model.endswith("ForConditionalGeneration"):
+            autos += ["AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
+        else:
+            model += "ForCausalLM"
+        models = dict.fromkeys(autos, f"{ENTRY_MODULE}.{model}")
+        self.config.auto_map = {"AutoConfig": f"{ENTRY_MODULE}.{config}", **models}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
         if is_main_process:
             text = ENTRY_TEXT.format(config=config, model=model)

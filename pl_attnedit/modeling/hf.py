@@ -8,10 +8,19 @@ type in transformers does, so that `AutoModelForCausalLM.from_pretrained`, `.gen
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from pl_attnedit.attention import TARGETS
 from pl_attnedit.errors import UserError, invalid
@@ -19,7 +28,9 @@ from pl_attnedit.modeling.entry import OwnEntryFile, WithEntryFile
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import EDITED_PREFIX, model_class
 from pl_attnedit.teachers.base import fields_of
+from pl_attnedit.teachers.multimodal import is_multimodal, text_config, whole_class
 
+AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 PREFIX, SUFFIX = "Edited", "ForCausalLM"
 
 
@@ -64,15 +75,14 @@ class EditedModelMixin(OwnEntryFile, WithEntryFile):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         plan = EditPlan.from_dict(config.attention_edit)
-        if len(plan.letters) != config.num_hidden_layers:
-            raise invalid(
-                "attention_edit", plan.letters, f"needs a letter for each of {config.num_hidden_layers} layers"
-            )
+        text, decoder = text_config(config), self.get_decoder() if is_multimodal(config) else self.model  # type: ignore[attr-defined]
+        if len(plan.letters) != text.num_hidden_layers:
+            raise invalid("attention_edit", plan.letters, f"needs a letter for each of {text.num_hidden_layers} layers")
         for index in plan.edited_layers:
             target = plan.target_of(index)
             assert target is not None
-            layer = self.model.layers[index]  # type: ignore[attr-defined]
-            layer.self_attn = TARGETS[target.type].replacing(layer.self_attn, target, config, index)
+            layer = decoder.layers[index]
+            layer.self_attn = TARGETS[target.type].replacing(layer.self_attn, target, text, index)
         self.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)  # type: ignore[attr-defined]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -97,11 +107,13 @@ def _refuse_attentions(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
 @cache
 def edited_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """The classes of converted models of a family, e.g. `llama`; `UserError` for what is none."""
-    family = model_class(AutoConfig.for_model(model_type))
+    example = AutoConfig.for_model(model_type)
+    whole = is_multimodal(example)
+    family = whole_class(example) if whole else model_class(example)
     config_class: Any = family.config_class
-    name = PREFIX + family.__name__.removesuffix(SUFFIX)
+    name = PREFIX + family.__name__
     config: Any = type(
-        f"{name}Config",
+        f"{name.removesuffix(SUFFIX)}Config",
         (EditedConfigMixin, config_class),
         {
             "__module__": __name__,
@@ -112,13 +124,14 @@ def edited_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTra
         },
     )
     model: Any = type(
-        name + SUFFIX,
+        name,
         (EditedModelMixin, family),
         {"__module__": __name__, "__doc__": f"A converted {model_type} model.", "config_class": config},
     )
     globals()[config.__name__], globals()[model.__name__] = config, model  # so that they can be pickled by name
     AutoConfig.register(config.model_type, config)
-    AutoModelForCausalLM.register(config, model)
+    for auto in AUTO_CLASSES if whole else AUTO_CLASSES[:1]:
+        auto.register(config, model)
     # `transformers serve` takes the class from its module, of which it makes a second one; both are of one type
     setattr(type(transformers), model.__name__, model)
     return config, model
@@ -127,10 +140,33 @@ def edited_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTra
 def __getattr__(name: str) -> Any:
     """`EditedLlamaConfig`, `EditedLlamaForCausalLM` and so on: what entry files of saved models import."""
     family = name.removeprefix(PREFIX).removesuffix("Config").removesuffix(SUFFIX)
-    found = getattr(transformers, family + SUFFIX, None) if name.startswith(PREFIX) else None
+    known = [getattr(transformers, each, None) for each in (family, family + SUFFIX, family + "Config")]
+    found = next((each for each in known if each is not None), None) if name.startswith(PREFIX) else None
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return edited_classes(found.config_class.model_type)[0 if name.endswith("Config") else 1]
+    return edited_classes(getattr(found, "config_class", found).model_type)[0 if name.endswith("Config") else 1]
+
+
+def config_of_text(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the text model in a multimodal model, converted if it is; or the config itself."""
+    text, plan = text_config(config), getattr(config, "attention_edit", None)
+    return text if text is config or plan is None else edited_config(text, EditPlan.from_dict(plan))
+
+
+def put_back(student: Any, folder: Path, state: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The multimodal model in a teacher's folder with a student of its text model in it; and its state, of the student's."""
+    whole: Any = AutoModelForMultimodalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    places = {id(module): name for name, module in whole.named_modules()}
+    names = {"model": places[id(whole.get_decoder())], "lm_head": places[id(whole.get_output_embeddings())]}
+    text = tuple(f"{name}." for name in names.values())
+    kept = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith(text)}
+    own = {names[part] + dot + rest: t for name, t in state.items() for part, dot, rest in [name.partition(".")]}
+    for part, name in names.items():
+        whole.set_submodule(name, getattr(student, part))
+    whole.__class__ = edited_classes(whole.config.model_type)[1]
+    whole.config = edited_config(whole.config, student.edit_plan)
+    whole._weight_conversions = []  # its names are saved as they are, not as those of the teacher's files
+    return whole, kept | own
 
 
 def edited_config(teacher_config: PreTrainedConfig, plan: EditPlan) -> PreTrainedConfig:

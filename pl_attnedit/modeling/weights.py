@@ -11,10 +11,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoConfig
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.modeling.edit import read_config, unshare_trunk
+from pl_attnedit.modeling.edit import load, read_config, unshare_trunk
 from pl_attnedit.modeling.plan import EditPlan
+from pl_attnedit.teachers.multimodal import is_multimodal
 
 
 @contextmanager
@@ -83,7 +85,10 @@ def _saved_names(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder by name, as they were saved; they stay in the files until they are read."""
+    """All tensors of a folder by name, as they were saved; they stay in the files until they are read. Of a multimodal model
+    those of its text model."""
+    if is_multimodal(AutoConfig.from_pretrained(folder)):
+        return _saved_names(load(folder, dtype="auto"))
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:

@@ -51,6 +51,8 @@ def check_config(config: Any, all_tokens: bool = False) -> None:
         raise invalid("attention_edit", plan.letters, f"needs a letter for each of {config.num_hidden_layers} layers")
     layers_of(config)  # refuses what is not served
     family, spec = config.model_type.removeprefix(EDITED_PREFIX), attention_spec(config)
+    if whole := getattr(config, "part_of", None):
+        raise invalid("teacher model type", whole, "vLLM serves converted models that read text alone here")
     if family not in SERVED:
         raise invalid("teacher model type", family, f"vLLM serves converted models of {', '.join(SERVED)} here")
     check_teacher_config(config)

@@ -14,14 +14,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.registration import EDITED_PREFIX
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies; "dynamic" and "longrope" change with the text
 OUTPUTS = ("o_proj", "out_proj", "dense")  # what families call the projection of the attention's output
+TEXT_MODEL = "_text"  # how the type of a text model in a multimodal one ends
 FULL_TYPE, WINDOW_TYPE = "full_attention", "sliding_attention"
 
 _ROPE_NUMBERS = (
@@ -29,6 +39,7 @@ _ROPE_NUMBERS = (
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"),
 )
 _ROPE_OTHERS = ("rope_type", "type", "truncate", "finetuned")
+_M_ROPE = {"mrope_section", "mrope_interleaved"}  # positions of three kinds, which are one and the same in text
 
 
 @dataclass(frozen=True)
@@ -189,7 +200,7 @@ def layer_specs(config: PreTrainedConfig) -> tuple[AttentionSpec | None, ...]:
 def _layer_specs(fields: str) -> tuple[AttentionSpec | None, ...]:
     config = AutoConfig.for_model(**json.loads(fields))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).model
+        model: Any = model_class(config)._from_config(config).model
     if len(model.layers) != config.num_hidden_layers:
         raise AttributeError(f"it has {len(model.layers)} layers where the config says {config.num_hidden_layers}")
     _check_cache(model)
@@ -225,10 +236,39 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     model_type = config.model_type.removeprefix(EDITED_PREFIX)
     config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401  # has no `get`
     found: Any = AutoModelForCausalLM._model_mapping.get(config_class, None) if config_class else None
+    if found is None and model_type.endswith(TEXT_MODEL):
+        found = _with_head(config_class)
     if found is None or not getattr(found, "__name__", "").endswith("ForCausalLM"):
         what = "transformers has no decoder for it (a class named ...ForCausalLM) whose attention could be replaced"
         raise invalid("teacher model type", config.model_type, what)
     return found
+
+
+def _with_head(config_class: Any) -> type[PreTrainedModel] | None:
+    """A causal language model around a decoder that transformers has in multimodal models alone; None without one."""
+    if config_class not in MODEL_MAPPING:
+        return None
+    decoder: Any = MODEL_MAPPING[config_class]
+    family = decoder.__bases__[0]
+
+    def __init__(self: Any, config: PreTrainedConfig) -> None:
+        family.__init__(self, config)
+        self.model = decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    content = {
+        **{
+            "__module__": __name__,
+            "__init__": __init__,
+            "forward": LlamaForCausalLM.forward,
+            "config_class": config_class,
+        },
+        "_tied_weights_keys": LlamaForCausalLM._tied_weights_keys,
+    }
+    made: Any = type(f"{decoder.__name__.removesuffix('Model')}ForCausalLM", (family, GenerationMixin), content)
+    AutoModelForCausalLM.register(config_class, made, exist_ok=True)  # of a config of its own transformers wants that
+    return made
 
 
 def check_teacher_config(config: PreTrainedConfig) -> None:
@@ -236,7 +276,7 @@ def check_teacher_config(config: PreTrainedConfig) -> None:
     model_class(config)
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in rope.values() if rope and all(isinstance(v, Mapping) for v in rope.values()) else [rope]:
-        _check_rope(kind)
+        _check_rope(kind, _M_ROPE & set(config.ignore_keys_at_rope_validation))
     if config._attn_implementation not in (None, "sdpa", "eager"):  # targets run on their masks
         raise invalid("attn_implementation", config._attn_implementation, "must be sdpa or eager, or left out")
     try:
@@ -257,13 +297,14 @@ def _check_cache(model: Any) -> None:
         )
 
 
-def _check_rope(rope: Mapping[str, Any]) -> None:
+def _check_rope(rope: Mapping[str, Any], further: set[str]) -> None:
+    """further: fields that the family reads beside those that all do."""
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         allowed = f"convertible are {', '.join(ROPE_TYPES)}, whose frequencies do not depend on the length of the text"
         raise invalid("rope_parameters.rope_type", kind, allowed)
     for name, value in rope.items():
-        if name not in (*_ROPE_NUMBERS, *_ROPE_OTHERS):
+        if name not in (*_ROPE_NUMBERS, *_ROPE_OTHERS, *further):
             allowed = f"is not read; known are {', '.join(_ROPE_NUMBERS)}"
             raise invalid(f"rope_parameters.{name}", value, allowed)
         optional = value is None and name not in ("rope_theta", "factor")

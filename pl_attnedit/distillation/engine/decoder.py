@@ -16,6 +16,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from pl_attnedit.attention.interface import by_keyword
 from pl_attnedit.errors import UserError
+from pl_attnedit.teachers.base import rotary_of
 
 Call = dict[str, Any]  # the keyword arguments of a decoder layer, or of its attention, apart from the hidden states
 NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f")  # what families call the norm behind the last layer
@@ -53,6 +54,8 @@ class _Recorder(nn.Module):
 def enter_decoder(model: Any, embedded: Tensor, position_ids: Tensor | None) -> tuple[Tensor, list[Call]]:
     """What a decoder passes to its first layer for these embeddings (batch, time, hidden), and to each layer with it."""
     calls: list[tuple[Tensor, Call]] = []
+    if position_ids is not None and hasattr(rotary_of(model), "mrope_section"):
+        position_ids = position_ids.expand(4, *position_ids.shape)  # first the mask's, which tell documents apart
     recorders = [_Recorder(layer, calls, len(model.layers)) for layer in model.layers]
     try:
         shell = with_parts(model, layers=nn.ModuleList(recorders))

@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import EDITED_PREFIX
+from pl_attnedit.teachers.multimodal import auto_class, is_multimodal, text_config, text_of, whole_class
 
 ADAPTER_FILE = "adapter_config.json"
 _ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.safetensors", "adapter_model.bin")
 LOADING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # and say what does not fit
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _QUANTISATION_FIELDS = ("quantization_config", "compression_config")
 _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -84,28 +85,32 @@ def check_model(name: str, config: PreTrainedConfig) -> None:
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise invalid("teacher", name, f"must be a causal language model, {kind} is an encoder-only model")
     architectures = config.architectures or []
-    headless = bool(architectures) and not any(a.endswith(_CAUSAL_ENDINGS) for a in architectures)
-    if headless or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    whole = is_multimodal(config)
+    headless = bool(architectures) and not any(a.endswith(_ENDINGS) for a in architectures)
+    if headless or not (whole or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         found = ", ".join(architectures) or kind
-        if config.get_text_config() is not config:
-            found += ", which reads more than text: text models alone are converted, and none is taken out of another"
         raise invalid("teacher", name, f"must be a causal language model with its head, this is {found}")
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = whole_class(config) if whole else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     known = model_class.__name__
     for other in {*architectures, *([own_code.rpartition(".")[2]] if isinstance(own_code, str) else [])} - {known}:
         raise invalid("teacher", name, f"its config.json says {other}, and model_type {kind}, which is run as {known}")
     dtype: Any = config.dtype
     if dtype is not None and not dtype.is_floating_point:
         raise invalid("dtype", str(dtype), f"which config.json of {name} says, must be one of floating point")
-    rope = getattr(config, "rope_parameters", None) or {}
+    text = text_config(config)
+    rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("factor") and rope.get("rope_type", "default") == "default":
         raise invalid(
             "rope_parameters", rope, "has a factor, but no rope_type that says what for: linear, yarn, llama3"
         )
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+            model = model_class._from_config(config)
+            if whole:
+                text_of(model, text)
+    except UserError:
+        raise
     except Exception as error:  # whatever a value leads to that only the model looks at
         reason = str(error).strip().splitlines()[0]
         attention = config._attn_implementation
@@ -134,7 +139,8 @@ def _check_tensors(name: str, path: Path, stamp: tuple[Any, ...]) -> None:
     it changes with the files."""
     try:
         with without_reports():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(path, device_map="meta", use_safetensors=True, **LOADING)
+            auto = auto_class(AutoConfig.from_pretrained(path))
+            loaded: Any = auto.from_pretrained(path, device_map="meta", use_safetensors=True, **LOADING)
         quantised = [tensor for file in _files_of(path) for tensor in _not_plain(file)]
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise invalid("teacher", name, f"cannot be loaded: {str(error).strip().splitlines()[0]}") from error

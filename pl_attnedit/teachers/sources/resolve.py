@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
 from pl_attnedit.cache import build_once, cache_root
@@ -29,6 +29,7 @@ from pl_attnedit.shapes import (
     shape_of,
     write_shape,
 )
+from pl_attnedit.teachers.multimodal import auto_class, check_text, is_multimodal, text_config, text_of
 from pl_attnedit.teachers.sources import gguf as gguf_file
 from pl_attnedit.teachers.sources import gguf_parts
 from pl_attnedit.teachers.sources.checks import (
@@ -80,11 +81,11 @@ def teacher_config(name: str) -> PreTrainedConfig:
     with reading_config("teacher", name):
         check_fields(name, path)
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
-        stored, used = _stored_rope_theta(path), _rope_theta(config)
+        stored, used = _stored_rope_theta(path), _rope_theta(text_config(config))
     if None not in (stored, used) and stored != used:
         raise invalid("teacher", name, f"config.json says rope_theta {stored}, this transformers reads {used}")
     check_model(name, config)
-    return config
+    return text_config(config)
 
 
 def _local_folder(name: str) -> Path | None:
@@ -127,14 +128,24 @@ def load_teacher(name: str, dtype: str | torch.dtype = "auto", device: str | tor
             made_in = torch.bfloat16 if dtype == "auto" else known
             model: Any = random_model(shape, dtype=made_in, device=device)  # type: ignore[arg-type]
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-            model.to(device)
+            model = read_model(path, dtype=dtype, device=device)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise invalid("teacher", name, f"cannot be loaded: {' '.join(str(error).split())}") from error
     if (tokenizer.pad_token_id or 0) >= model.config.get_text_config().vocab_size:
         tokenizer.pad_token = tokenizer.eos_token  # padding only; the model has no embedding for the other token
     return model.eval(), tokenizer
+
+
+def read_model(path: Path, dtype: str | torch.dtype, device: str | torch.device) -> Any:
+    """The model in a folder, on a device; of a multimodal one its text model."""
+    config = AutoConfig.from_pretrained(path)
+    model = auto_class(config).from_pretrained(path, dtype=dtype, use_safetensors=True)
+    if not is_multimodal(config):
+        return model.to(device)
+    text = text_of(model, text_config(config)).to(device)  # type: ignore[arg-type]
+    check_text(model, text)
+    return text
 
 
 def hub_snapshot(field: str, name: str, patterns: Sequence[str], allowed: str, repo_type: str | None = None) -> Path:
@@ -182,6 +193,7 @@ def _rope_theta(config: PreTrainedConfig) -> float | None:
 
 def _stored_rope_theta(path: Path) -> float | None:
     config = json.loads((path / "config.json").read_text("utf-8"))
+    config = config.get("text_config") or config
     theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
     return None if theta is None else float(theta)
 

@@ -75,8 +75,15 @@ def test_a_local_teacher_is_no_base_model_on_the_hub(tmp_path: Path) -> None:
     assert "base_model" not in card.data.to_dict()
     assert "license" not in card.data.to_dict()
     assert "states no licence" in card.text
+    assert "AutoModelForCausalLM.from_pretrained" in card.text
     (teacher / "README.md").write_text("---\nlicense: mit\n---\n")
     assert teacher_licence(str(teacher)) == "mit"
+
+
+def test_a_student_that_reads_images_is_loaded_as_such(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModelForImageTextToText": "..."}}')
+    card = ModelCard.load(write_card(tmp_path, {**SUMMARY, "teacher": str(tmp_path)}, {}, []))
+    assert "processor = AutoProcessor.from_pretrained(FOLDER)" in card.text
 
 
 def test_hub_names(tmp_path: Path) -> None:
