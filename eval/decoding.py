@@ -19,18 +19,22 @@ def hold(cache: DynamicCache, batch: int) -> None:
 
     From now on every `update` writes it there and returns all, and nothing grows. The queries of a step see exactly what
     they would see in the growing cache, at the length at which it is held. Room is made for one sequence and then repeated,
-    so that no more is allocated than what is held.
+    so that no more is allocated than what is held. A layer that has keys and values for other things says how itself.
     """
     layers: list[Any] = list(cache.layers)
     cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=layers[0].keys.device))
     for layer in layers:
-        length = layer.get_seq_length()
-        grown = layer.update(layer.keys[:, :, -1:], layer.values[:, :, -1:])
-        keys, values = (states.repeat(batch, 1, 1, 1) for states in grown)
-        layer.update = partial(_overwrite_last, keys, values)
-        layer.keys, layer.values = keys[:, :, :-1], values[:, :, :-1]
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length = length
+        getattr(layer, "hold", partial(_hold, layer))(batch)
+
+
+def _hold(layer: Any, batch: int) -> None:
+    length = layer.get_seq_length()
+    grown = layer.update(layer.keys[:, :, -1:], layer.values[:, :, -1:])
+    keys, values = (states.repeat(batch, 1, 1, 1) for states in grown)
+    layer.update = partial(_overwrite_last, keys, values)
+    layer.keys, layer.values = keys[:, :, :-1], values[:, :, :-1]
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = length
 
 
 def _overwrite_last(

@@ -15,7 +15,7 @@ from pl_attnedit.moved import find_moved
 from pl_attnedit.registration import register_when_used
 
 if TYPE_CHECKING:
-    from pl_attnedit.attention import GateSWAConfig, MLAConfig
+    from pl_attnedit.attention import GatedDeltaNetConfig, GateSWAConfig, MLAConfig
     from pl_attnedit.modeling import EditPlan, edit_model, load
 
 for _name in ("callbacks", "configs", "eval"):
@@ -41,11 +41,12 @@ if PathFinder.find_spec("torch_npu") is not None:  # torch and transformers impo
 find_moved()
 register_when_used()
 
-__all__ = ["EditPlan", "GateSWAConfig", "MLAConfig", "UserError", "edit_model", "load"]
+__all__ = ["EditPlan", "GateSWAConfig", "GatedDeltaNetConfig", "MLAConfig", "UserError", "edit_model", "load"]
 
 _MODULES = {
     "EditPlan": "modeling",
     "GateSWAConfig": "attention",
+    "GatedDeltaNetConfig": "attention",
     "MLAConfig": "attention",
     "edit_model": "modeling",
     "load": "modeling",

@@ -114,8 +114,8 @@ class Alone(Target):
             past_key_values.update(hidden_states[:, None], hidden_states[:, None, :, :0], self.layer_idx)
         return self.o_proj(hidden_states), None
 
-    def cached_values_per_token(self, context: int) -> float:
-        return self.spec.hidden_size
+    def cached_bytes(self, context: int, itemsize: int) -> int:
+        return context * self.spec.hidden_size * itemsize
 
 
 @pytest.fixture

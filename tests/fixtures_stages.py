@@ -23,6 +23,7 @@ from pl_attnedit.distillation import LayerwiseDistillation, ModelDistillation
 WORDS = ["the", "model", "reads", "a", "line", "of", "text", "and", "learns", "which", "word", "may", "follow", "it"]
 WINDOW = {"type": "gate_swa", "window": 8, "sinks": 1}
 LATENT = {"type": "mla", "kv_lora_rank": 8, "qk_rope_head_dim": 4}
+STATE = {"type": "gated_deltanet", "conv_kernel": 2}
 
 
 def document(seed: int, words: int) -> str:

@@ -42,26 +42,15 @@ def _mixture_flops(mixture: Any) -> int:
     return 2 * (sum(p.numel() * router.top_k // len(p) for p in stacked) + sum(p.numel() for p in router.parameters()))
 
 
-def head_widths(attention: Any, config: Any) -> tuple[int, int, int]:
-    """Number of query heads, width of a query (and key) head, width of a value head."""
-    if attention is None:
-        return 0, 0, 0
-    if isinstance(attention, Target):
-        return attention.head_widths()
-    spec = attention_spec(config, attention.layer_idx)
-    return spec.num_heads, spec.head_dim, spec.value_dim
-
-
 def score_flops(attention: Any, config: Any, seq_len: int) -> float:
-    """Forward FLOPs per token of scores and weighted values; causal, so half of the square, or what is seen of it."""
-    heads, query, value = head_widths(attention, config)
+    """Forward FLOPs per token of scores and weighted values; causal, so half of the square, or what is seen of it. Of a
+    target, of what it has in their place."""
     if attention is None:
         return 0.0
     if isinstance(attention, Target):
-        visible = attention.visible_per_token(seq_len)
-    else:
-        visible = visible_on_average(attention_spec(config, attention.layer_idx).window or seq_len, seq_len)
-    return 2 * visible * heads * (query + value)
+        return attention.mixing_flops(seq_len)
+    spec = attention_spec(config, attention.layer_idx)
+    return 2 * visible_on_average(spec.window or seq_len, seq_len) * spec.num_heads * (spec.head_dim + spec.value_dim)
 
 
 def step_flops(

@@ -3,7 +3,7 @@
 Weights, gradients and AdamW's moments are exact. The rest is an estimate; per token and layer a backward pass keeps
 
     4 * hidden                                       layer input, normed input, attention output, second normed input
-    heads * (2 * query width + 2 * value width)      query, key, value and output of the attention
+    heads * (2 * query width + 2 * value width)      query, key, value and output of the attention; targets may keep more
     2 * intermediate                                 gate and up projection (trained: and their product, for the weight)
     2 * intermediate + hidden, for each expert       in a mixture, of the experts that a token goes to
 
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pl_attnedit.attention import LayerStatistics
+from pl_attnedit.attention import LayerStatistics, Target
 from pl_attnedit.attention.statistics import PAIRS_AT_ONCE
 from pl_attnedit.distillation.engine.decoder import final_norm
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
-from pl_attnedit.eval.bench.flops import head_widths, mixture_of, router_of
+from pl_attnedit.eval.bench.flops import mixture_of, router_of
 from pl_attnedit.modeling.calibration import layers_at_once
 from pl_attnedit.modeling.edit import edited_attention, layers_that_need_text
 from pl_attnedit.teachers import attention_of, attention_spec
@@ -153,8 +153,7 @@ def _activations(teacher: Any, student: Any, step: Step) -> float:
 
 def kept_values(layer: Any, config: Any, trained: bool) -> int:
     """Values per token that a layer's forward pass leaves for its backward pass; see the module's text."""
-    heads, query, value = head_widths(attention_of(layer), config)
-    attention = 4 * config.hidden_size + heads * 2 * (query + value)
+    attention = 4 * config.hidden_size + _kept_by(attention_of(layer), config)
     each = 3 if trained else 2
     if mixture := mixture_of(layer):
         inner = each * getattr(config, "moe_intermediate_size", config.intermediate_size) + config.hidden_size
@@ -164,3 +163,12 @@ def kept_values(layer: Any, config: Any, trained: bool) -> int:
         m for m in layer.modules() if isinstance(m, nn.Linear) and m.out_features == config.hidden_size and m not in own
     )
     return attention + each * sum(m.in_features for m in down)
+
+
+def _kept_by(attention: Any, config: Any) -> int:
+    if attention is None:
+        return 0
+    if isinstance(attention, Target):
+        return attention.kept_values()
+    spec = attention_spec(config, attention.layer_idx)
+    return spec.num_heads * 2 * (spec.head_dim + spec.value_dim)

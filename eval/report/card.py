@@ -27,7 +27,7 @@ from pl_attnedit.shapes import SHAPE_PREFIX
 from pl_attnedit.teachers.sources.gguf_parts import PACKAGE_PREFIX, files_in_package
 from pl_attnedit.teachers.sources.resolve import TEACHER_SOURCES, hub_snapshot
 
-TARGET_NAMES = {"gate_swa": "GateSWA", "mla": "MLA"}
+TARGET_NAMES = {"gate_swa": "GateSWA", "gated_deltanet": "Gated DeltaNet", "mla": "MLA"}
 
 
 def write_card(

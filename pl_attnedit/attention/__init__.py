@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pl_attnedit.attention import gate_swa, mla
+from pl_attnedit.attention import gate_swa, gated_deltanet, mla
 from pl_attnedit.attention.base import Init, Target, TargetConfig
 from pl_attnedit.attention.gate_swa import GateSWA, GateSWAConfig
+from pl_attnedit.attention.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from pl_attnedit.attention.mla import MLA, MLAConfig
 from pl_attnedit.attention.statistics import LayerStatistics
 from pl_attnedit.errors import UserError, invalid
@@ -21,6 +22,8 @@ __all__ = [
     "TARGETS",
     "GateSWA",
     "GateSWAConfig",
+    "GatedDeltaNet",
+    "GatedDeltaNetConfig",
     "Init",
     "LayerStatistics",
     "MLAConfig",
@@ -30,8 +33,12 @@ __all__ = [
     "target_from_dict",
 ]
 
-TARGETS: dict[str, type[Target]] = {"gate_swa": GateSWA, "mla": MLA}
-INITS: dict[str, dict[str, Init]] = {"gate_swa": gate_swa.INITS, "mla": mla.INITS}
+TARGETS: dict[str, type[Target]] = {"gate_swa": GateSWA, "gated_deltanet": GatedDeltaNet, "mla": MLA}
+INITS: dict[str, dict[str, Init]] = {
+    "gate_swa": gate_swa.INITS,
+    "gated_deltanet": gated_deltanet.INITS,
+    "mla": mla.INITS,
+}
 
 
 def target_from_dict(fields: dict[str, Any]) -> TargetConfig:

@@ -53,6 +53,8 @@ class Target(nn.Module, ABC):
 
     config_class: ClassVar[type[TargetConfig]]
     functional_gradients: ClassVar[bool] = True  # whether torch.func.grad can go through `forward`
+    constant_cache: ClassVar[bool] = False  # whether what it caches is of one size, however long the text
+    makes_scores: ClassVar[bool] = True  # whether it attends as the teacher does, by scores of queries with keys
 
     def __init__(self, target: TargetConfig, model_config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
@@ -70,8 +72,8 @@ class Target(nn.Module, ABC):
         return cls(target, config, layer_idx)
 
     @abstractmethod
-    def cached_values_per_token(self, context: int) -> float:
-        """Values (not bytes) cached by this layer after `context` tokens, divided by `context`."""
+    def cached_bytes(self, context: int, itemsize: int) -> int:
+        """Bytes cached by this layer after `context` tokens of one text, in a dtype of `itemsize` bytes."""
 
     def visible_per_token(self, seq_len: int) -> float:
         """Keys that a query sees, on average over a text of `seq_len` tokens."""
@@ -80,6 +82,16 @@ class Target(nn.Module, ABC):
     def head_widths(self) -> tuple[int, int, int]:
         """Number of query heads, width of a query (and key) head, width of a value head."""
         return self.spec.num_heads, self.spec.head_dim, self.spec.value_dim
+
+    def mixing_flops(self, seq_len: int) -> float:
+        """Forward FLOPs per token beside the linear layers: scores and weighted values of what a query sees."""
+        heads, query, value = self.head_widths()
+        return 2 * self.visible_per_token(seq_len) * heads * (query + value)
+
+    def kept_values(self) -> int:
+        """Values per token that a forward pass leaves for the backward pass, beside the layer's input and output."""
+        heads, query, value = self.head_widths()
+        return heads * 2 * (query + value)
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,19 @@ def copy_linear(target: nn.Linear, source: nn.Linear) -> None:
     target.weight.copy_(source.weight)
     if target.bias is not None:
         target.bias.copy_(source.bias)
+
+
+def set_linear(linear: nn.Linear, maps: torch.Tensor) -> None:
+    """Weight, and bias where there is one, from maps (outputs, inputs [+ 1])."""
+    linear.weight.copy_(maps[:, : linear.in_features])
+    if linear.bias is not None:
+        linear.bias.copy_(maps[:, linear.in_features])
+
+
+def solve(moment: torch.Tensor, cross: torch.Tensor, ridge_share: float = 1e-8) -> torch.Tensor:
+    """Least squares from moments: moment^-1 @ cross, with a ridge by default far below what matters."""
+    ridge = ridge_share * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    return torch.linalg.solve(moment + ridge, cross)
 
 
 def as_bool_mask(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -36,18 +36,18 @@ def _storages(layer: Any) -> dict[int, int]:
 
 
 def promised_bytes(model: PreTrainedModel, context: int) -> list[int]:
-    """Bytes that each layer should cache for one sequence of `context` tokens, by its formula and the dtype; 0 for layers
-    without attention, whose states do not grow.
+    """Bytes that each layer should cache for one sequence of `context` tokens, by its formula and the dtype; 0 for the
+    teacher's layers without attention, whose states do not grow.
     """
-    values = []
+    promised = []
     for layer, spec in zip(model.model.layers, layer_specs(model.config), strict=True):
         attention = attention_of(layer)
         if isinstance(attention, Target):
-            values.append(attention.cached_values_per_token(context))
+            promised.append(attention.cached_bytes(context, model.dtype.itemsize))
         else:
             kept = 0 if spec is None else context if spec.window is None else min(context, spec.window - 1)
-            values.append(0 if spec is None else spec.cached_values_per_token * kept / context)
-    return [round(per_token * context) * model.dtype.itemsize for per_token in values]
+            promised.append(0 if spec is None else spec.cached_values_per_token * kept * model.dtype.itemsize)
+    return promised
 
 
 @torch.no_grad()
@@ -68,7 +68,8 @@ def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator
             call["position_embeddings"] = cos_and_sin(rotary, model.config, hidden, positions)
         with WithoutScores():
             for layer in model.model.layers:
-                few = slice(None) if hasattr(layer, "self_attn") else slice(64)  # the states of others do not grow
+                grows = not getattr(attention_of(layer), "constant_cache", attention_of(layer) is None)
+                few = slice(None) if grows else slice(64)  # a state is as large after those
                 _run_until_cached(layer, hidden[:, few], cache, call)
         past += tokens
         yield layer_bytes(cache)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures_stages import LATENT, WINDOW, Losses, make_trainer, same, weights
+from fixtures_stages import LATENT, STATE, WINDOW, Losses, make_trainer, same, weights
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
@@ -34,7 +34,9 @@ def make_stage(request: pytest.FixtureRequest) -> Make:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize(
-    "target", [WINDOW, WINDOW | {"learned_sink": True}, LATENT], ids=["gate_swa", "learned_sink", "mla"]
+    "target",
+    [WINDOW, WINDOW | {"learned_sink": True}, LATENT, STATE],
+    ids=["gate_swa", "learned_sink", "mla", "gated_deltanet"],
 )
 def test_the_loss_falls_and_only_the_new_attention_changes(
     make_stage: Make, make_data: Make, family: str, target: dict[str, Any]

@@ -13,7 +13,7 @@ import torch
 from fixtures_stages import teacher_folder, tiny_tokenizer  # noqa: F401
 from transformers import DynamicCache, PreTrainedModel
 
-from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
+from pl_attnedit import GatedDeltaNetConfig, GateSWAConfig, MLAConfig, UserError, edit_model
 from pl_attnedit.cli import main
 from pl_attnedit.eval import decoding
 from pl_attnedit.eval.bench.decode import decode_table, student_name
@@ -24,7 +24,11 @@ from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers.sources.resolve import load_teacher
 
 Teachers = Callable[..., PreTrainedModel]
-TARGETS = {"S": GateSWAConfig(window=8, sinks=2), "M": MLAConfig(8, 4, rope_frequencies="spread")}
+TARGETS = {
+    "S": GateSWAConfig(window=8, sinks=2),
+    "M": MLAConfig(8, 4, rope_frequencies="spread"),
+    "D": GatedDeltaNetConfig(),
+}
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -32,7 +36,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 def pair(request: pytest.FixtureRequest, make_teacher: Teachers) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A teacher, and a student of windows, MLA and full layers."""
     teacher = make_teacher(request.param)
-    return teacher, edit_model(teacher, TARGETS, pattern="SMF", init="random").eval()
+    return teacher, edit_model(teacher, TARGETS, pattern="SMFD", init="random").eval()
 
 
 @torch.no_grad()

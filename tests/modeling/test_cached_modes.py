@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
+from pl_attnedit import GatedDeltaNetConfig, GateSWAConfig, MLAConfig, UserError, edit_model
 from pl_attnedit.modeling import edited_attention
 
 Ids = Callable[..., torch.Tensor]
@@ -32,12 +32,26 @@ PLANS: dict[str, dict[str, Any]] = {
         "targets": MLAConfig(8, 2, qk_nope_head_dim=6, v_head_dim=4, q_lora_rank=10, latent_norm=False),
         "pattern": "S",
     },
+    "states": {"targets": GatedDeltaNetConfig(conv_kernel=2, rope=True), "pattern": "S"},
+    "states_mixed": {
+        "targets": {
+            "D": GatedDeltaNetConfig(heads=3, key_dim=6, value_dim=10, conv_kernel=3),
+            "S": GateSWAConfig(window=5, sinks=2),
+            "M": MLAConfig(8, 4),
+        },
+        "pattern": "DSMF",
+    },
     "mixed": {
         "targets": {"S": GateSWAConfig(window=3, sinks=2), "M": MLAConfig(8, 4), "G": GateSWAConfig(window=None)},
         "pattern": "SMGF",
     },
 }
-TOLERANCE = {"atol": 1e-5, "rtol": 2e-5}  # room for fp32 rounding
+
+
+def assert_near(student: PreTrainedModel, got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to fp32 rounding, which the norm of a state's outputs makes larger where they are small."""
+    room = 50 if any(target.constant_cache for target in edited_attention(student).values()) else 1
+    torch.testing.assert_close(got, expected, atol=room * 1e-5, rtol=room * 2e-5)
 
 
 @pytest.fixture(params=PLANS)
@@ -72,7 +86,7 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> Any:
 def test_greedy_token_by_token(student: PreTrainedModel, make_ids: Ids) -> None:
     out = generate(student, make_ids(2, 9))
     expected = full(student, out.sequences)[:, 8:-1]
-    torch.testing.assert_close(torch.stack(out.logits, 1), expected, **TOLERANCE)
+    assert_near(student, torch.stack(out.logits, 1), expected)
 
 
 def test_a_quantised_student_decodes(make_teacher: Callable[..., Any], make_ids: Ids) -> None:
@@ -89,7 +103,7 @@ def test_chunked_prefill(student: PreTrainedModel, make_ids: Ids) -> None:
     ids = make_ids(2, 27)
     cache = DynamicCache(config=student.config)
     parts = [cached(student, part, cache) for part in ids.split([2, 1, 9, 4, 1, 10], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), full(student, ids), **TOLERANCE)
+    assert_near(student, torch.cat(parts, 1), full(student, ids))
     assert cache.get_seq_length() == 27
     whole, chunked = generate(student, ids), generate(student, ids, prefill_chunk_size=4)
     assert torch.equal(whole.sequences, chunked.sequences)
@@ -102,7 +116,7 @@ def test_left_padded_row_equals_the_row_alone(student: PreTrainedModel, make_ids
     for row, length in enumerate(lengths):
         alone = full(student, out.sequences[row : row + 1, 12 - length :])
         got = torch.stack(out.logits, 1)[row]
-        torch.testing.assert_close(got, alone[0, length - 1 : -1], **TOLERANCE)
+        assert_near(student, got, alone[0, length - 1 : -1])
 
 
 def test_right_padded_rows(student: PreTrainedModel, make_ids: Ids) -> None:
@@ -113,7 +127,7 @@ def test_right_padded_rows(student: PreTrainedModel, make_ids: Ids) -> None:
     prefill = cached(student, ids * mask, cache, attention_mask=mask)
     for row, length in enumerate(lengths):
         alone = full(student, ids[row : row + 1, :length])
-        torch.testing.assert_close(prefill[row, :length], alone[0], **TOLERANCE)
+        assert_near(student, prefill[row, :length], alone[0])
     mask = torch.cat([mask, torch.ones_like(new)], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     expected = full(student, torch.cat([ids, new], 1), attention_mask=mask, position_ids=positions)[:, 12:]
@@ -126,7 +140,7 @@ def test_right_padded_rows(student: PreTrainedModel, make_ids: Ids) -> None:
             attention_mask=mask[:, : 13 + step],
             position_ids=positions[:, now],
         )
-        torch.testing.assert_close(got[:, 0], expected[:, step], **TOLERANCE)
+        assert_near(student, got[:, 0], expected[:, step])
 
 
 def test_beam_search(student: PreTrainedModel, make_ids: Ids) -> None:
@@ -153,31 +167,39 @@ def test_a_saved_cache_goes_on(student: PreTrainedModel, make_ids: Ids, how: str
         kept = copy.deepcopy(cache)
     cached(student, make_ids(2, 5, seed=9), cache)  # the original goes elsewhere
     parts = [cached(student, part, kept) for part in ids[:, 13:].split([1, 5, 1, 1, 1], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), full(student, ids)[:, 13:], **TOLERANCE)
+    assert_near(student, torch.cat(parts, 1), full(student, ids)[:, 13:])
+
+
+def refuses_to_crop(cache: DynamicCache) -> bool:
+    """Whether a layer has dropped tokens; then this is said."""
+    dropped = any(layer.get_seq_length() > layer.keys.shape[-2] for layer in cache.layers)
+    if dropped:
+        with pytest.raises(UserError, match="dropped"):
+            cache.crop(-2)
+    return dropped
 
 
 def test_crop_while_nothing_is_dropped(student: PreTrainedModel, make_ids: Ids) -> None:
     ids, other = make_ids(1, 3), make_ids(1, 12, seed=5)
     cache = DynamicCache(config=student.config)
     cached(student, ids, cache)
+    if refuses_to_crop(cache):  # a state drops every token
+        return
     cache.crop(-2)
     assert cache.get_seq_length() == 1
     parts = [cached(student, part, cache) for part in other.split([1, 6, 1, 4], dim=1)]
     expected = full(student, torch.cat([ids[:, :1], other], 1))[:, 1:]
-    torch.testing.assert_close(torch.cat(parts, 1), expected, **TOLERANCE)
+    assert_near(student, torch.cat(parts, 1), expected)
 
 
 def test_crop_of_dropped_tokens_is_refused(student: PreTrainedModel, make_ids: Ids) -> None:
     ids, other = make_ids(1, 15), make_ids(1, 3, seed=5)
     cache = DynamicCache(config=student.config)
     cached(student, ids, cache)
-    if any(layer.get_seq_length() > layer.keys.shape[-2] for layer in cache.layers):
-        with pytest.raises(UserError, match="dropped"):
-            cache.crop(-2)
-    else:
+    if not refuses_to_crop(cache):
         cache.crop(-2)
         expected = full(student, torch.cat([ids[:, :13], other], 1))[:, 13:]
-        torch.testing.assert_close(cached(student, other, cache), expected, **TOLERANCE)
+        assert_near(student, cached(student, other, cache), expected)
 
 
 def test_far_beyond_the_window(student: PreTrainedModel, make_ids: Ids) -> None:
@@ -185,11 +207,11 @@ def test_far_beyond_the_window(student: PreTrainedModel, make_ids: Ids) -> None:
     cache = DynamicCache(config=student.config)
     prefill = cached(student, ids[:, :150], cache)
     steps = [cached(student, ids[:, t : t + 1], cache) for t in range(150, 180)]
-    torch.testing.assert_close(torch.cat([prefill, *steps], 1), full(student, ids), **TOLERANCE)
+    assert_near(student, torch.cat([prefill, *steps], 1), full(student, ids))
     for index, target in edited_attention(student).items():
         layer = cache.layers[index]
         held = sum(states.untyped_storage().nbytes() for states in (layer.keys, layer.values))
-        assert held == 4 * 180 * target.cached_values_per_token(180), "bytes of the storage, not of a view on it"
+        assert held == target.cached_bytes(180, 4), "bytes of the storage, not of a view on it"
 
 
 def test_reset_cache_starts_afresh(student: PreTrainedModel, make_ids: Ids) -> None:
@@ -199,7 +221,7 @@ def test_reset_cache_starts_afresh(student: PreTrainedModel, make_ids: Ids) -> N
     if any(type(layer) is DynamicLayer and layer.get_seq_length() for layer in cache.layers):
         pytest.skip("full layers: this transformers (5.17) keeps the length of any reset DynamicCache")
     ids = make_ids(1, 11)
-    torch.testing.assert_close(cached(student, ids, cache), full(student, ids), **TOLERANCE)
+    assert_near(student, cached(student, ids, cache), full(student, ids))
 
 
 def test_repeated_and_selected_rows(student: PreTrainedModel, make_ids: Ids) -> None:
@@ -216,4 +238,4 @@ def test_repeated_and_selected_rows(student: PreTrainedModel, make_ids: Ids) -> 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     expected = full(student, torch.cat([ids[rows], new], 1), attention_mask=mask, position_ids=positions)[:, 12:]
     got = cached(student, new, cache, attention_mask=mask, position_ids=positions[:, 12:])
-    torch.testing.assert_close(got, expected, **TOLERANCE)
+    assert_near(student, got, expected)

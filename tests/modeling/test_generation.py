@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
-from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
+from pl_attnedit import GatedDeltaNetConfig, GateSWAConfig, MLAConfig, UserError, edit_model
 from pl_attnedit.modeling import edited_attention
 
 Teachers = Callable[..., PreTrainedModel]
@@ -60,7 +60,7 @@ def test_compiled_decoding_of_mla(make_teacher: Teachers, make_ids: Ids) -> None
     torch.testing.assert_close(torch.cat(got, 1), expected, atol=1e-5, rtol=2e-5)
 
 
-ALL: dict[str, Any] = {**GROWING, "window": GateSWAConfig(window=6, sinks=2)}
+ALL: dict[str, Any] = {**GROWING, "window": GateSWAConfig(window=6, sinks=2), "state": GatedDeltaNetConfig()}
 SAMPLE: dict[str, Any] = {"max_new_tokens": 10, "do_sample": True}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": GREEDY,
@@ -120,6 +120,16 @@ REFUSED: dict[str, tuple[str, str, Callable[[Any, torch.Tensor], Any]]] = {
         "window",
         "cache of type StaticCache: window layers need a DynamicCache",
         lambda student, ids: student.generate(ids, **GREEDY, cache_implementation="static"),
+    ),
+    "static cache of states": (
+        "state",
+        "cache of type StaticCache: gated_deltanet needs a DynamicCache",
+        lambda student, ids: student.generate(ids, **GREEDY, cache_implementation="static"),
+    ),
+    "quantised cache of states": (
+        "state",
+        "cache of type QuantizedCache: gated_deltanet needs a DynamicCache",
+        lambda student, ids: student(ids, past_key_values=QuantizedCache("fp8", student.config)),
     ),
     "quantised cache": (
         "window",
@@ -217,9 +227,10 @@ def test_packed_documents_do_not_see_each_other(teacher: PreTrainedModel, make_i
         "S": GateSWAConfig(window=3, sinks=2),
         "M": MLAConfig(8, 4),
         "E": GateSWAConfig(3, gate="element", learned_sink=True),
+        "D": GatedDeltaNetConfig(),
     }
     torch.manual_seed(0)
-    student = edit_model(teacher, targets, pattern="SMEF", init="random").eval()
+    student = edit_model(teacher, targets, pattern="SMED", init="random").eval()
     lengths, ids = [[11, 1, 12], [3, 19, 2]], make_ids(2, 24)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     with torch.no_grad():
@@ -238,8 +249,9 @@ def test_gradients_reach_every_new_weight(teacher: PreTrainedModel, make_ids: Id
         "S": GateSWAConfig(window=3),
         "E": GateSWAConfig(4, "element", sinks=1, learned_sink=True),
         "M": MLAConfig(8, 4, q_lora_rank=6),
+        "D": GatedDeltaNetConfig(),
     }
-    student = edit_model(teacher, targets, pattern="SEM", init="random").train()
+    student = edit_model(teacher, targets, pattern="SEMD", init="random").train()
     ids = make_ids(2, 12)
     student(ids, labels=ids, use_cache=False).loss.backward()
     for index, attention in edited_attention(student).items():

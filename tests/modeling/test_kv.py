@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
+from pl_attnedit import GatedDeltaNetConfig, GateSWAConfig, MLAConfig, edit_model
 from pl_attnedit.modeling.kv import cache_bytes, fill_cache, layer_bytes, on_meta, promised_bytes
 
 PLANS = {
@@ -14,6 +14,8 @@ PLANS = {
     "mla without norm": (MLAConfig(8, 4, latent_norm=False), "S"),
     "window of everything": (GateSWAConfig(window=None), "S"),
     "no sinks": (GateSWAConfig(window=5), "SF"),
+    "states": (GatedDeltaNetConfig(), "SSSF"),
+    "states of other widths": (GatedDeltaNetConfig(heads=3, key_dim=6, value_dim=10, conv_kernel=2), "S"),
 }
 
 

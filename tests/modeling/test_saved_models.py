@@ -13,13 +13,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
-from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model, load
+from pl_attnedit import GatedDeltaNetConfig, GateSWAConfig, MLAConfig, UserError, edit_model, load
 
 Teachers = Callable[..., PreTrainedModel]
 Ids = Callable[..., torch.Tensor]
 PLAN: dict[str, Any] = {
-    "targets": {"S": GateSWAConfig(window=4, sinks=2, learned_sink=True), "M": MLAConfig(8, 4, q_lora_rank=6)},
-    "pattern": "SMF",
+    "targets": {
+        "S": GateSWAConfig(window=4, sinks=2, learned_sink=True),
+        "M": MLAConfig(8, 4, q_lora_rank=6),
+        "D": GatedDeltaNetConfig(),
+    },
+    "pattern": "SMFD",
 }
 
 
@@ -124,7 +128,7 @@ def truncate(folder: Path) -> None:
         ),
         (
             lambda folder: edit_config(folder, num_hidden_layers=3),
-            "attention_edit = 'SMFS': needs a letter for each of 3",
+            "attention_edit = 'SMFD': needs a letter for each of 3",
         ),
     ],
 )

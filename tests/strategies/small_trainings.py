@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from fixtures_stages import LATENT, WINDOW, make_trainer
+from fixtures_stages import LATENT, STATE, WINDOW, make_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "layers": {
         "stage": "stage1",
         "family": "llama",  # tied embeddings
-        "options": {"targets": LATENT, "init": "random"},
+        "options": {"targets": {"M": LATENT, "D": STATE}, "pattern": "MD", "init": "random"},
         "callbacks": lambda: [ProgressiveUnfreezing("top_down", steps_per_group=1)],
         "accumulate": 2,
     },
@@ -61,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
     "attention": {
         "stage": "stage2",
         "family": "qwen3",
-        "options": {"targets": LATENT, "init": "random", "feature_weight": 0.5},
+        "options": {"targets": {"M": LATENT, "D": STATE}, "pattern": "MD", "init": "random", "feature_weight": 0.5},
         "callbacks": lambda: [ProgressiveUnfreezing("bottom_up", steps_per_group=1)],
         "accumulate": 2,
     },

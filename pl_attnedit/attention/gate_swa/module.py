@@ -177,10 +177,10 @@ class GateSWA(Target):
             sink = visible.cumsum(-1) <= sinks
         return visible & (sink | (key_at > query_at - window))  # no (queries, keys) matrix of integers
 
-    def cached_values_per_token(self, context: int) -> float:
+    def cached_bytes(self, context: int, itemsize: int) -> int:
         window, sinks = self.target.window, self.target.sinks
         kept = context if window is None else min(context, sinks + window - 1)
-        return self.spec.cached_values_per_token * kept / context
+        return self.spec.cached_values_per_token * kept * itemsize
 
     def visible_per_token(self, seq_len: int) -> float:
         if self.target.window is None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pl_attnedit.attention.base import copy_linear
+from pl_attnedit.attention.base import copy_linear, set_linear, solve
 from pl_attnedit.attention.mla.module import MLA, MLAConfig
 from pl_attnedit.attention.statistics import LayerStatistics
 from pl_attnedit.errors import invalid
@@ -254,12 +254,6 @@ def fit_width(
     )
 
 
-def solve(moment: torch.Tensor, cross: torch.Tensor, ridge_share: float = 1e-8) -> torch.Tensor:
-    """Least squares from moments: moment^-1 @ cross, with a ridge by default far below what matters."""
-    ridge = ridge_share * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return torch.linalg.solve(moment + ridge, cross)
-
-
 def matrix_roots(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Square root and inverse square root of (..., n, n) Hermitian positive matrices."""
     values, vectors = torch.linalg.eigh(matrix)
@@ -282,10 +276,3 @@ def to_complex(maps: torch.Tensor) -> torch.Tensor:
 def from_complex(maps: torch.Tensor) -> torch.Tensor:
     """The reverse of `to_complex`."""
     return torch.cat([maps.real, maps.imag], dim=1)
-
-
-def set_linear(linear: nn.Linear, maps: torch.Tensor) -> None:
-    """Weight, and bias where there is one, from maps (outputs, inputs [+ 1])."""
-    linear.weight.copy_(maps[:, : linear.in_features])
-    if linear.bias is not None:
-        linear.bias.copy_(maps[:, linear.in_features])

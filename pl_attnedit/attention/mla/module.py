@@ -228,8 +228,8 @@ class MLA(Target):
         output = attend_cached(query, cached, mask, self.scaling)[..., : self.rank]
         return torch.einsum("bhr,hvr->bhv", output, value_up).flatten(1)[:, None]
 
-    def cached_values_per_token(self, context: int) -> float:
-        return self.rank + self.rope_dim
+    def cached_bytes(self, context: int, itemsize: int) -> int:
+        return context * (self.rank + self.rope_dim) * itemsize
 
     def head_widths(self) -> tuple[int, int, int]:
         return self.num_heads, self.nope_dim + self.rope_dim, self.v_dim

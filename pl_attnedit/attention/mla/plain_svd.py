@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pl_attnedit.attention.base import copy_linear
-from pl_attnedit.attention.mla.calibrated import check_head_dims, low_rank, set_linear
+from pl_attnedit.attention.base import copy_linear, set_linear
+from pl_attnedit.attention.mla.calibrated import check_head_dims, low_rank
 from pl_attnedit.attention.mla.module import MLA, MLAConfig
 from pl_attnedit.attention.statistics import LayerStatistics
 from pl_attnedit.errors import UserError, invalid

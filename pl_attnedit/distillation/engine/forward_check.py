@@ -50,7 +50,8 @@ def check_forward(teacher: Any, student: Any) -> None:
             of_pair, left = pair(first[index], second[index], call)
             for role, ours, states in (("teacher", of_pair.output, first), ("student", left, second)):
                 _compare(f"layer {index} of the {role}", share, ours, states[index + 1], states[index])
-            if target := edited_attention(student).get(index):
+            target = edited_attention(student).get(index)
+            if target is not None and target.makes_scores:
                 attention = teacher.model.layers[index].self_attn
                 ours = _attention(target, attention, of_pair.attention_input, of_pair.attention_call)
                 _compare(f"the attention of layer {index} of the teacher", share, ours, of_pair.attention_output)
