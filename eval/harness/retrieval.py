@@ -12,7 +12,6 @@ chosen by log-likelihood. The filler is any local text.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -22,6 +21,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.data.encoding import encode
+from pl_attnedit.data.lookups import SENTENCE_END
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.harness.suites import RETRIEVAL_TASKS
 from pl_attnedit.eval.harness.tasks import CHOICES, N_CHOICES, write_task
@@ -33,7 +33,6 @@ WORDS = (
 )
 LIST_LENGTH = 24  # words of a list to copy
 SMALLEST_GAP = 12  # tokens that are not worth another sentence
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s*\n+\s*")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Where text comes from: `builtin:`, local files, or a dataset of the Hugging Face hub."""
+"""Where text comes from: `builtin:`, `lookups:`, local files, or a dataset of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from pl_attnedit.data.files import (
     text_lines,
     use_writable_cache,
 )
+from pl_attnedit.data.lookups import LOOKUPS, lookup_documents
+from pl_attnedit.data.lookups import VERSION as LOOKUPS_VERSION
 from pl_attnedit.errors import invalid
 from pl_attnedit.teachers.sources.fingerprint import file_sha256
 from pl_attnedit.teachers.sources.resolve import hub_snapshot
@@ -43,8 +45,8 @@ class Source:
     """Text or conversations to train on.
 
     Args:
-        name: `builtin:`, a local file, folder or glob of .parquet, .jsonl, .txt and .md files (see `find_files`), or the
-            name of a dataset on the Hugging Face hub.
+        name: `builtin:`, a local file, folder or glob of .parquet, .jsonl, .txt and .md files (see `find_files`), the name
+            of a dataset on the Hugging Face hub, or `lookups:` and one of these.
         config: the configuration of a hub dataset, e.g. `sample-10BT`.
         split: the split of a hub dataset; slices such as `train[:1%]` work.
         column: the column with the text, or with the messages of a conversation. Default: `messages`, else `text`.
@@ -75,6 +77,10 @@ def open_source(source: str | Source) -> OpenSource:
         UserError: nothing found under this name, or an option that does not belong to this kind of source.
     """
     source = Source(source) if isinstance(source, str) else source
+    if source.name.startswith(LOOKUPS):
+        base = open_source(replace(source, name=source.name.removeprefix(LOOKUPS)))
+        identity = json.dumps([LOOKUPS, LOOKUPS_VERSION, base.identity])
+        return OpenSource(source.name, identity, lambda: lookup_documents(base.name, base.documents()))
     files = [] if source.name == BUILTIN else find_files("source", source.name, SUFFIXES, ALLOWED)
     if source.name == BUILTIN or files:
         _check_local(source, files)

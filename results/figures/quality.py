@@ -52,9 +52,10 @@ def phases() -> str:
         far = found["tokens_4k_8k"]
         values = [kl(found["fidelity"]["512"]), kl(found["fidelity"]["2048"]), kl(far), f"{far['top1']:.1%}"]
         late = f"{far['ppl_teacher']:.2f} / {far['ppl_student']:.2f}"
-        rows.append([name, f"{found['kv_budget']['8192']:.1%}", *values, late, f"{found['wall_seconds'] / 60:.1f} min"])
+        alone = f"{found['wall_seconds'] / 60:.1f} min" if found["alone_on_its_gpu"] else "-"
+        rows.append([name, f"{found['kv_budget']['8192']:.1%}", *values, late, alone])
     head = ["", "KV budget at 8k", "KL at 512", "KL at 2,048", "KL at 4k to 8k", "top-1 there"]
-    return table([*head, "perplexity there, teacher / student", "wall time"], rows)
+    return table([*head, "perplexity there, teacher / student", "time, alone on the GPU"], rows)
 
 
 def times() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from results.figures.data import data, digits, table
 
-MODELS = {"smollm2-135m": "SmolLM2-135M", "qwen3-8b": "Qwen3-8B"}
+MODELS = {"smollm2-135m": "SmolLM2-135M", "qwen3-8b": "Qwen3-8B", "qwen3-30b-a3b": "Qwen3-30B-A3B"}
 
 
 def what_is_timed(what: dict[str, Any]) -> str:

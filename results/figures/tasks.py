@@ -44,7 +44,7 @@ def offline() -> str:
 def phases_tasks() -> str:
     """What the conversions that went through lengths lose in tasks and in what they write, beside their KL."""
     marks = {"inferior": "**{}**", "non-inferior": "{} ✓"}
-    found = data("smollm2_phases")["rows"]
+    found = [row for row in data("smollm2_phases")["rows"] if row["tasks"]]
     rows = [["KL to the teacher at 4k to 8k, nats per token", "0", *(kl(row["tokens_4k_8k"]) for row in found)]]
     for (task, metric), text in WRITTEN.items():
         cells, teacher = [], ""

@@ -33,7 +33,7 @@ from pl_attnedit.conversion.trainers import save_student
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data import text as data_text
 from pl_attnedit.data.chat import Conversation
-from pl_attnedit.data.sources import OpenSource, document_hash
+from pl_attnedit.data.sources import OpenSource, Source, document_hash
 from pl_attnedit.eval import held_out
 from pl_attnedit.eval.held_out import held_out_texts, is_trained, trained_on
 from pl_attnedit.export import export
@@ -58,6 +58,8 @@ def shipped() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def as_source(value: Any) -> Any:
+    if isinstance(value, list):
+        return [Source(**each) for each in value]
     return value["name"] if isinstance(value, dict) else value
 
 
@@ -65,13 +67,13 @@ def as_source(value: Any) -> Any:
 def texts(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """By source, documents that have a length each, in place of what the sources hold; any other name has the first's."""
     rng = np.random.default_rng(0)
-    names = [f"document {i}" for i in range(1500)]
+    names = [f"document {i}" for i in range(1700)]
     lengths = {document_hash(name): int(rng.lognormal(6.3, 1.0)) + 16 for name in names}
-    found = {"train": names[:1200], "heldout": names[1100:]}
+    found = {"train": names[:1200], "heldout": names[1100:1500], "lookups": names[1500:]}
 
     def opened(source: Any) -> OpenSource:
         name = as_source(source) if isinstance(source, str) else source.name
-        chosen = found["heldout" if "heldout" in name else "train"]
+        chosen = found[next((part for part in ("lookups", "heldout") if part in name), "train")]
         return OpenSource(name, name, lambda: iter(chosen))
 
     def tokenized(sources: Sequence[OpenSource], *_: Any) -> list[Any]:
@@ -101,8 +103,11 @@ def test_nothing_that_a_shipped_config_trains_on_is_asked(
     name: str, options: dict[str, Any], texts: dict[str, list[str]], tiny_tokenizer: Any
 ) -> None:
     given = {key: as_source(value) for key, value in options.items()}
+    texts_asked = {given["source"], "builtin:"} if isinstance(given["source"], str) else {given["val_source"]}
+    if isinstance(given["source"], list):  # lookups: takes no text that is held out, so all of it is trained on
+        del texts["heldout"][:100]
     trained = TextDataModule(tiny_tokenizer, **given, max_context=8192).training_documents
-    for text in {given["source"], "builtin:"}:
+    for text in texts_asked:
         for whole in (True, False):
             asked = held_out_texts(tiny_tokenizer, text, trained, whole=whole)
             hashes = np.array([document_hash(each) for each in asked.texts], np.uint64)
