@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
@@ -37,9 +36,6 @@ Sample = dict[str, Any]  # one of lm-eval's logged samples
 
 # Raise it when models would be asked or scored differently.
 VERSION = 1
-# "auto" starts here and halves; a CPU is no quicker with more.
-LARGEST_BATCH = {"cpu": 4}
-LARGEST_BATCH_ELSEWHERE = 64
 # lm-eval's aggregations that have a paired comparison; others (F1, Matthews, BLEU ...) are no sum over samples.
 COMPARABLE = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
 
@@ -179,33 +175,14 @@ def kept(
     return json.loads(text), False
 
 
-def answer(lm: SharedPrefixLM, task: LoadedTask, batch_size: int | str = "auto") -> dict[str, Any]:
-    """`samples` as lm-eval logs them, `seconds` and `batch_size`.
-
-    Args:
-        batch_size: sequences of `max_length` per forward pass (of shorter ones a GPU gets as many more); "auto" starts
-            large and halves where memory does not suffice.
-    """
+def answer(lm: SharedPrefixLM, task: LoadedTask) -> dict[str, Any]:
+    """`samples` as lm-eval logs them, `seconds`, and `batch_size`, that of the end."""
     start = time.perf_counter()
-    size = batch_size if isinstance(batch_size, int) else LARGEST_BATCH.get(lm.device.type, LARGEST_BATCH_ELSEWHERE)
-    while (samples := _attempt(lm, task, size, may_fail=batch_size == "auto" and size > 1)) is None:
-        size //= 2
-        clear_device_cache(garbage_collection=True)
-    return {"samples": samples, "seconds": round(time.perf_counter() - start, 2), "batch_size": size}
-
-
-def _attempt(lm: SharedPrefixLM, task: LoadedTask, batch_size: int, *, may_fail: bool) -> list[Sample] | None:
-    """None where memory does not suffice."""
-    lm.batch_size_per_gpu = batch_size
-    try:
-        # `evaluate`, not `simple_evaluate`: the latter sets global seeds and spends seconds on describing the machine.
-        results = evaluate(lm, {"tasks": {task.name: task.task}}, limit=task.limit, bootstrap_iters=0)
-    except RuntimeError as error:
-        if may_fail and should_reduce_batch_size(error):
-            return None
-        raise
+    # `evaluate`, not `simple_evaluate`: the latter sets global seeds and spends seconds on describing the machine.
+    results = evaluate(lm, {"tasks": {task.name: task.task}}, limit=task.limit, bootstrap_iters=0)
     assert results is not None, "only rank 0 evaluates"
-    return results["samples"][task.name]
+    samples = results["samples"][task.name]
+    return {"samples": samples, "seconds": round(time.perf_counter() - start, 2), "batch_size": int(lm.batch_size)}
 
 
 @contextmanager

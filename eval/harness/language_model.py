@@ -5,6 +5,10 @@ cache, and scores all choices from there: with four choices of 12 tokens after 1
 skips the logits of the context. The numbers are the same up to rounding; it is the path that generation takes, too.
 A GPU does so after long contexts only: a pass over few tokens takes it as long as its kernel launches, and short contexts
 of many lengths fill whole batches when each choice is a row of its own.
+
+Texts become tokens once, many at a time on all cores: of a question with four choices lm-eval would do the context eight
+times, which for long ones takes longer than the model does. Where memory does not suffice for a batch, that batch alone is
+tried again, in halves, and later ones are as small.
 """
 
 from __future__ import annotations
@@ -12,10 +16,13 @@ from __future__ import annotations
 import copy
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
@@ -24,9 +31,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pl_attnedit.data.encoding import beginning, encode, frame
 from pl_attnedit.errors import invalid
 
+# "auto" starts here and halves; a CPU is no quicker with more.
+LARGEST_BATCH = {"cpu": 4}
+LARGEST_BATCH_ELSEWHERE = 64
+ENCODED_AT_ONCE = 512  # texts
 LONG_CONTEXT = 1024  # tokens, from which on a GPU is busy with one of them
 # (strings, context tokens, continuation tokens): lm-eval's form of a request; rolling windows have no strings.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
+Prefix = tuple[int, ...]
+Result = TypeVar("Result")
 
 
 class SharedPrefixLM(HFLM):
@@ -35,7 +48,8 @@ class SharedPrefixLM(HFLM):
     Args:
         name: how the progress bar names the model.
         max_length: longest window in tokens, also of the rolling perplexity.
-        batch_size: sequences of `max_length` per forward pass; of shorter ones a GPU gets as many more.
+        batch_size: sequences of `max_length` per forward pass; of shorter ones a GPU gets as many more. "auto" starts
+            large and halves where memory does not suffice.
     """
 
     def __init__(
@@ -45,8 +59,11 @@ class SharedPrefixLM(HFLM):
         *,
         name: str,
         max_length: int,
-        batch_size: int,
+        batch_size: int | str,
     ) -> None:
+        self._halves = batch_size == "auto"
+        if self._halves:
+            batch_size = LARGEST_BATCH.get(model.device.type, LARGEST_BATCH_ELSEWHERE)
         super().__init__(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),  # HFLM gives it a padding token
@@ -57,12 +74,14 @@ class SharedPrefixLM(HFLM):
         )
         self.name = name
         self._begin = frame(tokenizer)[0]
+        self._encoded: dict[str, list[int]] = {}
 
     def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs):
         """As in training; lm-eval asks for the middle of a text by `add_special_tokens=False`."""
         if add_special_tokens is False:
             return self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
-        return self._within(encode(self.tokenizer, [string])[0], left_truncate_len)
+        known = self._encoded.get(string)
+        return self._within(encode(self.tokenizer, [string])[0] if known is None else known, left_truncate_len)
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
         """(ids, mask) of the prompts, each begun as in training."""
@@ -93,8 +112,32 @@ class SharedPrefixLM(HFLM):
 
     def loglikelihood(self, requests, disable_tqdm=False):
         """(log-likelihood, is it the greedy choice) of each continuation; see `HFLM`."""
-        with self._progress(None, "choices"):
-            return super().loglikelihood(requests, disable_tqdm=True)
+        # What lm-eval asks `tok_encode` for, one text at a time and each context once per choice.
+        pairs = [request.args for request in requests]
+        texts = list({text: None for context, choice in pairs for text in (context.rstrip(), context + choice) if text})
+        for start in range(0, len(texts), ENCODED_AT_ONCE):
+            some = texts[start : start + ENCODED_AT_ONCE]
+            self._encoded.update(zip(some, encode(self.tokenizer, some)))
+        try:
+            with self._progress(None, "choices"):
+                return super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._encoded = {}
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """What the model writes after each prompt; see `HFLM`."""
+        return self._fitting(lambda: super(SharedPrefixLM, self).generate_until(requests, disable_tqdm))
+
+    def _fitting(self, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns. While memory does not suffice for it, the batch size is halved, for all that comes."""
+        while True:
+            try:
+                return compute()
+            except RuntimeError as error:
+                if not (self._halves and int(self.batch_size) > 1 and should_reduce_batch_size(error)):
+                    raise
+            self.batch_size_per_gpu = int(self.batch_size) // 2
+            clear_device_cache(garbage_collection=True)
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         """Logits of whole rows, which nothing follows: `HFLM` would fill a cache."""
@@ -116,7 +159,7 @@ class SharedPrefixLM(HFLM):
         if most > self.max_length:
             raise invalid("max_length", self.max_length, f"sequences must have at least {most} tokens for this task")
         requests = [(s, self._within(c, self.max_length + 1 - len(asked)), asked) for s, c, asked in requests]
-        by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        by_context: dict[Prefix, list[int]] = defaultdict(list)
         for index, (_, context, _) in enumerate(requests):
             by_context[tuple(context)].append(index)
         shared, single = {}, []
@@ -129,42 +172,41 @@ class SharedPrefixLM(HFLM):
             else:
                 single += indices
         results: dict[int, tuple[float, bool]] = {}
-        for batch in self._equal_lengths(list(shared)):
-            rows = [i for prefix in batch for i in shared[prefix]]
-            copies = [row for row, prefix in enumerate(batch) for _ in shared[prefix]]
-            continuations = [requests[i][2] for i in rows]
-            results.update(zip(rows, self._score_after_prefix(batch, copies, continuations)))
-            self._bar.update(sum(map(len, continuations)))
+        for group in _equal_lengths(list(shared)):
+            while group:
+                some, group = self._fitting(partial(self._score_some, group, shared, requests))
+                results.update(some)
+                self._bar.update(sum(len(requests[i][2]) for i in some))
         if single:
             plain = [requests[i] for i in single]
             with self._rows(max(len(context) + len(asked) for _, context, asked in plain)):
-                results.update(zip(single, super()._loglikelihood_tokens(plain, True, override_bs)))
+                score = partial(super()._loglikelihood_tokens, plain, True, override_bs)
+                results.update(zip(single, self._fitting(score)))
             self._bar.update(sum(len(continuation) for _, _, continuation in plain))
         return [results[i] for i in range(len(requests))]
 
     @contextmanager
     def _rows(self, longest: int) -> Iterator[None]:
         """Batches of as many tokens as `batch_size` rows of `max_length` have: launches, not tokens, take a GPU's time."""
-        size = int(self.batch_size)
-        if self.device.type != "cpu":
-            self.batch_size_per_gpu = size * max(1, self.max_length // longest)
+        times = 1 if self.device.type == "cpu" else max(1, self.max_length // longest)
+        self.batch_size_per_gpu = int(self.batch_size) * times
         try:
             yield
         finally:
-            self.batch_size_per_gpu = size
+            self.batch_size_per_gpu = max(1, int(self.batch_size) // times)
 
-    def _equal_lengths(self, prefixes: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-        """Batches of prefixes of one length, since padding before or inside a cached prefix would move positions."""
-        by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for prefix in prefixes:
-            by_length[len(prefix)].append(prefix)
-        for _, group in sorted(by_length.items(), reverse=True):
-            for start in range(0, len(group), int(self.batch_size)):
-                yield group[start : start + int(self.batch_size)]
+    def _score_some(
+        self, prefixes: list[Prefix], asked: dict[Prefix, list[int]], requests: Sequence[Request]
+    ) -> tuple[dict[int, tuple[float, bool]], list[Prefix]]:
+        """Scores by request of what is asked after the first prefixes, a batch of them, and the other prefixes."""
+        batch, others = prefixes[: int(self.batch_size)], prefixes[int(self.batch_size) :]
+        rows = [i for prefix in batch for i in asked[prefix]]
+        copies = [row for row, prefix in enumerate(batch) for _ in asked[prefix]]
+        return dict(zip(rows, self._score_after_prefix(batch, copies, [requests[i][2] for i in rows]))), others
 
     @torch.inference_mode()
     def _score_after_prefix(
-        self, prefixes: list[tuple[int, ...]], copies: list[int], continuations: list[list[int]]
+        self, prefixes: list[Prefix], copies: list[int], continuations: list[list[int]]
     ) -> list[tuple[float, bool]]:
         """Score `continuations[i]` after `prefixes[copies[i]]`; the prefixes all have the same length."""
         tokens_BT = torch.tensor(prefixes, device=self.device)
@@ -183,3 +225,11 @@ class SharedPrefixLM(HFLM):
             score = logp_CV.gather(-1, target_C[:, None]).sum()
             results.append((float(score), bool((logp_CV.argmax(-1) == target_C).all())))
         return results
+
+
+def _equal_lengths(prefixes: list[Prefix]) -> list[list[Prefix]]:
+    """Groups of prefixes of one length, long ones first: padding before or inside a cached prefix would move positions."""
+    by_length: dict[int, list[Prefix]] = defaultdict(list)
+    for prefix in prefixes:
+        by_length[len(prefix)].append(prefix)
+    return [by_length[length] for length in sorted(by_length, reverse=True)]

@@ -118,8 +118,8 @@ def answer_both(
     ):
         identity = {"model": known, **asked, **circumstances(model)}
         with evaluation_mode(model):
-            lm = SharedPrefixLM(model, tokenizer, name=name, max_length=max_length, batch_size=1)
-            found[name] = _answers(lm, tasks, folder if known else None, identity, batch_size)
+            lm = SharedPrefixLM(model, tokenizer, name=name, max_length=max_length, batch_size=batch_size)
+            found[name] = _answers(lm, tasks, folder if known else None, identity)
     answers = {
         name: {task: content["samples"] for task, (content, _) in by_task.items()} for name, by_task in found.items()
     }
@@ -154,12 +154,12 @@ def _course(found: dict[str, dict[str, tuple[dict[str, Any], bool]]]) -> dict[st
 
 
 def _answers(
-    lm: SharedPrefixLM, tasks: list[LoadedTask], folder: Path | None, identity: dict[str, Any], batch_size: int | str
+    lm: SharedPrefixLM, tasks: list[LoadedTask], folder: Path | None, identity: dict[str, Any]
 ) -> dict[str, tuple[dict[str, Any], bool]]:
     """By task, the answers and whether they were kept before."""
 
     def of(task: LoadedTask) -> tuple[dict[str, Any], bool]:
-        return kept(folder, {**identity, "task": task.digest}, lambda: answer(lm, task, batch_size))
+        return kept(folder, {**identity, "task": task.digest}, lambda: answer(lm, task))
 
     return {task.name: of(task) for task in tasks}
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pl_attnedit.errors import UserError
@@ -108,28 +107,6 @@ def test_without_fingerprints_nothing_is_kept(asked, tmp_path: Path) -> None:
     assert asked(teacher_fingerprint=None, student_fingerprint=None)[1] == runs
     assert not (tmp_path / "out" / ".answers").exists()
     assert not (tmp_path / "cache" / "answers").exists()
-
-
-def test_the_batch_is_halved_where_memory_does_not_suffice(asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, _ = asked()
-    real, sizes = answers.evaluate, []
-
-    def hungry(lm: Any, tasks: Any, **options: Any) -> Any:
-        sizes.append(lm.batch_size)
-        if lm.batch_size > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return real(lm, tasks, **options)
-
-    monkeypatch.setattr(answers, "evaluate", hungry)
-    monkeypatch.setattr(answers, "LARGEST_BATCH", {"cpu": 8})
-    unkept = {"teacher_fingerprint": None, "student_fingerprint": None}
-    found, _ = asked(tasks=[CLOZE_TASK], **unkept)
-    assert sizes == [8, 4, 2] * 2
-    assert found.settings["batch_size"] == {"teacher": 2, "student": 2}
-    for row, same in zip(found.tasks, expected.tasks[3:]):
-        assert (row.teacher, row.student) == (same.teacher, same.student)
-    with pytest.raises(torch.OutOfMemoryError):
-        asked(batch_size=4, **unkept)  # a number is taken as it is
 
 
 def test_generation_several_filters_and_metrics_without_pairs(

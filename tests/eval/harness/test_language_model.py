@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from pl_attnedit.data.encoding import encode
+from pl_attnedit.eval.harness import language_model
 from pl_attnedit.eval.harness.language_model import SharedPrefixLM
 
 
@@ -107,10 +110,77 @@ def test_a_gpu_gets_as_many_tokens_of_short_rows(
     assert lm.batch_size == 2
 
 
-def test_contexts_of_one_length_share_a_batch(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    lm = SharedPrefixLM(teacher, tokenizer, name="teacher", max_length=128, batch_size=2)
-    batches = list(lm._equal_lengths([(1, 2), (3, 4, 5), (5, 6), (7, 8)]))
-    assert batches == [[(3, 4, 5)], [(1, 2), (5, 6)], [(7, 8)]]
+def test_contexts_of_one_length_share_a_batch(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, seen = SharedPrefixLM(teacher, tokenizer, name="teacher", max_length=128, batch_size=2), []
+    monkeypatch.setattr(lm, "_score_after_prefix", lambda prefixes, copies, _: seen.append(prefixes) or copies)
+    contexts = [(1, 2), (3, 4, 5), (5, 6), (7, 8)]
+    with lm._progress(None, "choices"):
+        lm._loglikelihood_tokens([(None, list(context), [last]) for context in contexts for last in (9, 10)])
+    assert seen == [[(3, 4, 5)], [(1, 2), (5, 6)], [(7, 8)]]
+
+
+def test_texts_become_tokens_once(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context with each of its choices, and by itself; with the tokens that lm-eval would have found."""
+    asked = [
+        Instance("loglikelihood", {}, (context, f"{last}"), i)
+        for i, (context, last) in enumerate([("word " * 20, " a"), ("word " * 20, "of"), ("is it ", " "), ("", "we")])
+    ]
+    lm = SharedPrefixLM(teacher, tokenizer, name="teacher", max_length=128, batch_size=4)
+    expected = [lm._encode_pair(*each.args) for each in asked if each.args[0]]
+    seen: list[str] = []
+    monkeypatch.setattr(language_model, "encode", lambda of, texts: seen.extend(texts) or encode(of, texts))
+    given: list[tuple[list[int], list[int]]] = []
+    monkeypatch.setattr(lm, "_loglikelihood_tokens", lambda requests, **_: given.extend((c, a) for _, c, a in requests))
+    lm.loglikelihood(asked)
+    assert given[:3] == expected
+    assert len(seen) == len(set(seen)) == 6
+
+
+@pytest.mark.parametrize("kind", ["after a context", "whole rows", "generation"])
+def test_the_batch_is_halved_where_memory_does_not_suffice(
+    kind: str, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That batch alone is tried again, and later ones are as small."""
+    sizes: list[int] = []
+
+    def hungry(module: Any, args: Any, kwargs: Any) -> None:
+        rows = (args[0] if args else kwargs["input_ids"]).shape[0]
+        sizes.append(rows)
+        if rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(language_model, "LARGEST_BATCH", {"cpu": 8})
+    words = "a of is it we the to and".split()  # noqa: SIM905
+    if kind == "generation":
+        arguments: list[Any] = [(word, {"until": ["."], "max_gen_toks": 2, "do_sample": False}) for word in words]
+    else:
+        contexts = [f"{word} " + "word " * (20 if kind == "after a context" else 0) for word in words]
+        arguments = [(context, choice) for context in contexts for choice in ("x", "y")[: 1 + (len(context) > 9)]]
+    asked = [Instance("generate_until", {}, each, i) for i, each in enumerate(arguments)]
+
+    def ask(batch_size: int | str) -> Any:
+        lm = SharedPrefixLM(teacher, tokenizer, name="teacher", max_length=64, batch_size=batch_size)
+        found = lm.generate_until(asked) if kind == "generation" else lm.loglikelihood(asked)
+        return found, lm.batch_size
+
+    expected, _ = ask(2 if kind != "after a context" else 1)
+    handle = teacher.register_forward_pre_hook(hungry, with_kwargs=True)
+    try:
+        found, size = ask("auto")
+        for one, same in zip(found, expected, strict=True):
+            assert one == same if kind == "generation" else one[0] == pytest.approx(same[0], abs=1e-4)
+        assert size == (1 if kind == "after a context" else 2)  # two choices after each context
+        assert sum(rows > 2 for rows in sizes) == 2 + (
+            kind == "after a context"
+        )  # 8 and 4; there 2 with two choices each
+        with pytest.raises(torch.OutOfMemoryError):
+            ask(4)  # a number is taken as it is
+    finally:
+        handle.remove()
 
 
 def test_the_tokenizer_stays_as_it_was(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
