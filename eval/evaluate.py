@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.fidelity.by_position import by_position, compare_positions, fidelity, packed_sequences
-from pl_attnedit.eval.fidelity.generations import METRICS, generations, prompts_of
+from pl_attnedit.eval.fidelity.generations import METRICS, by_document, generations, prompts_of
 from pl_attnedit.eval.harness.answers import (
     TaskRequest,
     answers_folder,
@@ -142,8 +142,8 @@ class _Pair:
         context = min(options.context or self.max_length, self.max_length)
         return packed_sequences(texts, self.tokenizer, options.sequences, context)
 
-    def prompts(self, texts: Sequence[str]) -> torch.Tensor | None:
-        """Of `generation`, (prompts, tokens)."""
+    def prompts(self, texts: Sequence[str]) -> tuple[torch.Tensor, list[int]] | None:
+        """Of `generation`, (prompts, tokens) and the document of each."""
         options = self.suite.generation
         if options is None:
             return None
@@ -152,19 +152,19 @@ class _Pair:
             raise invalid("generation.new_tokens", options.new_tokens, f"must be at most {longest} after such prompts")
         return prompts_of(texts, self.tokenizer, options.prompts, options.prompt_tokens)
 
-    def generate(self, prompts_NT: torch.Tensor, found: AnsweredPair, out: Path) -> None:
+    def generate(self, prompts: tuple[torch.Tensor, list[int]], found: AnsweredPair, out: Path) -> None:
         """Adds the task `generation` to what was found."""
         assert self.suite.generation is not None
         with evaluation_mode(*self.models):
             samples = generations(
                 *self.models,
                 self.tokenizer,
-                prompts_NT,
+                *prompts,
                 self.suite.generation.new_tokens,
                 prints=(self.teacher_print, self.student_print),
                 folders=(answers_folder(), out / ".answers"),
             )
-        found.pairs["generation"] = list(zip(samples["teacher"], samples["student"], strict=True))
+        found.pairs["generation"] = list(zip(*map(by_document, samples.values()), strict=True))
         found.higher_is_better["generation"] = METRICS
         found.samples.extend(write_samples(out, name, "generation", rows) for name, rows in samples.items())
 

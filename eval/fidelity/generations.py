@@ -1,13 +1,15 @@
 """What teacher and student write after the same prompts, sampled and greedy, as the teacher sees it.
 
 Likelihoods of given texts hide what generation loses: a student that goes its own way leaves what it was trained on. Both
-models sample with the same random numbers, so that equal models write the same texts, and are compared prompt by prompt.
+models sample with the same random numbers, so that equal models write the same texts, and are compared document by
+document: prompts of one are not independent.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,16 +26,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pl_attnedit.data.encoding import encode
+from pl_attnedit.data.encoding import encode, frame
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.fidelity.by_position import compare_sequence
 from pl_attnedit.eval.fidelity.continuations import eos_of, first_difference
 from pl_attnedit.eval.harness.answers import Sample, circumstances, kept
 
 KINDS = ("sampled", "greedy")
-BATCH = 16  # prompts that are continued together and kept together
+VERSION = 2  # raise it when other texts would be written
+# Prompts that are continued together and kept together; a GPU waits for kernel launches.
+BATCH = {"cpu": 16}
+BATCH_ELSEWHERE = 128
 NGRAM = 4
-# of each prompt; higher is better
+# of each prompt, compared by the mean of each document; higher is better
 METRICS = {
     "sampled_nll": False,  # the teacher's nats per token for what is written
     "greedy_nll": False,
@@ -49,22 +54,29 @@ log = logging.getLogger(__name__)
 
 def prompts_of(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompts: int, prompt_tokens: int
-) -> torch.Tensor:
-    """(prompts, tokens): the beginnings of documents spread evenly over those that are long enough; fewer where there are
-    fewer.
+) -> tuple[torch.Tensor, list[int]]:
+    """(prompts, tokens) and the document of each: beginnings of documents, spread evenly over those that are long enough.
+    Where these are too few, what follows on them begins a prompt, too; fewer prompts where there is no more.
 
     Raises:
         UserError: less than two such documents.
     """
-    ids = [row[:prompt_tokens] for row in encode(tokenizer, documents) if len(row) > prompt_tokens]
-    if len(ids) < 2:
+    rows = [row for row in encode(tokenizer, documents) if len(row) > prompt_tokens]
+    if len(rows) < 2:
         raise invalid(
-            "generation.prompt_tokens", prompt_tokens, f"only {len(ids)} documents are longer: give more by --text"
+            "generation.prompt_tokens", prompt_tokens, f"only {len(rows)} documents are longer: give more by --text"
         )
+    begin, ids, of = frame(tokenizer)[0], list[list[int]](), list[int]()
+    for start in range(0, max(map(len, rows)), prompt_tokens):
+        there = [number for number, row in enumerate(rows) if len(row) > start + prompt_tokens]
+        count = min(prompts - len(ids), len(there))
+        for number in (there[i * len(there) // count] for i in range(count)):
+            stretch = rows[number][start : start + prompt_tokens]
+            ids.append([*begin, *stretch[len(begin) :]])
+            of.append(number)
     if len(ids) < prompts:
         log.warning("generation: the documents give only %d of %d prompts", len(ids), prompts)
-    count = min(prompts, len(ids))
-    return torch.tensor([ids[i * len(ids) // count] for i in range(count)])
+    return torch.tensor(ids), of
 
 
 class GumbelNoise(LogitsProcessor):
@@ -81,11 +93,9 @@ class GumbelNoise(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.begun
-        noise = [
-            np.random.default_rng((self.seed, place, step)).gumbel(size=scores.shape[-1]).astype(np.float32)
-            for place in self.places
-        ]
-        return scores.float() + torch.from_numpy(np.stack(noise)).to(scores.device)
+        uniform = [np.random.default_rng((self.seed, place, step)).random(scores.shape[-1]) for place in self.places]
+        noise = -torch.from_numpy(np.stack(uniform)).log_().neg_().log_()  # on the CPU: the same on every device
+        return scores.float() + noise.to(scores.device, torch.float32)
 
 
 @torch.inference_mode()
@@ -114,6 +124,7 @@ def generations(
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts_NT: torch.Tensor,
+    of: Sequence[int],
     new_tokens: int,
     *,
     prints: tuple[str, str],
@@ -123,15 +134,17 @@ def generations(
     """Both models' texts with their `METRICS`, as samples like lm-eval's, by "teacher" and "student".
 
     Args:
+        of: the document of each prompt.
         prints: fingerprints of the two models.
         folders: where what the teacher, and what the student has written is kept, batch by batch.
     """
     found: dict[str, list[Sample]] = {"teacher": [], "student": []}
+    batch = BATCH.get(teacher.device.type, BATCH_ELSEWHERE)
     with tqdm(total=len(prompts_NT), desc="generation", unit="prompt", leave=False, disable=False) as bar:
-        for first in range(0, len(prompts_NT), BATCH):
-            prompts_BT = prompts_NT[first : first + BATCH]
+        for first in range(0, len(prompts_NT), batch):
+            prompts_BT = prompts_NT[first : first + batch]
             asked = {
-                "generation": [*prompts_BT.shape, new_tokens, seed, first],
+                "generation": [VERSION, *prompts_BT.shape, new_tokens, seed, first],
                 "text": hashlib.sha256(prompts_BT.numpy().tobytes()).hexdigest(),
             }
             noise = GumbelNoise(range(first, first + len(prompts_BT)), prompts_BT.shape[1], seed)
@@ -144,7 +157,8 @@ def generations(
             scores, _ = kept(folders[1], {**asked, "scores": keys}, compute)
             for name, texts, of_model in zip(found, written, scores["scores"]):
                 for row, prompt_T in enumerate(prompts_BT):
-                    place = {"doc_id": first + row, "doc_hash": asked["text"], "prompt": tokenizer.decode(prompt_T)}
+                    place = {"doc_id": first + row, "doc_hash": asked["text"], "document": of[first + row]}
+                    place["prompt"] = tokenizer.decode(prompt_T)
                     both = {kind: texts[kind][row] for kind in KINDS}
                     parts_at = first_difference(written[0]["greedy"][row], both["greedy"])
                     agreement = len(both["greedy"]) if parts_at is None else parts_at
@@ -155,6 +169,16 @@ def generations(
                     found[name].append({**place, "filter": "none", "metrics": list(METRICS), **more})
             bar.update(len(prompts_BT))
     return found
+
+
+def by_document(samples: Sequence[Sample]) -> list[Sample]:
+    """Of each document the means of its prompts' metrics: these are independent, the prompts of a document are not."""
+    prompts: dict[int, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        prompts[sample["document"]].append(sample)
+    return [
+        {**of[0], **{name: float(np.mean([one[name] for one in of])) for name in METRICS}} for of in prompts.values()
+    ]
 
 
 def _texts(

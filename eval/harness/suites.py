@@ -77,7 +77,7 @@ class Generation:
     """What both models write, sampled and greedy (`pl_attnedit.eval.fidelity.generations`).
 
     Args:
-        prompts: beginnings of held-out documents, at most.
+        prompts: beginnings of held-out documents and, where these are too few, what follows on them; at most.
         prompt_tokens: their length.
         new_tokens: longest text that is written.
     """

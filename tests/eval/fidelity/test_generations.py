@@ -9,11 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures_stages import framed
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.fidelity import generations as module
-from pl_attnedit.eval.fidelity.generations import METRICS, GumbelNoise, generations, prompts_of, repetition, write
+from pl_attnedit.eval.fidelity.generations import (
+    METRICS,
+    GumbelNoise,
+    by_document,
+    generations,
+    prompts_of,
+    repetition,
+    write,
+)
 from pl_attnedit.eval.harness.differences import TaskDifference, compare_samples
 
 PRINTS = ("t", "s")
@@ -37,7 +46,7 @@ def sharp(teacher: PreTrainedModel) -> PreTrainedModel:
 @pytest.fixture
 def compare(sharp: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: torch.Tensor) -> Compare:
     def run(student: PreTrainedModel) -> dict[str, TaskDifference]:
-        found = generations(sharp, student, tokenizer, prompts, 12, prints=PRINTS, folders=(None, None))
+        found = generations(sharp, student, tokenizer, prompts, range(24), 12, prints=PRINTS, folders=(None, None))
         pairs = {"generation": list(zip(found["teacher"], found["student"], strict=True))}
         return {row.metric: row for row in compare_samples(pairs, {"generation": METRICS})}
 
@@ -67,7 +76,7 @@ def test_a_damaged_model_is_found_worse(compare: Compare, sharp: PreTrainedModel
 def test_scores_are_the_teachers_of_what_is_written(
     sharp: PreTrainedModel, student: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: torch.Tensor
 ) -> None:
-    found = generations(sharp, student, tokenizer, prompts[:3], 6, prints=PRINTS, folders=(None, None))
+    found = generations(sharp, student, tokenizer, prompts[:3], range(3), 6, prints=PRINTS, folders=(None, None))
     noise = GumbelNoise([1], 12, 0)
     [text] = write(student, tokenizer, prompts[1:2], 6, noise)  # the same alone as in a batch
     row = found["student"][1]
@@ -95,7 +104,7 @@ def test_an_interrupted_evaluation_writes_only_what_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "BATCH", {"cpu": 4})
 
     def run(fail_at: int) -> Any:
         def counted(*args: Any) -> Any:
@@ -106,22 +115,43 @@ def test_an_interrupted_evaluation_writes_only_what_is_missing(
 
         monkeypatch.setattr(module, "write", counted)
         folders = (tmp_path / "teachers", tmp_path / "own")
-        return generations(sharp, student, tokenizer, prompts[:10], 4, prints=PRINTS, folders=folders)
+        return generations(sharp, student, tokenizer, prompts[:10], range(10), 4, prints=PRINTS, folders=folders)
 
     with pytest.raises(KeyboardInterrupt):
         run(fail_at=7)
     assert run(fail_at=0) == run(fail_at=0) == generations(
-        sharp, student, tokenizer, prompts[:10], 4, prints=PRINTS, folders=(None, None)
+        sharp, student, tokenizer, prompts[:10], range(10), 4, prints=PRINTS, folders=(None, None)
     )  # fmt: skip
     assert asked[:13] == [4] * 9 + [2] * 4, "two of seven were begun and are asked again"
     assert len(asked) == 13 + 12
 
 
-def test_prompts_are_beginnings(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
-    found = prompts_of(documents, tokenizer, 3, 10)
-    assert found.tolist() == [tokenizer(documents[i])["input_ids"][:10] for i in (0, 2, 4)]
+def test_prompts_are_beginnings_and_then_what_follows(tokenizer: PreTrainedTokenizerFast) -> None:
+    begun = framed(tokenizer, "bos")
+    documents = ["a of is it we " * n for n in (30, 6, 12, 1)]  # the last is too short
+    rows = [begun(document)["input_ids"] for document in documents]
+    ids, of = prompts_of(documents, begun, 2, 10)
+    assert ids.tolist() == [rows[i][:10] for i in (0, 1)]
+    assert of == [0, 1]
+    ids, of = prompts_of(documents, begun, 6, 10)
+    assert of[:3] == [0, 1, 2]
+    for row, document in zip(ids[3:].tolist(), of[3:], strict=True):
+        assert row[0] == begun.bos_token_id
+        assert row[1:] in (rows[document][11:20], rows[document][21:30])
+    assert prompts_of(documents, begun, 1000, 10)[1].count(0) == (len(rows[0]) - 1) // 10
     with pytest.raises(UserError, match=r"generation\.prompt_tokens = 100000: only 0 documents are longer"):
-        prompts_of(documents, tokenizer, 3, 100_000)
+        prompts_of(documents, begun, 3, 100_000)
+
+
+def test_prompts_of_one_document_are_one_sample(
+    sharp: PreTrainedModel, student: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: torch.Tensor
+) -> None:
+    found = generations(sharp, student, tokenizer, prompts[:4], [7, 7, 9, 7], 6, prints=PRINTS, folders=(None, None))
+    for samples in found.values():
+        seven, nine = by_document(samples)
+        for metric in METRICS:
+            assert seven[metric] == pytest.approx(sum(samples[i][metric] for i in (0, 1, 3)) / 3)
+            assert nine[metric] == samples[2][metric]
 
 
 def test_repetition() -> None:
