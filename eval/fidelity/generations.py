@@ -93,9 +93,11 @@ class GumbelNoise(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.begun
-        uniform = [np.random.default_rng((self.seed, place, step)).random(scores.shape[-1]) for place in self.places]
-        noise = -torch.from_numpy(np.stack(uniform)).log_().neg_().log_()  # on the CPU: the same on every device
-        return scores.float() + noise.to(scores.device, torch.float32)
+        drawn = [  # less the log of these is Gumbel noise, in half the time that NumPy's `gumbel` takes
+            np.random.default_rng((self.seed, place, step)).standard_exponential(scores.shape[-1]).astype(np.float32)
+            for place in self.places
+        ]
+        return scores.float() - torch.from_numpy(np.log(np.stack(drawn))).to(scores.device)
 
 
 @torch.inference_mode()
