@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pl_attnedit.attention import GateSWAConfig, LayerStatistics, MLAConfig, TargetConfig, init_of
+from pl_attnedit.attention import GatedDeltaNetConfig, GateSWAConfig, LayerStatistics, MLAConfig, TargetConfig, init_of
 from pl_attnedit.data.encoding import encode
 from pl_attnedit.data.sources import document_hash, open_source
 from pl_attnedit.distillation.metrics import Fidelity
@@ -59,6 +59,8 @@ ROWS = (
     _mla(160, 32, init="random"),
     Row("gate_swa 64, 4 sinks, SSSF", GateSWAConfig(window=64, sinks=4)),
     Row("gate_swa 64, SSSF", GateSWAConfig(window=64)),
+    Row("gated_deltanet, SSSF, calibrated", GatedDeltaNetConfig()),
+    Row("gated_deltanet, SSSF, random", GatedDeltaNetConfig(), "random"),
 )
 
 

@@ -25,6 +25,7 @@ STYLE = (Path(__file__).parent / "chart.css").read_text(encoding="utf-8")
 LOOKS = {
     "gate": ("var(--blue)", "circle"),
     "mla": ("var(--orange)", "square"),
+    "state": ("var(--purple)", "triangle-up"),
     "other": ("var(--green)", "diamond"),
     "teacher": ("var(--ink)", "circle"),
     "train": ("var(--gray)", "circle"),
@@ -32,8 +33,8 @@ LOOKS = {
     "before": ("var(--orange)", "circle"),
     "after": ("var(--blue)", "circle"),
 }
-SIGNS = {"circle": "●", "square": "■", "diamond": "◆"}
-RUNS = ("gate", "mla", "other", "teacher")  # looks of models that are compared: larger marks, names in black
+SIGNS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆"}
+RUNS = ("gate", "mla", "state", "other", "teacher")  # looks of models that are compared: larger marks, names in black
 
 COLOUR = {"color": {"field": "colour", "type": "nominal", "scale": None}}
 

@@ -19,8 +19,14 @@ from pl_attnedit.eval.report.scales import Axis, Point, contexts, linear, logari
 MAX_POINTS = 120  # of a training curve: more is no longer visible
 MAX_VALIDATIONS = 40  # shown of a stage: those between add more to the page than one sees
 MAX_LINES = 8  # conversions in one chart by position: more are no longer told apart
-TARGET_LOOKS = {"gate_swa": "gate", "mla": "mla"}
-LOOK_NAMES = {"gate": "GateSWA", "mla": "MLA", "other": "other target", "teacher": "teacher"}
+TARGET_LOOKS = {"gate_swa": "gate", "mla": "mla", "gated_deltanet": "state"}
+LOOK_NAMES = {
+    "gate": "GateSWA",
+    "mla": "MLA",
+    "state": "Gated DeltaNet",
+    "other": "other target",
+    "teacher": "teacher",
+}
 KL_UNIT = "KL to the teacher, nats per token"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pl_attnedit.attention.base import as_bool_mask, attention
 from pl_attnedit.attention.interface import Rotation, exact_device, heads_of, not_turned
 from pl_attnedit.teachers import AttentionSpec
 
@@ -48,7 +49,7 @@ class LayerStatistics:
         self._xq = zeros(width, spec.num_heads * spec.head_dim)
         kv_width = 2 * spec.num_kv_heads * spec.head_dim
         self._plain_xkv, self._weighted_xkv = zeros(width, kv_width), zeros(width, kv_width)
-        self._distance = zeros(context)
+        self._distance, self._output = zeros(context), zeros(spec.num_heads)
         self._sample = torch.zeros(SAMPLES, width, device=rotation.order.device)
         self._sample_weight = torch.zeros(SAMPLES, device=rotation.order.device)  # attention received
         # Reservoir sampling: the tokens with the largest random keys. On the CPU, where the generator is.
@@ -65,17 +66,21 @@ class LayerStatistics:
     @torch.no_grad()
     def update(
         self,
-        attention: nn.Module,
+        source: nn.Module,
         hidden_states: torch.Tensor,
         call: dict[str, Any],
         position_ids: torch.Tensor | None = None,
     ) -> None:
-        """Adds one batch. hidden_states (batch, time, hidden) and `call` are the inputs of the teacher's `attention`;
+        """Adds one batch. hidden_states (batch, time, hidden) and `call` are the inputs of the teacher's attention `source`;
         position_ids (batch, time) begin at 0 with each document where documents do not see each other."""
-        query, key, value, _ = heads_of(attention, hidden_states, not_turned(call))
+        query, key, value, options = heads_of(source, hidden_states, not_turned(call))
         query, key = query[..., self.order], key[..., self.order]
         turned = self._rotation.turn(query, call), self._rotation.turn(key, call)
         received = self._attention_received(*turned, position_ids)
+        mask, scale = call.get("attention_mask"), options.get("scaling") or self.spec.scaling
+        known = options.get("s_aux"), options.get("softcap")
+        output = attention(*turned, value, None if mask is None else as_bool_mask(mask), scale, *known)
+        self._output += self._exact(output.float().square().mean(-1).sum((0, 2)))
         x = torch.cat([hidden_states, torch.ones_like(hidden_states[..., :1])], dim=-1).flatten(0, 1).float()
         q = query.transpose(1, 2).flatten(2).flatten(0, 1).float()
         kv = torch.cat([key, value], dim=1).transpose(1, 2).flatten(2).flatten(0, 1).float()
@@ -157,6 +162,11 @@ class LayerStatistics:
     def weighted_xkv(self) -> torch.Tensor:
         """(hidden + 1, 2 * kv_heads * head_dim) inputs against keys, then values, weighted."""
         return self._mix(self._weighted_xkv, self._plain_xkv)
+
+    @property
+    def output(self) -> torch.Tensor:
+        """(heads,) root mean square of each head's output, before the output projection."""
+        return (self._output / self.tokens).sqrt()
 
     @property
     def distance(self) -> torch.Tensor:

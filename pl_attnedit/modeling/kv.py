@@ -61,18 +61,24 @@ def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator
     cache = DynamicCache(config=model.config)
     past = 0
     for tokens in (context, *([1] * steps)):
-        hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
-        positions = torch.arange(past, past + tokens, device=model.device)[None]
-        call = {"position_ids": positions}
-        if (rotary := rotary_of(model.model)) is not None:  # whichever layer's
-            call["position_embeddings"] = cos_and_sin(rotary, model.config, hidden, positions)
+        whole, few = (_given(model, past, count) for count in (tokens, min(tokens, 64)))
         with WithoutScores():
             for layer in model.model.layers:
-                grows = not getattr(attention_of(layer), "constant_cache", attention_of(layer) is None)
-                few = slice(None) if grows else slice(64)  # a state is as large after those
-                _run_until_cached(layer, hidden[:, few], cache, call)
+                state = getattr(attention_of(layer), "constant_cache", attention_of(layer) is None)
+                hidden, call = few if state else whole  # a state is as large after few tokens
+                _run_until_cached(layer, hidden, cache, call)
         past += tokens
         yield layer_bytes(cache)
+
+
+def _given(model: PreTrainedModel, past: int, tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Random hidden states (1, tokens, hidden) behind `past` others, and what a layer is called with beside them."""
+    hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    positions = torch.arange(past, past + tokens, device=model.device)[None]
+    call: dict[str, Any] = {"position_ids": positions}
+    if (rotary := rotary_of(model.model)) is not None:  # whichever layer's
+        call["position_embeddings"] = cos_and_sin(rotary, model.config, hidden, positions)
+    return hidden, call
 
 
 def held_bytes(model: PreTrainedModel, context: int) -> list[int]:

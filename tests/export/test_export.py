@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from vllm_deepseek import FIELDS, shapes
 
-from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
+from pl_attnedit import GatedDeltaNetConfig, GateSWAConfig, MLAConfig, UserError, edit_model
 from pl_attnedit.cli import main
 from pl_attnedit.export import export
 from pl_attnedit.export.deepseek_v3 import latent_scale
@@ -228,6 +228,8 @@ REFUSED = {
     "learned sink": ("qwen3", {}, GateSWAConfig(4, learned_sink=True), "S", "step3p7", "learned_sink: false"),
     "element gate": ("qwen3", {}, GateSWAConfig(window=4, gate="element"), "S", "step3p7", "gate: head"),
     "mla": ("qwen3", {}, MLAConfig(8, 4), "S", "step3p7", "must be gate_swa or full"),
+    "states": ("llama", {}, GatedDeltaNetConfig(), "S", "deepseek_v3", "are gated_deltanet; every layer must be mla"),
+    "llama.cpp, states": ("llama", {}, GatedDeltaNetConfig(), "S", "gguf", "are gated_deltanet; every layer must be"),
 }
 
 

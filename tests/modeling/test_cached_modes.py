@@ -32,10 +32,10 @@ PLANS: dict[str, dict[str, Any]] = {
         "targets": MLAConfig(8, 2, qk_nope_head_dim=6, v_head_dim=4, q_lora_rank=10, latent_norm=False),
         "pattern": "S",
     },
-    "states": {"targets": GatedDeltaNetConfig(conv_kernel=2, rope=True), "pattern": "S"},
+    "states": {"targets": GatedDeltaNetConfig(conv_kernel=2), "pattern": "S"},
     "states_mixed": {
         "targets": {
-            "D": GatedDeltaNetConfig(heads=3, key_dim=6, value_dim=10, conv_kernel=3),
+            "D": GatedDeltaNetConfig(heads=3, key_dim=6, value_dim=10, rope=False),
             "S": GateSWAConfig(window=5, sinks=2),
             "M": MLAConfig(8, 4),
         },

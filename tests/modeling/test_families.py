@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from pl_attnedit import EditPlan, GateSWAConfig, MLAConfig, edit_model
+from pl_attnedit import EditPlan, GatedDeltaNetConfig, GateSWAConfig, MLAConfig, edit_model
 from pl_attnedit.modeling import edited_attention, unshare_trunk
 
 Ids = Callable[..., torch.Tensor]
@@ -85,9 +85,9 @@ def test_eager_and_sdpa_masks_give_the_same(teacher: PreTrainedModel, make_ids: 
     ids = make_ids(2, 16)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    plan = {"S": GateSWAConfig(window=4, sinks=2), "M": MLAConfig(8, 4)}
+    plan = {"S": GateSWAConfig(window=4, sinks=2), "M": MLAConfig(8, 4), "D": GatedDeltaNetConfig()}
     torch.manual_seed(0)
-    student = edit_model(teacher, plan, pattern="SMF", init="random")
+    student = edit_model(teacher, plan, pattern="SMFD", init="random")
     sdpa = logits(student, ids, attention_mask=mask)
     student.set_attn_implementation("eager")
     torch.testing.assert_close(

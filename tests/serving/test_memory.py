@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pl_attnedit import EditPlan, GateSWAConfig, MLAConfig, UserError
+from pl_attnedit import EditPlan, GatedDeltaNetConfig, GateSWAConfig, MLAConfig, UserError
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.serving.checks import check_config
 from pl_attnedit.serving.memory import Group, Layer, groups_of, held_bytes, latent_block, layers_of
@@ -25,10 +25,11 @@ def test_layers_of_a_plan(make_teacher: Any) -> None:
 
 
 def test_an_unknown_target_is_refused(make_teacher: Any, alone: Any) -> None:
-    config = edited_config(make_teacher("qwen3").config, EditPlan.build(4, alone))
-    for refuse in (layers_of, check_config):
-        with pytest.raises(UserError, match="target alone: vLLM does not know it"):
-            refuse(config)
+    for target in (alone, GatedDeltaNetConfig()):
+        config = edited_config(make_teacher("qwen3").config, EditPlan.build(4, target))
+        for refuse in (layers_of, check_config):
+            with pytest.raises(UserError, match=f"target {target.type}: vLLM does not know it"):
+                refuse(config)
 
 
 def test_blocks_of_a_window_and_its_sinks() -> None:

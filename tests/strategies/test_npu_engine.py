@@ -12,7 +12,7 @@ import pytest
 import small_trainings
 import torch
 import yaml
-from fixtures_stages import LATENT
+from fixtures_stages import LATENT, STATE
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from simulated_npu import MOVES, NPUTensor, events, on_simulated_npus, ops
@@ -101,8 +101,8 @@ def test_a_recipe_on_one_npu(
     recipe = {
         "name": "tiny",
         "teacher": teacher_folder(),
-        "targets": {"S": {"type": "gate_swa", "window": 8, "sinks": 1}, "M": LATENT},
-        "pattern": "SMFS",
+        "targets": {"S": {"type": "gate_swa", "window": 8, "sinks": 1}, "M": LATENT, "D": STATE},
+        "pattern": "SMFD",
         "calibration_tokens": 128,
         "data": {"source": tiny_corpus, "seq_len": 32, "batch_size": 2, "val_sequences": 5},
         "stage1": {"steps": 2, **stage},

@@ -14,9 +14,9 @@ from pl_attnedit.attention.statistics import LayerStatistics
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import AttentionSpec, output_projection
 
-INPUT = 0.25  # root mean square of what enters the convolution, so that its SiLU does little more than halve
-GATE = 2.0  # input of the gate's SiLU, where that has a slope of 1.1
-HALF_LIVES = 1.0, 32.0  # tokens after which half of a state is left: of the first and the last head
+INPUT = 0.1  # root mean square of what enters the convolution, so that its SiLU does little more than halve
+GATE = 0.5  # input of the gate's SiLU, where that is 0.31 and its slope 0.74
+HALF_LIVES = 2.0, 64.0  # tokens after which half of a state is left: of the first and the last head
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def init_calibrated(target: GatedDeltaNet, source: nn.Module, statistics: LayerS
     """The teacher's queries, keys and values as linear functions of the layer's input, each scaled to `INPUT`.
 
     The convolution passes each token on. Gates are as near to `GATE` as a linear function of the input can come. Beta is
-    1/2, and decays do not depend on the input yet.
+    1/2, and decays do not depend on the input yet. Each head's output is as large as the teacher's is on average.
     """
     spec, heads = target.spec, target.heads
     width = spec.hidden_size + (1 if spec.qkv_bias else 0)
@@ -81,6 +81,9 @@ def init_calibrated(target: GatedDeltaNet, source: nn.Module, statistics: LayerS
     set_decay(target, math.log(2) / half_lives)
     nn.init.ones_(target.norm.weight)
     copy_linear(target.out_proj, output_projection(source))
+    opened = GATE / (1 + math.exp(-GATE))  # the norm's output is 1 in the root mean square, times this
+    share = (statistics.output / opened).repeat_interleave(target.value_dim)
+    target.out_proj.weight.mul_(share.to(target.out_proj.weight))
 
 
 def root_mean_square(maps: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:

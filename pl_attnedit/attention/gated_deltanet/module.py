@@ -43,7 +43,7 @@ class GatedDeltaNetConfig(TargetConfig):
     key_dim: int | None = None
     value_dim: int | None = None
     conv_kernel: int = 4
-    rope: bool = False
+    rope: bool = True
 
     type: ClassVar[str] = "gated_deltanet"
     default_pattern: ClassVar[str] = "SSSF"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 def delta_rule(
@@ -56,16 +57,28 @@ def _call(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     run = rule if query.is_cuda else inspect.unwrap(rule)
-    return run(
-        query,
-        key,
-        value,
-        g=decay,
-        beta=beta,
-        initial_state=state,
-        output_final_state=keep,
-        use_qk_l2norm_in_kernel=True,
-    )
+    options = {"initial_state": state, "output_final_state": keep, "use_qk_l2norm_in_kernel": True}
+    with _SolvedByProducts() if query.device.type == "npu" else nullcontext():
+        return run(query, key, value, g=decay, beta=beta, **options)
+
+
+class _SolvedByProducts(TorchFunctionMode):
+    """Triangular systems by matrix products: NPUs have no linear algebra."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return solved(*args[:2]) if func is torch.linalg.solve_triangular else func(*args, **(kwargs or {}))
+
+
+def solved(lower: Tensor, right: Tensor) -> Tensor:
+    """X of lower X = right, (..., n, n) and (..., n, m), where the diagonal counts as 1 and what is above it as 0."""
+    if lower.shape[-1] == 1:
+        return right
+    half = lower.shape[-1] // 2
+    first = solved(lower[..., :half, :half], right[..., :half, :])
+    second = solved(lower[..., half:, half:], right[..., half:, :] - lower[..., half:, :half] @ first)
+    return torch.cat([first, second], dim=-2)
 
 
 def short_convolution(inputs: Tensor, weight: Tensor, tokens: int, document: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from pl_attnedit import GatedDeltaNetConfig, UserError, edit_model
 from pl_attnedit.attention.base import as_bool_mask
 from pl_attnedit.attention.gated_deltanet.inits import GATE, INPUT
 from pl_attnedit.attention.gated_deltanet.module import place_in_text
+from pl_attnedit.attention.gated_deltanet.rule import solved
 from pl_attnedit.attention.interface import heads_of
 from pl_attnedit.modeling.edit import edited_attention
 
@@ -73,7 +74,7 @@ def test_the_layer_is_the_recurrence(make_teacher: Teachers, rope: bool) -> None
 @torch.no_grad()
 def test_the_stock_layer_has_its_weights(make_teacher: Teachers) -> None:
     """Names, shapes and outputs are Qwen3-Next's, without biases and RoPE."""
-    net = layer(make_teacher("llama"), heads=3, key_dim=6, value_dim=10)
+    net = layer(make_teacher("llama"), heads=3, key_dim=6, value_dim=10, rope=False)
     config = Qwen3NextConfig(
         hidden_size=32,
         num_hidden_layers=1,
@@ -135,7 +136,7 @@ def directions(query: Tensor, key: Tensor) -> Tensor:
 def test_calibrated_has_the_teachers_heads(family: str, make_teacher: Teachers, make_ids: Ids) -> None:
     """Queries and keys turn as the teacher's do, also where RoPE turns neighbours, or a part of the head."""
     teacher, ids = make_teacher(family), make_ids(4, 64)
-    student = edit_model(teacher, GatedDeltaNetConfig(rope=True), pattern="S", calibration=[ids])
+    student = edit_model(teacher, GatedDeltaNetConfig(), pattern="S", calibration=[ids])
     for index, net in edited_attention(student).items():
         source: Any = teacher.model.layers[index].self_attn
         seen: list[tuple[Tensor, dict[str, Any]]] = []
@@ -167,6 +168,14 @@ def test_shapes_that_the_calibrated_init_does_not_have_are_refused(make_teacher:
             edit_model(make_teacher("llama"), GatedDeltaNetConfig(**fields), calibration=[make_ids(2, 16)])
     with pytest.raises(UserError, match="conv_kernel = 0: must be"):
         GatedDeltaNetConfig(conv_kernel=0)
+
+
+def test_triangular_systems_are_solved_by_products() -> None:
+    """On NPUs; that no linear algebra is left there is tested with the engine."""
+    lower, right = torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.randn(2, 3, 64, 5, dtype=torch.float64)
+    lower = lower / 8
+    expected = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
+    torch.testing.assert_close(solved(lower, right), expected)
 
 
 def test_eager_masks_say_the_same(make_teacher: Teachers, make_ids: Ids) -> None:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from pl_attnedit.attention import GateSWAConfig, MLAConfig
+from pl_attnedit.attention import GatedDeltaNetConfig, GateSWAConfig, MLAConfig
 from pl_attnedit.distillation.engine.cuda_graph import StepGraph
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.bench.step import RandomTokens, StepBench, make_module
@@ -73,6 +73,7 @@ def test_gradients_of_several_batches_add_up(device: str) -> None:
 TARGETS = {
     "mla": (MLAConfig(16, 8), None),
     "gate_swa": (GateSWAConfig(window=8, sinks=2), "SF"),
+    "gated_deltanet": (GatedDeltaNetConfig(), "SF"),
 }
 
 
