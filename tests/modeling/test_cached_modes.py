@@ -35,7 +35,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "states": {"targets": GatedDeltaNetConfig(conv_kernel=2), "pattern": "S"},
     "states_mixed": {
         "targets": {
-            "D": GatedDeltaNetConfig(heads=3, key_dim=6, value_dim=10, rope=False),
+            "D": GatedDeltaNetConfig(heads=3, key_dim=6, value_dim=10, conv_kernel=3, rope=False),
             "S": GateSWAConfig(window=5, sinks=2),
             "M": MLAConfig(8, 4),
         },
