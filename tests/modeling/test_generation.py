@@ -89,7 +89,8 @@ def test_modes_of_generate_equal_those_without_a_cache(
 
 def test_compiled(make_teacher: Teachers, make_ids: Ids) -> None:
     """Prompt, a window's first tokens, and steps beyond it."""
-    student = make_student(make_teacher("llama", num_hidden_layers=2), {"S": ALL["window"], "M": ALL["mla"]}, "SM")
+    targets = {"S": ALL["window"], "M": ALL["mla"], "D": ALL["state"]}
+    student = make_student(make_teacher("llama", num_hidden_layers=3), targets, "SMD")
     ids = make_ids(2, 5)
     expected = student.generate(ids, **GREEDY)
     student.forward = torch.compile(student.forward, backend="eager")
@@ -208,7 +209,7 @@ def test_a_cache_filled_by_the_teacher_is_refused(make_teacher: Teachers, make_i
 
 
 def test_assisted_generation(make_teacher: Teachers, make_ids: Ids) -> None:
-    """Works where no token is dropped: MLA, gates without a window, windows longer than the text."""
+    """Works where no token is dropped: MLA, gates without a window, windows longer than the text; refused elsewhere."""
     teacher, ids = make_teacher("qwen3"), make_ids(1, 9)
     for target in (*GROWING.values(), GateSWAConfig(window=32, sinks=2)):
         student = make_student(teacher, target, "S")
@@ -219,6 +220,8 @@ def test_assisted_generation(make_teacher: Teachers, make_ids: Ids) -> None:
         assert torch.equal(drafted, teacher.generate(ids, **GREEDY))
     with pytest.raises(UserError, match=r"window layer has already dropped tokens .* without assistant_model"):
         make_student(teacher, GateSWAConfig(window=4)).generate(ids, **GREEDY, assistant_model=teacher)
+    with pytest.raises(UserError, match=r"state has dropped its tokens; .* without assistant_model"):
+        make_student(teacher, GatedDeltaNetConfig()).generate(ids, **GREEDY, assistant_model=teacher)
 
 
 def test_packed_documents_do_not_see_each_other(teacher: PreTrainedModel, make_ids: Ids) -> None:

@@ -8,15 +8,15 @@ from collections.abc import Callable
 import pytest
 from transformers import DynamicCache, PreTrainedModel
 
-from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
+from pl_attnedit import GatedDeltaNetConfig, GateSWAConfig, MLAConfig, UserError, edit_model
 from pl_attnedit.eval.bench.cache import bench_cache, cache_table
 
 
 @pytest.fixture
 def models(make_teacher: Callable[..., PreTrainedModel]) -> dict[str, PreTrainedModel]:
     teacher = make_teacher("qwen3")
-    targets = {"S": GateSWAConfig(window=8, sinks=2), "M": MLAConfig(8, 4)}
-    return {"teacher": teacher, "student": edit_model(teacher, targets, pattern="SMF", init="random").eval()}
+    targets = {"S": GateSWAConfig(window=8, sinks=2), "M": MLAConfig(8, 4), "D": GatedDeltaNetConfig()}
+    return {"teacher": teacher, "student": edit_model(teacher, targets, pattern="SMFD", init="random").eval()}
 
 
 def test_bytes_per_token_and_layer(models: dict[str, PreTrainedModel]) -> None:
@@ -29,8 +29,12 @@ def test_bytes_per_token_and_layer(models: dict[str, PreTrainedModel]) -> None:
     assert found["student", 64, "M"]["after_prefill"] == (8 + 4) * 4
     assert found["student", 200, "S"]["after_prefill"] == full * (2 + 8 - 1) / 200
     assert found["student", 200, "S"]["one_step_later"] == full * (2 + 8 - 1) / 201
+    state = 4 * 4 * (16 * 16 + 3 * 3 * 16)  # 4 heads; of queries, keys and values the last 3 tokens
+    assert (
+        found["student", 64, "D"]["after_prefill"] * 64 == found["student", 200, "D"]["one_step_later"] * 201 == state
+    )
     budget = next(b for b in result["budgets"] if b["model"] == "student" and b["context"] == 200)
-    layers = (2 * full * 9 / 200 + 48 + full) / (4 * full)  # SMFS
+    layers = (full * 9 / 200 + 48 + full + state / 200) / (4 * full)
     assert budget["kv_budget"] == pytest.approx(layers)
     assert cache_table(result).count("to the byte") == len(result["rows"])
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
+from pl_attnedit import GatedDeltaNetConfig, GateSWAConfig, MLAConfig, edit_model
 from pl_attnedit.cli import main
 from pl_attnedit.eval.bench.flops import score_flops, step_flops
+from pl_attnedit.eval.bench.memory import kept_values
 from pl_attnedit.eval.bench.stages import bench_step, step_table
 from pl_attnedit.eval.bench.step import StepBench
 
@@ -115,6 +116,15 @@ def test_a_window_of_the_teachers_own_counts_the_keys_that_are_seen(make_teacher
     window, full = (score_flops(layer.self_attn, teacher.config, 16) for layer in teacher.model.layers[:2])
     seen = sum(min(position + 1, 6) for position in range(16)) / 16
     assert (window, full) == (2 * seen * 4 * 2 * 16, 2 * 17 / 2 * 4 * 2 * 16)
+
+
+def test_a_state_costs_the_same_however_long_the_text(make_teacher: Callable[..., Any]) -> None:
+    student = edit_model(make_teacher("qwen3"), GatedDeltaNetConfig(conv_kernel=2), pattern="SF", init="random")
+    layer, full, config = *student.model.layers[:2], student.config
+    products, convolution = 4 * 3 * 2 * 16 * 16, 2 * 2 * 4 * 3 * 16  # held, written, read by each of 4 heads
+    assert [score_flops(layer.self_attn, config, n) for n in (16, 4096)] == [products + convolution] * 2
+    more = kept_values(layer, config, False) - kept_values(full, config, False)
+    assert more == 4 * (4 * 3 * 16 + 4 * 16) - 4 * 2 * (16 + 16)
 
 
 def test_a_target_states_what_it_sees(make_teacher: Callable[..., Any], alone: Any, monkeypatch: Any) -> None:

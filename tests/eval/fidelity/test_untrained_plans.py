@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
+from pl_attnedit import GatedDeltaNetConfig, GateSWAConfig, MLAConfig, edit_model
 from pl_attnedit.distillation.losses import kl_divergence
 from pl_attnedit.eval.fidelity.untrained import UntrainedPlans, cached_by_letter, single_edits
 from pl_attnedit.eval.progress import Progress
 from pl_attnedit.modeling.kv import fill_cache
 
-TARGETS = {"S": GateSWAConfig(window=3), "M": MLAConfig(8, 4)}
+TARGETS = {"S": GateSWAConfig(window=3), "M": MLAConfig(8, 4), "D": GatedDeltaNetConfig()}
 Make = Callable[..., Any]
 
 
@@ -25,7 +25,7 @@ def test_one_pass_measures_what_each_student_alone_does(make_teacher: Make, make
     teacher: PreTrainedModel = make_teacher(family)
     calibration = [make_ids(4, 16, seed) for seed in range(4)]
     batches = [make_ids(2, 16, seed=10), make_ids(1, 16, seed=11)]
-    plans = [*single_edits(4, "S"), "FMFF", "SMFS"]
+    plans = [*single_edits(4, "S"), "FMFF", "SMFD"]
     assert plans[:4] == ["SFFF", "FSFF", "FFSF", "FFFS"]
     rows = UntrainedPlans(teacher, TARGETS, calibration).measure(plans, batches)
 
