@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pl_attnedit.attention import Target
+from pl_attnedit.attention.interface import NAME as INTERFACE
 from pl_attnedit.teachers import attention_of, layer_specs
 from pl_attnedit.teachers.base import cos_and_sin, rotary_of
 
@@ -36,8 +37,8 @@ def _storages(layer: Any) -> dict[int, int]:
 
 
 def promised_bytes(model: PreTrainedModel, context: int) -> list[int]:
-    """Bytes that each layer should cache for one sequence of `context` tokens, by its formula and the dtype; 0 for the
-    teacher's layers without attention, whose states do not grow.
+    """Bytes that each layer should cache for one sequence of `context` tokens that is continued, by its formula and the
+    dtype; 0 for the teacher's layers without attention, whose states do not grow.
     """
     promised = []
     for layer, spec in zip(model.model.layers, layer_specs(model.config), strict=True):
@@ -45,7 +46,7 @@ def promised_bytes(model: PreTrainedModel, context: int) -> list[int]:
         if isinstance(attention, Target):
             promised.append(attention.cached_bytes(context, model.dtype.itemsize))
         else:
-            kept = 0 if spec is None else context if spec.window is None else min(context, spec.window - 1)
+            kept = 0 if spec is None else context if spec.window is None else min(context, spec.window)
             promised.append(0 if spec is None else spec.cached_values_per_token * kept * model.dtype.itemsize)
     return promised
 
@@ -62,7 +63,7 @@ def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator
     past = 0
     for tokens in (context, *([1] * steps)):
         whole, few = (_given(model, past, count) for count in (tokens, min(tokens, 64)))
-        with WithoutScores():
+        with without_scores(model):
             for layer in model.model.layers:
                 state = getattr(attention_of(layer), "constant_cache", attention_of(layer) is None)
                 hidden, call = few if state else whole  # a state is as large after few tokens
@@ -118,6 +119,27 @@ class WithoutScores(TorchFunctionMode):
             query, _, value = args[:3]
             return value.new_zeros(*query.shape[:-1], value.shape[-1])
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_scores(model: PreTrainedModel) -> Iterator[None]:
+    """`WithoutScores` for attention of any implementation: what the interface is asked, returns zeros."""
+
+    def nothing(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return value.new_zeros(*query.transpose(1, 2).shape[:-1], value.shape[-1])
+
+    asked = [attention for attention in map(attention_of, model.model.layers) if hasattr(attention, "config")]
+    configs = {id(attention.config): (attention.config, attention.config._attn_implementation) for attention in asked}
+    for attention in asked:
+        attention.interface, attention.config._attn_implementation = nothing, INTERFACE
+    try:
+        with WithoutScores():
+            yield
+    finally:
+        for attention in asked:
+            del attention.interface
+        for config, before in configs.values():
+            config._attn_implementation = before
 
 
 def on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> Any:

@@ -168,14 +168,15 @@ class GateSWA(Target):
             return None  # a single query sees all that is kept, and each of a short text all before it
         key_at = columns[:, None, None, :]
         query_at = torch.arange(seen - queries, seen, device=columns.device)[:, None]
+        near = key_at > query_at - window  # no (queries, keys) matrix of integers
         if attention_mask is None:
             visible, sink = key_at <= query_at, key_at < sinks
         else:
             place = key_at - (seen - attention_mask.shape[-1])  # masks of a teacher's window begin with the window
             index = place.clamp(min=0).expand(attention_mask.shape[0], 1, queries, -1)
             visible = attention_mask.expand(index.shape[0], 1, queries, -1).gather(-1, index) & (place >= 0)
-            sink = visible.cumsum(-1) <= sinks
-        return visible & (sink | (key_at > query_at - window))  # no (queries, keys) matrix of integers
+            sink = visible.cumsum(-1) <= sinks if sinks else visible.new_zeros(())
+        return visible & (sink | near)
 
     def cached_bytes(self, context: int, itemsize: int) -> int:
         window, sinks = self.target.window, self.target.sinks

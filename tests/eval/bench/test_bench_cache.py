@@ -34,9 +34,20 @@ def test_bytes_per_token_and_layer(models: dict[str, PreTrainedModel]) -> None:
         found["student", 64, "D"]["after_prefill"] * 64 == found["student", 200, "D"]["one_step_later"] * 201 == state
     )
     budget = next(b for b in result["budgets"] if b["model"] == "student" and b["context"] == 200)
-    layers = (full * 9 / 200 + 48 + full + state / 200) / (4 * full)
+    layers = (full * 9 / 201 + 48 + full + state / 201) / (4 * full)
     assert budget["kv_budget"] == pytest.approx(layers)
     assert cache_table(result).count("to the byte") == len(result["rows"])
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("gpt_oss", "F, window 6"), ("lfm2_moe", "F, no attention")])
+def test_layers_of_the_teacher(make_teacher: Callable[..., PreTrainedModel], family: str, kinds: str) -> None:
+    """Windows, convolutions; and attention that no fused kernel computes, whose scores would not fit."""
+    teacher = make_teacher(family)
+    result = bench_cache({"teacher": teacher, "student": edit_model(teacher, GateSWAConfig(4), pattern="S")}, [40_000])
+    assert result["agree"]
+    assert [row["layers"] for row in result["rows"]] == [kinds, "F", kinds, "S"]
+    assert 0 < result["budgets"][1]["kv_budget"] < 1e-3
+    assert teacher.config._attn_implementation != "attnedit"
 
 
 def test_a_cache_that_holds_more_is_told(models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
