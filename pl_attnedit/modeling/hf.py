@@ -126,7 +126,13 @@ def edited_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTra
     model: Any = type(
         name,
         (EditedModelMixin, family),
-        {"__module__": __name__, "__doc__": f"A converted {model_type} model.", "config_class": config},
+        {
+            "__module__": __name__,
+            "__doc__": f"A converted {model_type} model.",
+            "config_class": config,
+            # transformers looks for it in the source of the class's module, and else runs experts one after another
+            "_can_set_experts_implementation": family._can_set_experts_implementation,
+        },
     )
     globals()[config.__name__], globals()[model.__name__] = config, model  # so that they can be pickled by name
     AutoConfig.register(config.model_type, config)

@@ -135,17 +135,21 @@ def rotary_of(model: Any) -> Any:
 
 
 def cos_and_sin(rotary: Any, config: Any, hidden: torch.Tensor, positions: torch.Tensor, layer: int = -1) -> Any:
-    """What a decoder's rotary module makes for these positions (batch, time): of this layer's kind, if each has its own."""
-    layered = "layer_type" in inspect.signature(rotary.forward).parameters
-    return rotary(hidden, positions, **({"layer_type": config.layer_types[layer]} if layered else {}))
+    """What a decoder's rotary module makes for these positions (batch, time), of this layer's kind if each has its own; None
+    where that kind has no RoPE."""
+    if "layer_type" not in inspect.signature(rotary.forward).parameters:
+        return rotary(hidden, positions)
+    kind = config.layer_types[layer]
+    return None if config.rope_parameters.get(kind, kind) is None else rotary(hidden, positions, layer_type=kind)
 
 
-def _rope_of(model: Any) -> tuple[int, int]:
-    """Frequencies in a decoder's cos and sin, and every how many entries the next one comes."""
+def _rope_of(model: Any, index: int) -> tuple[int, int]:
+    """Frequencies in a decoder layer's cos and sin, and every how many entries the next one comes."""
     try:
         with torch.device("cpu"):
             rotary = type(rotary_of(model))(config=model.config)
-            cos, sin = cos_and_sin(rotary, model.config, torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.long))
+            position = torch.ones(1, 1, dtype=torch.long)
+            cos, sin = cos_and_sin(rotary, model.config, torch.zeros(1, 1, 1), position, index)
     except (AttributeError, TypeError, ValueError):  # none, or not of this form
         return 0, 1
     turn = torch.atan2(sin, cos).flatten()
@@ -162,7 +166,7 @@ def _cached_by(model: Any, config: Any, index: int) -> tuple[int | None, bool]:
     layer = cache.layers[index]
     with torch.device("meta"), suppress(Exception):  # what follows the cache, or a family that is refused elsewhere
         hidden, positions = torch.zeros(1, 1, config.hidden_size), torch.zeros(1, 1, dtype=torch.long)
-        rotation = None if rotary is None else cos_and_sin(rotary, config, hidden, positions)
+        rotation = None if rotary is None else cos_and_sin(rotary, config, hidden, positions, index)
         call = {"position_embeddings": rotation, "position_ids": positions, "attention_mask": None}
         attention_of(model.layers[index])(hidden_states=hidden, past_key_values=cache, **call)
     held = [getattr(layer, name, None) for name in ("keys", "values")]
@@ -205,9 +209,9 @@ def _layer_specs(fields: str) -> tuple[AttentionSpec | None, ...]:
         raise AttributeError(f"it has {len(model.layers)} layers where the config says {config.num_hidden_layers}")
     _check_cache(model)
     attention = [module if _goes_through_interface(module) else None for module in map(attention_of, model.layers)]
-    windows, rope = windows_of(config), _rope_of(model)
+    windows = windows_of(config)
     return tuple(
-        None if a is None else _spec_of(a, config, w, rope, _cached_by(model, config, i))
+        None if a is None else _spec_of(a, config, w, _rope_of(model, i), _cached_by(model, config, i))
         for i, (a, w) in enumerate(zip(attention, windows, strict=True))
     )
 
@@ -246,9 +250,10 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def _with_head(config_class: Any) -> type[PreTrainedModel] | None:
     """A causal language model around a decoder that transformers has in multimodal models alone; None without one."""
-    if config_class not in MODEL_MAPPING:
+    try:
+        decoder: Any = MODEL_MAPPING[config_class]
+    except (KeyError, ValueError):  # not there, or named there and nowhere else
         return None
-    decoder: Any = MODEL_MAPPING[config_class]
     family = decoder.__bases__[0]
 
     def __init__(self: Any, config: PreTrainedConfig) -> None:
@@ -265,6 +270,7 @@ def _with_head(config_class: Any) -> type[PreTrainedModel] | None:
             "config_class": config_class,
         },
         "_tied_weights_keys": LlamaForCausalLM._tied_weights_keys,
+        "_can_set_experts_implementation": family._can_set_experts_implementation,
     }
     made: Any = type(f"{decoder.__name__.removesuffix('Model')}ForCausalLM", (family, GenerationMixin), content)
     AutoModelForCausalLM.register(config_class, made, exist_ok=True)  # of a config of its own transformers wants that
@@ -275,8 +281,8 @@ def check_teacher_config(config: PreTrainedConfig) -> None:
     """Raises `UserError` for a teacher that we do not convert, as far as its config says so."""
     model_class(config)
     rope = getattr(config, "rope_parameters", None) or {}
-    for kind in rope.values() if rope and all(isinstance(v, Mapping) for v in rope.values()) else [rope]:
-        _check_rope(kind, _M_ROPE & set(config.ignore_keys_at_rope_validation))
+    for kind in rope.values() if rope and all(isinstance(v, Mapping | None) for v in rope.values()) else [rope]:
+        _check_rope(kind or {}, _M_ROPE & set(config.ignore_keys_at_rope_validation))
     if config._attn_implementation not in (None, "sdpa", "eager"):  # targets run on their masks
         raise invalid("attn_implementation", config._attn_implementation, "must be sdpa or eager, or left out")
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from any_family import REFUSED, ROWS
+from any_family import MIXED, REFUSED, ROWS
 from transformers import DynamicCache, PreTrainedModel
 
 from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
@@ -18,6 +18,7 @@ from pl_attnedit.eval.bench.reference import plain_kl, plain_layer_losses
 from pl_attnedit.eval.bench.step import StepBench, make_module
 from pl_attnedit.modeling import edited_attention
 from pl_attnedit.modeling.edit import assemble, load
+from pl_attnedit.modeling.hf import edited_classes
 from pl_attnedit.modeling.kv import held_bytes, on_meta, promised_bytes
 from pl_attnedit.modeling.weights import copy_weights
 from pl_attnedit.teachers import attention_of, layer_specs
@@ -211,6 +212,25 @@ def test_a_decoder_without_rope(make_teacher: Make, make_ids: Ids) -> None:
     check_forward(teacher, student)
     torch.testing.assert_close(logits(student, make_ids(2, 9)), logits(teacher, make_ids(2, 9)), atol=1e-5, rtol=0.0)
     assert promised_bytes(teacher, 9) == [0, 9 * 2 * 2 * 8 * 4] * 2
+
+
+def test_kinds_of_layers_without_rope(make_teacher: Make, make_ids: Ids) -> None:
+    """Beam's config has RoPE for its windows, and None for its full layers, which get no cos and sin."""
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+    teacher = make_teacher("beam", head_dim=8, **mixture, **MIXED)
+    assert [spec.rope_pairs for spec in layer_specs(teacher.config) if spec] == [4, 0, 4, 0]
+    student = edit_model(teacher, GateSWAConfig(64, gate="none"), pattern="S")
+    check_forward(teacher, student)
+    torch.testing.assert_close(logits(student, make_ids(2, 9)), logits(teacher, make_ids(2, 9)), atol=1e-5, rtol=0.0)
+    assert held_bytes(on_meta(student.config, torch.float32), 33) == promised_bytes(student, 33)
+    with pytest.raises(UserError, match="get no cos and sin"):
+        edit_model(teacher, LATENT, init="random")
+
+
+def test_experts_of_students_run_together() -> None:
+    """In a process that has seen no teacher, too: transformers asks the class, before there is a model."""
+    for family in ("phimoe", "qwen3_vl_moe_text"):  # of no other test
+        assert edited_classes(family)[1]._can_set_experts_implementation()
 
 
 def test_weights_outside_of_any_part(make_teacher: Make, make_ids: Ids) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from pl_attnedit import GateSWAConfig, UserError, edit_model
 from pl_attnedit.attention.interface import heads_of, not_turned, rotation_of
-from pl_attnedit.teachers import attention_spec
+from pl_attnedit.teachers import attention_spec, model_class
 
 Teachers = Callable[..., PreTrainedModel]
 Ids = Callable[..., torch.Tensor]
@@ -107,6 +107,13 @@ def test_rotations_that_would_not_be_what_they_say(
     teacher.config.rope_parameters |= fields
     with pytest.raises(UserError, match=f"rope_parameters.{message}"):
         edit_model(teacher, GateSWAConfig(window=4))
+
+
+@pytest.mark.parametrize("model_type", ["voxtral_realtime_text", "siglip_vision_model", "qwen2_5_omni_text"])
+def test_parts_of_multimodal_models_that_are_no_decoders(model_type: str) -> None:
+    """Or whose decoder transformers does not name."""
+    with pytest.raises(UserError, match=f"{model_type}': transformers has no decoder for it"):
+        model_class(AutoConfig.for_model(model_type))
 
 
 def test_an_attention_without_masks_is_refused(make_teacher: Teachers) -> None:
