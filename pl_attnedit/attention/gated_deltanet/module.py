@@ -56,6 +56,8 @@ class GatedDeltaNetConfig(TargetConfig):
             raise invalid("rope", self.rope, "must be true or false")
 
     def check(self, spec: AttentionSpec) -> None:
+        if self.rope and (self.key_dim or spec.head_dim) % 2:
+            raise invalid("key_dim", self.key_dim, "must be even, since RoPE turns pairs; or rope: false")
         if spec.mixed_cache:
             raise UserError(
                 "target gated_deltanet: this teacher's layers cache states of another mixer beside keys and values, which "
@@ -143,7 +145,8 @@ class GatedDeltaNet(Target):
         cos = F.pad(cos[:, :, None, index], (0, half - pairs), value=1.0)
         sin = F.pad(sin[:, :, None, index], (0, half - pairs))
         first, second = states.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        # cos and sin may be of another dtype than what comes out of a linear module under autocast
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(states.dtype)
 
     def cached_bytes(self, context: int, itemsize: int) -> int:
         inputs = (self.target.conv_kernel - 1) * self.channels

@@ -14,9 +14,10 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from pl_attnedit import GatedDeltaNetConfig, UserError, edit_model
 from pl_attnedit.attention.base import as_bool_mask
+from pl_attnedit.attention.gated_deltanet import module
 from pl_attnedit.attention.gated_deltanet.inits import GATE, INPUT
 from pl_attnedit.attention.gated_deltanet.module import place_in_text
-from pl_attnedit.attention.gated_deltanet.rule import solved
+from pl_attnedit.attention.gated_deltanet.rule import delta_rule, solved
 from pl_attnedit.attention.interface import heads_of
 from pl_attnedit.modeling.edit import edited_attention
 
@@ -118,11 +119,18 @@ def test_documents_and_padding_are_read_off_the_mask() -> None:
 
 
 @torch.no_grad()
-def test_the_state_stays_in_float32_under_autocast(make_teacher: Teachers, make_ids: Ids) -> None:
+def test_the_state_stays_in_float32_under_autocast(
+    make_teacher: Teachers, make_ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries, keys and values have one dtype, which kernels of GPUs ask for, though RoPE's cos and sin have another."""
     student = edit_model(make_teacher("llama"), GatedDeltaNetConfig(), pattern="S", init="random").eval()
-    cache = DynamicCache(config=student.config)
+    cache, seen = DynamicCache(config=student.config), []
+    monkeypatch.setattr(module, "delta_rule", lambda *given, **named: seen.append(given) or delta_rule(*given, **named))
     with torch.autocast("cpu", torch.bfloat16):
-        student(make_ids(1, 9), past_key_values=cache)
+        for ids in (make_ids(1, 9), make_ids(1, 1)):
+            student(ids, past_key_values=cache)
+    assert {each.dtype for given in seen for each in given[:3]} == {torch.bfloat16}
+    assert {given[3].dtype for given in seen} == {torch.float32}
     assert (cache.layers[0].keys.dtype, cache.layers[0].values.dtype) == (torch.bfloat16, torch.float32)
 
 
@@ -163,6 +171,7 @@ def test_shapes_that_the_calibrated_init_does_not_have_are_refused(make_teacher:
     for fields, message in (
         ({"heads": 3}, "heads = 3: init calibrated needs the teacher's 4"),
         ({"key_dim": 4}, "key_dim = 4: init calibrated needs the teacher's 8"),
+        ({"key_dim": 5}, "key_dim = 5: must be even"),
     ):
         with pytest.raises(UserError, match=message):
             edit_model(make_teacher("llama"), GatedDeltaNetConfig(**fields), calibration=[make_ids(2, 16)])
