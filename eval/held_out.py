@@ -109,7 +109,7 @@ def is_trained(document: Document, trained: TrainedOn) -> bool:
 def _beginnings(text: str) -> Iterator[int]:
     """The hashes of what stands before each end of a line."""
     digest, done = hashlib.blake2b(digest_size=8), 0
-    for space in re.finditer(r"\s*\n", text):
+    for space in re.finditer(r"(?<!\s)\s*\n", text):
         digest.update(text[done : space.start()].encode())
         done = space.start()
         yield int.from_bytes(digest.digest(), "little")

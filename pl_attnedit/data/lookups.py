@@ -15,8 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pl_attnedit.errors import invalid
 
 LOOKUPS = "lookups:"
-VERSION = 1  # part of the cache key: raise it when the documents change
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s*\n+\s*")
+VERSION = 2  # part of the cache key: raise it when the documents change
+SEED = 1
+# Behind no other white space: else each of a long run would be looked at from every one before it.
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<!\s)\s*\n\s*")
+# What has no such ends, as lists and Chinese have none, is cut where a sentence or at least a word ends, if there is one.
+PIECE = re.compile(r".{1,1000}(?:\Z|\s|(?<=[。！？]))|.{1000}", re.DOTALL)
 
 SHORT, LONG = (1_500, 7_000), (14_000, 27_000)  # characters of a document; the long ones fill a context of 8,192 tokens
 SHARE_SHORT = 0.3
@@ -81,7 +85,7 @@ def lookup_documents(name: str, documents: Iterable[object]) -> Iterator[str]:
     Raises:
         UserError: `documents`, of the source `name`, have no plain text.
     """
-    rng, sentences, found, skipped, made = random.Random(VERSION), list[str](), 0, 0, 0
+    rng, sentences, found, skipped, made = random.Random(SEED), list[str](), 0, 0, 0
     wanted = _length(rng)
     for sentence in _sentences(documents):
         if skipped > 0:
@@ -102,7 +106,8 @@ def lookup_documents(name: str, documents: Iterable[object]) -> Iterator[str]:
 def _sentences(documents: Iterable[object]) -> Iterator[str]:
     for document in documents:
         if isinstance(document, str):
-            yield from filter(None, SENTENCE_END.split(document))
+            for sentence in SENTENCE_END.split(document):
+                yield from filter(None, map(str.rstrip, PIECE.findall(sentence)))
 
 
 def _length(rng: random.Random) -> int:

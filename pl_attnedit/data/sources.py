@@ -61,6 +61,9 @@ class Source:
     weight: float | None = None
 
 
+Sources = str | Source | list[str | Source]
+
+
 @dataclass(frozen=True)
 class OpenSource:
     """A source that was found: what identifies its content, and its documents (texts or lists of messages)."""

@@ -14,9 +14,9 @@ from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.data.encoding import decode
-from pl_attnedit.data.lookups import LOOKUPS
 from pl_attnedit.data.packing import Corpus, PackedSequences, split_documents, spread_sequences
-from pl_attnedit.data.sources import Source, open_source
+from pl_attnedit.data.pieces import check_pieces, check_sources
+from pl_attnedit.data.sources import Source, Sources, open_source
 from pl_attnedit.data.tokens import (
     LossOn,
     check_vocabulary,
@@ -30,7 +30,6 @@ from pl_attnedit.modeling.trained_on import TrainedOn
 
 log = logging.getLogger(__name__)
 
-Sources = str | Source | list[str | Source]
 SUPERVISION_SAMPLE = 4096  # evenly spread training sequences that are checked for answers
 
 
@@ -53,7 +52,7 @@ class PackedText:
         self.weights = _weights(source)
         if val_source is not None and _weights(val_source):
             raise invalid("val_source", str(val_source), "takes no weight: held-out text is spread over its documents")
-        _check_lookups(source, val_source)
+        check_sources(source, val_source)
         self._tokenizer = tokenizer
         self.source = source
         self.seq_len = seq_len
@@ -106,7 +105,7 @@ class PackedText:
                 raise invalid(
                     "val_source", str(self.val_source), f"{allowed} leave it out to hold out a part of source"
                 )
-            _check_pieces(train, held_out, str(self.val_source))
+            check_pieces(self.source, train, held_out, str(self.val_source))
             if shared := len(train) - len(documents):
                 log.warning("source: left out %d of %d documents, which val_source holds, too", shared, len(train))
         self._split = train, documents
@@ -263,35 +262,6 @@ def _listed(source: Sources) -> list[str | Source]:
         if not isinstance(one, str | Source):
             raise invalid("source", one, "must be text or a Source")
     return listed
-
-
-def _check_lookups(source: Sources, val_source: Sources | None) -> None:
-    """`UserError` unless the text that `lookups:` takes pieces of counts as trained on, and is not held out."""
-    names, held_out = _names(_listed(source)), _names([] if val_source is None else _listed(val_source))
-    for name in names:
-        base = name.removeprefix(LOOKUPS)
-        if base != name and base not in names:
-            raise invalid("source", name, f"has pieces of {base}: name that as a source beside it")
-        if base != name and val_source is None:
-            raise invalid("val_source", None, f"must be given: {name} has pieces of whatever is held out of {base}")
-    for name in held_out:
-        if name.startswith(LOOKUPS):
-            raise invalid("val_source", name, "must be text as it is, lookups: is for training")
-
-
-def _names(sources: list[str | Source]) -> list[str]:
-    return [one.name if isinstance(one, Source) else one for one in sources]
-
-
-def _check_pieces(train: Corpus, held_out: Corpus, val_source: str) -> None:
-    """`UserError` if documents that `lookups:` takes pieces of are held out."""
-    for name in train.names:
-        if name.startswith(LOOKUPS):
-            base = name.removeprefix(LOOKUPS)
-            if shared := int(np.isin(train.stores[train.names.index(base)].hashes, held_out.hashes).sum()):
-                raise invalid(
-                    "val_source", val_source, f"holds {shared} documents of {base}, and {name} has pieces of it"
-                )
 
 
 def _weights(source: Sources) -> list[float]:

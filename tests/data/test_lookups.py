@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pl_attnedit.data import TextDataModule, sources
-from pl_attnedit.data.lookups import CHARACTERS_PER_GROUP, FORMS, LIST_BEGINNINGS, LONG, WORDS
+from pl_attnedit.data.lookups import CHARACTERS_PER_GROUP, FORMS, LIST_BEGINNINGS, LONG, WORDS, lookup_documents
 from pl_attnedit.data.sources import Source, open_source
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.harness import retrieval
@@ -62,7 +63,9 @@ def test_nothing_that_it_has_pieces_of_is_judged_on(tmp_path: Path, tokenizer: P
         data.setup()
         return data
 
-    with pytest.raises(UserError, match=r"has pieces of .*a\.txt: name that as a source beside it"):
+    with pytest.raises(
+        UserError, match=r"is for training, beside the source that it has pieces of: name .*a\.txt beside it"
+    ):
         module([lookups])
     with pytest.raises(UserError, match=r"val_source = None: must be given: lookups:.* has pieces of whatever is held"):
         module([base, lookups], None)
@@ -75,6 +78,36 @@ def test_nothing_that_it_has_pieces_of_is_judged_on(tmp_path: Path, tokenizer: P
     assert share == pytest.approx(0.1, abs=0.01)
     trained = [*open_source(base).documents(), *open_source(lookups).documents()]
     assert len(data.training_documents.documents) == len(set(map(str, trained)))
+
+
+def test_other_columns_of_the_same_file_are_another_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = {name: [" ".join([f"The {name} text {i} goes on."] * 200) for i in range(40)] for name in ("text", "body")}
+    rows = [dict(zip(texts, row)) for row in zip(*texts.values())]
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    (tmp_path / "val.txt").write_text(texts["body"][3], "utf-8")
+    file, val_source = str(tmp_path / "both.jsonl"), str(tmp_path / "val.txt")
+
+    def setup(*columns: str) -> None:
+        source: list[str | Source] = [Source(file, column=column) for column in columns]
+        lookups = Source(f"lookups:{file}", column="body")
+        TextDataModule(tokenizer, [*source, lookups], seq_len=64, val_sequences=2, val_source=val_source).setup()
+
+    with pytest.raises(UserError, match=r"both\.jsonl beside it with the same config, split and column"):
+        setup("text")
+    with pytest.raises(UserError, match=r"holds 1 documents of .*both\.jsonl, and lookups:.* has pieces of it"):
+        setup("text", "body")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["这是一个没有空格的句子。" * 3000, "no end of a sentence " * 2000, "x" * 40_000, "a b" + " " * 300_000 + "c. d"],
+)
+def test_facts_stand_between_pieces_of_text_without_sentences(text: str) -> None:
+    for document in lookup_documents("x", [text]):
+        places = [found.start() / len(document) for found in re.finditer(r"\d{2,}|[A-Z]\w+ [A-Z]\w+", document)]
+        assert min(places) < 0.5
+        longest = max(map(len, re.split(r"(?<=[。\s])", document)))
+        assert longest <= 1_200
 
 
 def test_a_source_of_conversations_has_no_stretches(tmp_path: Path) -> None:

@@ -303,6 +303,11 @@ def test_line_ends_and_white_space_make_no_other_text(known: str, asked: str) ->
     assert not is_trained(asked, TrainedOn(np.array([document_hash("b")], np.uint64)))
 
 
+def test_long_runs_of_spaces_are_looked_through_once() -> None:
+    known = TrainedOn(np.array([document_hash("a")], np.uint64))
+    assert is_trained("a\nb" + " " * 1_000_000 + "c", known)  # an hour where each space begins a run of its own
+
+
 def test_fields_that_are_null_make_no_other_conversation() -> None:
     """Every row of a parquet file has all of them."""
     call = {"function": {"name": "run", "arguments": {"all": None}}}

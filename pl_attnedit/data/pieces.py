@@ -1,0 +1,50 @@
+"""Text that `lookups:` takes pieces of is trained on, and nobody is judged on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from pl_attnedit.data.lookups import LOOKUPS
+from pl_attnedit.data.packing import Corpus
+from pl_attnedit.data.sources import Source, Sources
+from pl_attnedit.errors import invalid
+
+
+def check_sources(source: Sources, val_source: Sources | None) -> None:
+    """`UserError` unless the text that `lookups:` takes pieces of counts as trained on, and is not held out."""
+    for one, base in _lookups(source):
+        if base not in _unweighted(source):
+            allowed = f"is for training, beside the source that it has pieces of: name {base.name} beside it"
+            same = " with the same config, split and column" if base != Source(base.name) else ""
+            raise invalid("source", one.name, allowed + same)
+        if val_source is None:
+            raise invalid(
+                "val_source", None, f"must be given: {one.name} has pieces of whatever is held out of {base.name}"
+            )
+    for one, _ in _lookups([] if val_source is None else val_source):
+        raise invalid("val_source", one.name, "must be text as it is, lookups: is for training")
+
+
+def check_pieces(source: Sources, train: Corpus, held_out: Corpus, val_source: str) -> None:
+    """`UserError` if documents that `lookups:` takes pieces of are held out."""
+    for one, base in _lookups(source):
+        store = train.stores[_unweighted(source).index(base)]
+        if shared := int(np.isin(store.hashes, held_out.hashes).sum()):
+            allowed = f"holds {shared} documents of {base.name}, and {one.name} has pieces of it"
+            raise invalid("val_source", val_source, allowed)
+
+
+def _lookups(sources: Sources) -> list[tuple[Source, Source]]:
+    """Each source that is `lookups:`, with what it has pieces of; without their weights."""
+    return [
+        (one, replace(one, name=one.name.removeprefix(LOOKUPS)))
+        for one in _unweighted(sources)
+        if one.name.startswith(LOOKUPS)
+    ]
+
+
+def _unweighted(sources: Sources) -> list[Source]:
+    listed = sources if isinstance(sources, list) else [sources]
+    return [replace(one if isinstance(one, Source) else Source(one), weight=None) for one in listed]
