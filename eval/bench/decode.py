@@ -68,7 +68,7 @@ def _target_name(target: TargetConfig) -> str:
         for field, value in fields.items()
         if field.default is not dataclasses.MISSING and value != field.default
     ]
-    return ", ".join([f"{target.type} {'+'.join(needed)}", *changed])
+    return ", ".join([f"{target.type} {'+'.join(needed)}".rstrip(), *changed])
 
 
 def _places(rows: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:

@@ -255,6 +255,7 @@ def test_the_command_with_several_students(
 def test_names_of_students() -> None:
     plans = {
         "mla 8+4, rope_frequencies spread": EditPlan("MM", {"M": TARGETS["M"]}),
+        "gated_deltanet": EditPlan("DD", {"D": TARGETS["D"]}),
         "gate_swa 8, sinks 2, SSSF": EditPlan("SSSFSSSF", {"S": TARGETS["S"]}),
         "S = gate_swa 8, sinks 2, M = mla 8+4, rope_frequencies spread, SMF": EditPlan("SMF", TARGETS),
     }
