@@ -5,12 +5,12 @@ from pl_attnedit.teachers.base import (
     AttentionSpec,
     attention_of,
     attention_spec,
-    check_teacher_config,
     editable_layers,
     layer_specs,
     model_class,
     output_projection,
 )
+from pl_attnedit.teachers.checks import check_teacher_config
 
 __all__ = [
     "EDITED_PREFIX",

@@ -1,12 +1,10 @@
-"""What a teacher's attention looks like, read off its own modules; and which teachers cannot be converted."""
+"""What a teacher's attention looks like, read off its own modules."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import math
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,17 +27,9 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.registration import EDITED_PREFIX
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies; "dynamic" and "longrope" change with the text
 OUTPUTS = ("o_proj", "out_proj", "dense")  # what families call the projection of the attention's output
 TEXT_MODEL = "_text"  # how the type of a text model in a multimodal one ends
 FULL_TYPE, WINDOW_TYPE = "full_attention", "sliding_attention"
-
-_ROPE_NUMBERS = (
-    *("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor", "attention_factor"),
-    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"),
-)
-_ROPE_OTHERS = ("rope_type", "type", "truncate", "finetuned")
-_M_ROPE = {"mrope_section", "mrope_interleaved"}  # positions of three kinds, which are one and the same in text
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,6 @@ class AttentionSpec:
     output_width: int
     qkv_bias: bool
     o_bias: bool
-    qk_norm: bool
     rms_norm_eps: float
     initializer_range: float
     scaling: float
@@ -107,7 +96,6 @@ def _spec_of(
         output_width=output.in_features,
         qkv_bias=any(m.bias is not None for m in inputs),
         o_bias=output.bias is not None,
-        qk_norm=any("norm" in name for name, _ in attention.named_children()),
         rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
         initializer_range=getattr(config, "initializer_range", 0.02),
         scaling=scaling if isinstance(scaling, float) else head_dim**-0.5,
@@ -277,42 +265,9 @@ def _with_head(config_class: Any) -> type[PreTrainedModel] | None:
     return made
 
 
-def check_teacher_config(config: PreTrainedConfig) -> None:
-    """Raises `UserError` for a teacher that we do not convert, as far as its config says so."""
-    model_class(config)
-    rope = getattr(config, "rope_parameters", None) or {}
-    for kind in rope.values() if rope and all(isinstance(v, Mapping | None) for v in rope.values()) else [rope]:
-        _check_rope(kind or {}, _M_ROPE & set(config.ignore_keys_at_rope_validation))
-    if config._attn_implementation not in (None, "sdpa", "eager"):  # targets run on their masks
-        raise invalid("attn_implementation", config._attn_implementation, "must be sdpa or eager, or left out")
-    try:
-        found = layer_specs(config)
-    except AttributeError as error:
-        reason = f"its model has no model.layers[i].self_attn as decoders have ({error})"
-        raise invalid("teacher model type", config.model_type, reason) from error
-    if not any(found):
-        reason = "none of its layers has a self_attn that goes through transformers' attention interface"
-        raise invalid("teacher model type", config.model_type, reason)
-
-
 def _check_cache(model: Any) -> None:
     given = inspect.signature(model.forward).parameters.get("past_key_values")
     for name in set(re.findall(r"\w*Cache", str(given))) - {"Cache", "DynamicCache"}:
         raise UserError(
             f"teacher: {type(model).__name__} has a cache of its own ({name}); targets know transformers' DynamicCache"
         )
-
-
-def _check_rope(rope: Mapping[str, Any], further: set[str]) -> None:
-    """further: fields that the family reads beside those that all do."""
-    kind = rope.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        allowed = f"convertible are {', '.join(ROPE_TYPES)}, whose frequencies do not depend on the length of the text"
-        raise invalid("rope_parameters.rope_type", kind, allowed)
-    for name, value in rope.items():
-        if name not in (*_ROPE_NUMBERS, *_ROPE_OTHERS, *further):
-            allowed = f"is not read; known are {', '.join(_ROPE_NUMBERS)}"
-            raise invalid(f"rope_parameters.{name}", value, allowed)
-        optional = value is None and name not in ("rope_theta", "factor")
-        if name in _ROPE_NUMBERS and not (optional or (isinstance(value, int | float) and 0 < value < math.inf)):
-            raise invalid(f"rope_parameters.{name}", value, "must be a positive number")

@@ -33,19 +33,27 @@ def with_parts(module: nn.Module, **parts: nn.Module) -> Any:
     return shell
 
 
-class _Recorder(nn.Module):
-    """Replaces a layer and records how it is called. The decoder may read the layer's attributes."""
+class _InPlaceOf(nn.Module):
+    """Stands where another module was, whose attributes may be read here."""
 
-    def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, Call]], layers: int) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._known = (layer, calls, layers)
+        self._other = (module,)  # in a tuple: no submodule
 
     def __getattr__(self, name: str) -> Any:
-        return self.__dict__[name] if name in self.__dict__ else getattr(self.__dict__["_known"][0], name)
+        return self.__dict__[name] if name in self.__dict__ else getattr(self.__dict__["_other"][0], name)
+
+
+class _Recorder(_InPlaceOf):
+    """Replaces a layer and records how it is called."""
+
+    def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, Call]], layers: int) -> None:
+        super().__init__(layer)
+        self._record = (calls, layers)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer, calls, layers = self._known
-        calls.append((hidden_states, by_keyword(layer, args, kwargs)))
+        calls, layers = self._record
+        calls.append((hidden_states, by_keyword(self._other[0], args, kwargs)))
         if len(calls) == layers:
             raise _Enough
         return hidden_states
@@ -76,15 +84,8 @@ def final_norm(model: Any) -> nn.Module:
     raise UserError(f"teacher: {type(model).__name__} has no final norm under a known name ({', '.join(NORMS)})")
 
 
-class _Given(nn.Module):
-    """A decoder whose last hidden states are given. Its head may read its attributes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._known = (model,)
-
-    def __getattr__(self, name: str) -> Any:
-        return self.__dict__[name] if name in self.__dict__ else getattr(self.__dict__["_known"][0], name)
+class _Given(_InPlaceOf):
+    """A decoder whose last hidden states are given."""
 
     def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
