@@ -11,7 +11,7 @@ import torch
 from any_family import MIXED, REFUSED, ROWS
 from transformers import DynamicCache, PreTrainedModel
 
-from pl_attnedit import GateSWAConfig, MLAConfig, UserError, edit_model
+from pl_attnedit import GatedDeltaNetConfig, GateSWAConfig, MLAConfig, UserError, edit_model
 from pl_attnedit.attention import TargetConfig
 from pl_attnedit.distillation.engine.forward_check import check_forward
 from pl_attnedit.eval.bench.reference import plain_kl, plain_layer_losses
@@ -115,6 +115,15 @@ def test_short_windows(source: Any, make_ids: Ids, tmp_path: Path) -> None:
     assert torch.equal(logits(again, ids), logits(student, ids))
     generated = student.generate(ids[:, :6], max_new_tokens=8, do_sample=False)
     assert generated.shape == (2, 14)
+
+
+def test_states(source: Any, make_ids: Ids) -> None:
+    """In place of any attention, since nothing is left of it."""
+    student = edit_model(source, GatedDeltaNetConfig(), pattern="S", init="random")
+    check_forward(source, student)
+    assert_decodes(student, make_ids(2, 18))
+    held, promised = held_bytes(on_meta(student.config, torch.float32), 64), promised_bytes(student, 64)
+    assert all(held[index] == promised[index] > 0 for index in edited_attention(student))
 
 
 def test_the_teachers_own_windows_can_be_made_smaller(source: PreTrainedModel, make_ids: Ids) -> None:

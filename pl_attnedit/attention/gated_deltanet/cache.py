@@ -57,7 +57,7 @@ class StateLayer(DynamicLayer):
 
 def state_layer(cache: Cache, layer_idx: int) -> StateLayer:
     """The state of a layer in a cache; in a fresh `DynamicCache` it takes the place of the layer HF put there."""
-    if type(cache) is not DynamicCache:
+    if not isinstance(cache, DynamicCache):
         raise UserError(
             f"cache of type {type(cache).__name__}: gated_deltanet needs a DynamicCache (the default of `generate`)"
         )

@@ -19,6 +19,7 @@ from pl_attnedit.attention.gated_deltanet.inits import GATE, INPUT
 from pl_attnedit.attention.gated_deltanet.module import place_in_text
 from pl_attnedit.attention.gated_deltanet.rule import delta_rule, solved
 from pl_attnedit.attention.interface import heads_of
+from pl_attnedit.modeling.calibration import collect_statistics
 from pl_attnedit.modeling.edit import edited_attention
 
 Teachers = Callable[..., PreTrainedModel]
@@ -165,6 +166,24 @@ def test_calibrated_has_the_teachers_heads(family: str, make_teacher: Teachers, 
         assert (value - expected).norm() < 0.1 * expected.norm()
         assert (gate / GATE - 1).square().mean() < 0.5  # of random teachers no linear function of the input is constant
         torch.testing.assert_close(net.in_proj_ba(hidden), torch.zeros_like(net.in_proj_ba(hidden)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss", "gemma2"])
+def test_statistics_of_heads_are_those_before_the_output_projection(
+    family: str, make_teacher: Teachers, make_ids: Ids
+) -> None:
+    """Of two documents, with learned sinks, bounded scores and windows."""
+    teacher, seen = make_teacher(family), {}
+    batch = {"input_ids": make_ids(2, 24), "position_ids": torch.cat([torch.arange(9), torch.arange(15)]).expand(2, -1)}
+    found = collect_statistics(teacher, range(4), [batch, batch])
+    for index, decoder in enumerate(teacher.model.layers):
+        decoder.self_attn.o_proj.register_forward_pre_hook(lambda _, args, index=index: seen.update({index: args[0]}))
+    teacher(**batch, use_cache=False)
+    for index, statistics in found.items():
+        heads = seen[index].unflatten(-1, (4, -1))
+        expected = heads.square().mean((0, 1, 3)).sqrt().double()
+        torch.testing.assert_close(statistics.output, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_shapes_that_the_calibrated_init_does_not_have_are_refused(make_teacher: Teachers, make_ids: Ids) -> None:
