@@ -89,6 +89,19 @@ def test_a_saved_student_reads_images(row: str, folder: Path, tmp_path: Path) ->
     assert torch.equal(logits(again, **text), logits(student, **text))
 
 
+def test_latents_turn_by_the_places_in_an_image(tmp_path: Path) -> None:
+    """A latent with room for all that one head of keys and values has equals the teacher, at M-RoPE's positions too."""
+    build_whole("qwen2_5_vl", num_key_value_heads=1).save_pretrained(tmp_path)
+    teacher, asked = read_model(tmp_path, "auto", "cpu"), question("qwen2_5_vl")
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    text = [torch.randint(1, IMAGE, (8, 64), generator=torch.manual_seed(0))]
+    student = edit_model(teacher, MLAConfig(16, 8, latent_norm=False), calibration=text)
+    edited, _ = put_back(student, tmp_path, student.state_dict())
+    torch.testing.assert_close(logits(edited, **asked), logits(whole, **asked), atol=1e-4, rtol=0.0)
+    places = torch.arange(asked["input_ids"].shape[1]).expand(4, 1, -1)
+    assert (logits(whole, **asked, position_ids=places) - logits(whole, **asked)).abs().max() > 1
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_documents_of_one_sequence_do_not_see_each_other(family: str) -> None:
     """M-RoPE takes the positions for its masks apart from those for RoPE."""
