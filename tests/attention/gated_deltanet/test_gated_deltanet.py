@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, PreTrainedModel, Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
@@ -210,3 +211,16 @@ def test_eager_masks_say_the_same(make_teacher: Teachers, make_ids: Ids) -> None
     """Additive ones, where 0 is visible."""
     mask = torch.zeros(1, 1, 3, 3).masked_fill(~torch.ones(3, 3, dtype=torch.bool).tril(), float("-inf"))
     assert all(map(torch.equal, place_in_text(as_bool_mask(mask)), place_in_text(mask == 0)))
+
+
+def test_a_compiled_layer_does_not_grow_with_the_text(make_teacher: Teachers) -> None:
+    """The loop over chunks is not unrolled."""
+    counts = []
+    for tokens in (16, 640):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        net = torch.compile(layer(make_teacher("llama"), rope=False), backend=counter)
+        net(torch.randn(1, tokens, 32))[0].sum().backward()
+        counts.append((counter.frame_count, counter.op_count))
+    torch._dynamo.reset()
+    assert counts[0] == counts[1] > (0, 0)
