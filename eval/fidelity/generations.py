@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
@@ -33,7 +34,7 @@ from pl_attnedit.eval.fidelity.continuations import eos_of, first_difference
 from pl_attnedit.eval.harness.answers import Sample, circumstances, kept
 
 KINDS = ("sampled", "greedy")
-VERSION = 2  # raise it when other texts would be written
+VERSION = 3  # raise it when other texts would be written
 # Prompts that are continued together and kept together; a GPU waits for kernel launches.
 BATCH = {"cpu": 16}
 BATCH_ELSEWHERE = 128
@@ -55,20 +56,21 @@ log = logging.getLogger(__name__)
 def prompts_of(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompts: int, prompt_tokens: int
 ) -> tuple[torch.Tensor, list[int]]:
-    """(prompts, tokens) and the document of each: beginnings of documents, spread evenly over those that are long enough.
-    Where these are too few, what follows on them begins a prompt, too; fewer prompts where there is no more.
+    """(prompts, tokens) and the index of each one's document: beginnings of documents, spread evenly over those that are
+    long enough. Where these are too few, what follows on them begins a prompt, too; fewer prompts where there is no more.
 
     Raises:
         UserError: less than two such documents.
     """
-    rows = [row for row in encode(tokenizer, documents) if len(row) > prompt_tokens]
+    encoded = encode(tokenizer, documents)
+    rows = {number: row for number, row in enumerate(encoded) if len(row) > prompt_tokens}
     if len(rows) < 2:
         raise invalid(
             "generation.prompt_tokens", prompt_tokens, f"only {len(rows)} documents are longer: give more by --text"
         )
     begin, ids, of = frame(tokenizer)[0], list[list[int]](), list[int]()
-    for start in range(0, max(map(len, rows)), prompt_tokens):
-        there = [number for number, row in enumerate(rows) if len(row) > start + prompt_tokens]
+    for start in range(0, max(map(len, rows.values())), prompt_tokens):
+        there = [number for number, row in rows.items() if len(row) > start + prompt_tokens]
         count = min(prompts - len(ids), len(there))
         for number in (there[i * len(there) // count] for i in range(count)):
             stretch = rows[number][start : start + prompt_tokens]
@@ -190,9 +192,22 @@ def _texts(
     new_tokens: int,
     noise: GumbelNoise,
 ) -> dict[str, Any]:
-    return {
-        kind: write(model, tokenizer, prompts_BT, new_tokens, noise if kind == "sampled" else None) for kind in KINDS
-    }
+    """By kind what `write` gives; in halves where memory does not suffice for all prompts at once."""
+    try:
+        return {
+            kind: write(model, tokenizer, prompts_BT, new_tokens, noise if kind == "sampled" else None)
+            for kind in KINDS
+        }
+    except RuntimeError as error:
+        if len(prompts_BT) == 1 or not should_reduce_batch_size(error):
+            raise
+    clear_device_cache(garbage_collection=True)
+    half = len(prompts_BT) // 2
+    halves = [
+        _texts(model, tokenizer, prompts_BT[part], new_tokens, GumbelNoise(noise.places[part], noise.begun, noise.seed))
+        for part in (slice(half), slice(half, None))
+    ]
+    return {kind: [text for texts in halves for text in texts[kind]] for kind in KINDS}
 
 
 def _scores(

@@ -7,13 +7,15 @@ A GPU does so after long contexts only: a pass over few tokens takes it as long 
 of many lengths fill whole batches when each choice is a row of its own.
 
 Texts become tokens once, many at a time on all cores: of a question with four choices lm-eval would do the context eight
-times, which for long ones takes longer than the model does. Where memory does not suffice for a batch, that batch alone is
-tried again, in halves, and later ones are as small.
+times, which for long ones takes longer than the model does. Where memory does not suffice for a batch, it is tried again
+in halves, and later ones are as small. Whole rows and what is generated lm-eval then asks anew, longest first: that is where
+memory ends, so little was done.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +31,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.data.encoding import beginning, encode, frame
+from pl_attnedit.data.tokens import batches
 from pl_attnedit.errors import invalid
 
 # "auto" starts here and halves; a CPU is no quicker with more.
 LARGEST_BATCH = {"cpu": 4}
 LARGEST_BATCH_ELSEWHERE = 64
-ENCODED_AT_ONCE = 512  # texts
 LONG_CONTEXT = 1024  # tokens, from which on a GPU is busy with one of them
 # (strings, context tokens, continuation tokens): lm-eval's form of a request; rolling windows have no strings.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -115,14 +117,10 @@ class SharedPrefixLM(HFLM):
         # What lm-eval asks `tok_encode` for, one text at a time and each context once per choice.
         pairs = [request.args for request in requests]
         texts = list({text: None for context, choice in pairs for text in (context.rstrip(), context + choice) if text})
-        for start in range(0, len(texts), ENCODED_AT_ONCE):
-            some = texts[start : start + ENCODED_AT_ONCE]
-            self._encoded.update(zip(some, encode(self.tokenizer, some)))
-        try:
-            with self._progress(None, "choices"):
-                return super().loglikelihood(requests, disable_tqdm=True)
-        finally:
-            self._encoded = {}
+        found = (zip(some, encode(self.tokenizer, some)) for some in batches(texts))
+        self._encoded = dict(itertools.chain.from_iterable(found))
+        with self._progress(None, "choices"):
+            return super().loglikelihood(requests, disable_tqdm=True)
 
     def generate_until(self, requests, disable_tqdm=False):
         """What the model writes after each prompt; see `HFLM`."""
@@ -153,6 +151,7 @@ class SharedPrefixLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        self._encoded = {}  # lm-eval has them all, and scoring takes long
         if self._bar.total is None:
             self._bar.reset(total=sum(len(continuation) for _, _, continuation in requests))
         most = max((len(continuation) for _, _, continuation in requests), default=0)

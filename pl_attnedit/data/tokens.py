@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -40,6 +40,7 @@ VERSION = 5
 BATCH_CHARACTERS = 4_000_000
 
 LossOn = Literal["all", "answers"]
+DocumentT = TypeVar("DocumentT", bound=Document)
 
 # A forked process has no tokenizer threads and would wait for them forever.
 os.register_at_fork(after_in_child=partial(os.environ.__setitem__, "TOKENIZERS_PARALLELISM", "false"))
@@ -217,7 +218,7 @@ def _write(folder: Path, source: OpenSource, tokenizer: PreTrainedTokenizerBase,
     shown: Any = {"unit": " documents", "delay": 2, "mininterval": 5, "leave": False, "disable": False}
     documents = tqdm(source.documents(), "tokenising", **shown)
     with (folder / f"tokens.{dtype}").open("wb") as tokens, (folder / "answers.bool").open("wb") as answers:
-        for batch in _batches(documents):
+        for batch in batches(documents):
             chat = chat or any(not isinstance(document, str) for document in batch)
             try:
                 for ids, marked in _encode(batch, tokenizer, loss_on):
@@ -238,8 +239,9 @@ def _write(folder: Path, source: OpenSource, tokenizer: PreTrainedTokenizerBase,
     np.save(folder / "token_hashes.npy", np.array(token_hashes, dtype=np.uint64))
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def batches(documents: Iterable[DocumentT]) -> Iterator[list[DocumentT]]:
+    """The documents, so many together that a tokenizer takes at once (`BATCH_CHARACTERS`)."""
+    batch: list[DocumentT] = []
     characters = 0
     for document in documents:
         characters += len(str(document))

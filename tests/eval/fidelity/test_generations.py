@@ -128,19 +128,45 @@ def test_an_interrupted_evaluation_writes_only_what_is_missing(
 
 def test_prompts_are_beginnings_and_then_what_follows(tokenizer: PreTrainedTokenizerFast) -> None:
     begun = framed(tokenizer, "bos")
-    documents = ["a of is it we " * n for n in (30, 6, 12, 1)]  # the last is too short
+    documents = ["a of is it we " * n for n in (1, 30, 6, 12)]  # the first is too short
     rows = [begun(document)["input_ids"] for document in documents]
     ids, of = prompts_of(documents, begun, 2, 10)
-    assert ids.tolist() == [rows[i][:10] for i in (0, 1)]
-    assert of == [0, 1]
+    assert ids.tolist() == [rows[i][:10] for i in (1, 2)]
+    assert of == [1, 2]
     ids, of = prompts_of(documents, begun, 6, 10)
-    assert of[:3] == [0, 1, 2]
+    assert of[:3] == [1, 2, 3]
     for row, document in zip(ids[3:].tolist(), of[3:], strict=True):
         assert row[0] == begun.bos_token_id
         assert row[1:] in (rows[document][11:20], rows[document][21:30])
-    assert prompts_of(documents, begun, 1000, 10)[1].count(0) == (len(rows[0]) - 1) // 10
+    assert prompts_of(documents, begun, 1000, 10)[1].count(1) == (len(rows[1]) - 1) // 10
     with pytest.raises(UserError, match=r"generation\.prompt_tokens = 100000: only 0 documents are longer"):
         prompts_of(documents, begun, 3, 100_000)
+
+
+def test_prompts_are_halved_where_memory_does_not_suffice(
+    sharp: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run() -> Any:
+        return generations(sharp, student, tokenizer, prompts[:7], range(7), 6, prints=PRINTS, folders=(None, None))
+
+    def hungry(_: Any, prompts_BT: torch.Tensor, *__: Any) -> Any:
+        if len(prompts_BT) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    expected, most = run(), 2
+    monkeypatch.setattr(module, "write", lambda *asked: hungry(*asked[1:]) or write(*asked))
+    found = run()
+    for name, samples in expected.items():
+        for one, same in zip(found[name], samples, strict=True):
+            assert (one["sampled"], one["greedy"]) == (same["sampled"], same["greedy"])
+            assert one["doc_hash"] == same["doc_hash"]  # kept and paired as if there had been memory
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        run()
 
 
 def test_prompts_of_one_document_are_one_sample(

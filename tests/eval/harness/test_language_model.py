@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from pl_attnedit.data import tokens
 from pl_attnedit.data.encoding import encode
 from pl_attnedit.eval.harness import language_model
 from pl_attnedit.eval.harness.language_model import SharedPrefixLM
@@ -124,20 +125,22 @@ def test_contexts_of_one_length_share_a_batch(
 def test_texts_become_tokens_once(
     teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A context with each of its choices, and by itself; with the tokens that lm-eval would have found."""
+    """A context with each of its choices, and by itself, few at a time where long; as lm-eval would find them."""
     asked = [
         Instance("loglikelihood", {}, (context, f"{last}"), i)
         for i, (context, last) in enumerate([("word " * 20, " a"), ("word " * 20, "of"), ("is it ", " "), ("", "we")])
     ]
     lm = SharedPrefixLM(teacher, tokenizer, name="teacher", max_length=128, batch_size=4)
     expected = [lm._encode_pair(*each.args) for each in asked if each.args[0]]
-    seen: list[str] = []
-    monkeypatch.setattr(language_model, "encode", lambda of, texts: seen.extend(texts) or encode(of, texts))
+    together: list[list[str]] = []
+    monkeypatch.setattr(language_model, "encode", lambda of, texts: together.append(texts) or encode(of, texts))
+    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 220)
     given: list[tuple[list[int], list[int]]] = []
     monkeypatch.setattr(lm, "_loglikelihood_tokens", lambda requests, **_: given.extend((c, a) for _, c, a in requests))
     lm.loglikelihood(asked)
     assert given[:3] == expected
-    assert len(seen) == len(set(seen)) == 6
+    assert [len(texts) for texts in together] == [2, 4]
+    assert len({text for texts in together for text in texts}) == 6
 
 
 @pytest.mark.parametrize("kind", ["after a context", "whole rows", "generation"])
