@@ -46,14 +46,14 @@ def edit_model(
     Args:
         teacher: a Hugging Face causal language model.
         targets: one target config, or a mapping of pattern letters to configs.
-        pattern: letters repeated over the layers, F = full layer. Default "S" for MLA, "SSSF" for GateSWA. Where some layers
+        pattern: letters repeated over the layers, F = full layer. Default "S" for MLA, "SSSF" for others. Where some layers
             of the teacher see a window or are no attention, over those that see everything; the others stay as they are.
         layers: explicit indices of the layers to edit instead of a pattern.
         init: "random" as in the paper (`o_proj` inherited), "copy" of the teacher's weights where shapes allow,
             "calibrated": the best fit on the calibration text (for GateSWA, the copy), "plain_svd" (MLA only): a plain
             conversion from the literature, as a baseline.
         calibration: the calibration text, an iterable of input ids (batch, time) int64, or of dicts as `collect_statistics`
-            takes them. MLA needs it for "calibrated" and "plain_svd".
+            takes them. "calibrated" and "plain_svd" need it, but for GateSWA.
 
     Raises:
         UserError: an argument does not fit the teacher.
