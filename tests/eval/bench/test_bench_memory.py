@@ -20,7 +20,7 @@ from pl_attnedit.modeling.kv import on_meta
 from pl_attnedit.shapes import config_of
 
 RESULTS = Path(__file__).parents[3] / "results"
-TARGETS = {"smollm2-135m": MLAConfig(96, 32), "qwen3-8b": MLAConfig(512, 64)}
+TARGETS = dict.fromkeys(("qwen3-8b", "qwen3-30b-a3b"), MLAConfig(512, 64)) | {"smollm2-135m": MLAConfig(96, 32)}
 Make = Callable[..., Any]
 
 
