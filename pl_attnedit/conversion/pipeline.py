@@ -239,6 +239,8 @@ class Conversion:
 
     def evaluate(self) -> list[dict[str, Any]]:
         """Teacher and student answer the same tasks; the result goes to MLflow and into the run folder."""
+        # again, for a folder that was moved: tasks name their files absolutely
+        build_tasks(self.recipe, self.data, self.folder.path)
         device = self.trainer("evaluation", None).strategy.root_device
         result, texts = evaluate_student(self.recipe, self.folder.path, self.data.seq_len, device)
         with self.runs.run("evaluation") as run:
