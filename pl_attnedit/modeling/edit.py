@@ -204,6 +204,9 @@ def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedM
     """
     path = Path(path).expanduser()
     config = _whole_config(path, stock)
+    if config.model_type == "step3p7":  # its text model is part of a vision model, and has no class of its own
+        reason = "exports in the format step3p7 cannot, those in deepseek_v3 can; give the student itself"
+        raise invalid("path", str(path), f"cannot be loaded as a causal language model ({reason})")
     options = {"config": config, "output_loading_info": True, "use_safetensors": True, **kwargs}  # no pickle
     try:
         loaded: Any = auto_class(config).from_pretrained(path, **options)
@@ -213,8 +216,6 @@ def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedM
         raise invalid("path", str(path), f"its weights cannot be read ({error})") from error
     except ValueError as error:  # a class without a language-model head of text alone
         reason = str(error).splitlines()[0]  # the others name all classes that have one
-        if config.model_type == "step3p7":
-            reason = "exports in the format step3p7 cannot, those in deepseek_v3 can; give the student itself"
         raise invalid("path", str(path), f"cannot be loaded as a causal language model ({reason})") from error
     model, found = loaded
     wrong = sorted([*found["missing_keys"], *found["unexpected_keys"]])

@@ -55,7 +55,7 @@ def fails(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["--targets", "{S: {type: gla}}"], ["'gla'", "gate_swa, mla"]),
+        (["--targets", "{S: {type: gla}}"], ["'gla'", "gate_swa, gated_deltanet, mla"]),
         (["--targets", "{S: {type: gate_swa, window: 8, width: 3}}"], ["unknown field 'width'", "window, gate, sinks"]),
         (["--targets", "{S: {type: mla}}"], ["kv_lora_rank"]),
         (["--targets", "{S: {type: gate_swa, window: 0}}"], ["window = 0", "at least 1"]),
