@@ -66,9 +66,8 @@ def _by_letter(
     for index, spec in enumerate(layer_specs(model.config)):
         if letters[index] == "F" and (spec is None or spec.window):
             letters[index] = "F, no attention" if spec is None else f"F, window {spec.window}"
-            exact[letters[index]] = (
-                2 if spec is None else 1
-            )  # Hugging Face's window layer keeps a prompt whole at first
+            # Hugging Face's window layer keeps a prompt whole at first
+            exact[letters[index]] = 2 if spec is None else 1
     rows = []
     for letter in dict.fromkeys(letters):
         layers = [index for index, found in enumerate(letters) if found == letter]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from pl_attnedit.attention.caches import own_layer
 from pl_attnedit.errors import UserError
 
 
@@ -147,21 +148,5 @@ class SinkWindowLayer(DynamicLayer):
 
 
 def window_layer(cache: Cache, layer_idx: int, window: int, sinks: int) -> SinkWindowLayer:
-    """The window layer of a cache; in a fresh `DynamicCache` it takes the place of the layer HF put there.
-
-    HF creates caches in many places (generate, pipelines, the model itself), all of them from the config; swapping an
-    empty layer at its first use covers them all.
-    """
-    if not isinstance(cache, DynamicCache):
-        raise UserError(
-            f"cache of type {type(cache).__name__}: window layers need a DynamicCache (the default of `generate`)"
-        )
-    while len(cache.layers) <= layer_idx:
-        cache.layers.append(DynamicLayer())
-    layer = cache.layers[layer_idx]
-    if isinstance(layer, SinkWindowLayer):
-        return layer
-    if not isinstance(layer, DynamicLayer) or layer.is_initialized:
-        raise UserError(f"cache layer {layer_idx}: was filled by another model; start with an empty cache")
-    cache.layers[layer_idx] = fresh = SinkWindowLayer(window, sinks)
-    return fresh
+    """The window layer of a cache; see `own_layer`."""
+    return own_layer(cache, layer_idx, SinkWindowLayer, lambda: SinkWindowLayer(window, sinks), "window layers need")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from pl_attnedit.attention.caches import own_layer
 from pl_attnedit.errors import UserError
 
 
@@ -56,17 +57,5 @@ class StateLayer(DynamicLayer):
 
 
 def state_layer(cache: Cache, layer_idx: int) -> StateLayer:
-    """The state of a layer in a cache; in a fresh `DynamicCache` it takes the place of the layer HF put there."""
-    if not isinstance(cache, DynamicCache):
-        raise UserError(
-            f"cache of type {type(cache).__name__}: gated_deltanet needs a DynamicCache (the default of `generate`)"
-        )
-    while len(cache.layers) <= layer_idx:
-        cache.layers.append(DynamicLayer())
-    layer = cache.layers[layer_idx]
-    if isinstance(layer, StateLayer):
-        return layer
-    if not isinstance(layer, DynamicLayer) or layer.is_initialized:
-        raise UserError(f"cache layer {layer_idx}: was filled by another model; start with an empty cache")
-    cache.layers[layer_idx] = fresh = StateLayer()
-    return fresh
+    """The state of a layer in a cache; see `own_layer`."""
+    return own_layer(cache, layer_idx, StateLayer, StateLayer, "gated_deltanet needs")
