@@ -18,7 +18,7 @@ from pl_attnedit.eval.report.formatting import count, duration, percent
 from pl_attnedit.modeling import kv
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.serving.checks import check_config
-from pl_attnedit.serving.memory import BLOCK, held_bytes
+from pl_attnedit.serving.memory import BLOCK, held_bytes, layers_of, state_block
 from pl_attnedit.strategies.fsdp2 import check_shard_over
 
 CONTEXTS = (1024, 8192, 32768)  # tokens; the model's limit is added
@@ -101,6 +101,7 @@ def _kv(teacher: Any, student: Any, limit: int) -> list[dict[str, Any]]:
                 name: held_bytes(model.config, context, model.dtype.itemsize)
                 for name, model in {"teacher": teacher, "student": student}.items()
             }
+            vllm["block"] = state_block(layers_of(student.config), BLOCK, student.dtype.itemsize)
         except UserError as error:
             vllm = {"refused": str(error)}
         rows.append({"context": context, **found, "budget": found["student"] / found["teacher"], "vllm": vllm})
@@ -154,7 +155,8 @@ def _served(rows: list[dict[str, Any]]) -> list[str]:
     if refused := rows[0]["vllm"].get("refused"):
         return [f"not served by vLLM as it is: {refused}"]
     lines = ["served by vLLM             bytes per token           sequences in 1 GB"]
-    lines += [f"blocks of {BLOCK} tokens       teacher     student     teacher     student     ratio"]
+    blocks = " and ".join(map(str, sorted({BLOCK, rows[0]["vllm"]["block"]})))
+    lines += [f"{f'blocks of {blocks} tokens':26}teacher     student     teacher     student     ratio"]
     for row in rows:
         teacher, student = row["vllm"]["teacher"], row["vllm"]["student"]
         bytes_ = f"{teacher / row['context']:10,.0f}  {student / row['context']:10,.0f}"

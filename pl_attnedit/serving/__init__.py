@@ -3,7 +3,7 @@
 `vllm serve STUDENT`, `LLM(...)` and `lm_eval --model vllm` take a converted model's folder as they take any other. The
 models are the family's own vLLM classes with the attention of the edited layers swapped, as in `pl_attnedit.modeling.hf`.
 Importing this package does not import vLLM, whose own interfaces are used in `layers`, `kv_cache`, `backends`,
-`paged_backend`, `flash_backend` and `models` alone.
+`paged_backend`, `flash_backend`, `state_backend` and `models` alone.
 """
 
 from __future__ import annotations

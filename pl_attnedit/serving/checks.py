@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pl_attnedit.attention import GateSWAConfig, MLAConfig
+from pl_attnedit.attention import GatedDeltaNetConfig, GateSWAConfig, MLAConfig, TargetConfig
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling import edited_attention
 from pl_attnedit.modeling.kv import on_meta
@@ -18,8 +18,9 @@ from pl_attnedit.teachers.base import windows_of
 
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")  # families, those of `models.BASES`
 _ATTENTION = re.compile(r"(model\.layers\.(\d+)\.self_attn\.)(.*)")
-# vLLM stacks every weight named q_proj, and every one named gate_proj, into one of its own
-_NAMES = {
+# vLLM stacks every weight named q_proj, and every one named gate_proj, into one of its own; its Mistral renames "norm"
+_NAMES: dict[type[TargetConfig], dict[str, str]] = {
+    GatedDeltaNetConfig: {"norm": "output_norm"},
     GateSWAConfig: {"gate_proj": "gate"},
     MLAConfig: {"q_proj": "query_proj", "q_b_proj": "query_proj"},
 }
@@ -41,15 +42,16 @@ def attention_weights(config: Any) -> set[str]:
     return {f"model.layers.{index}.self_attn.{name}" for index, module in edited for name in module.state_dict()}
 
 
-def check_config(config: Any, all_tokens: bool = False) -> None:
+def check_config(config: Any, all_tokens: bool = False, speculative: bool = False) -> None:
     """Raises `UserError` for a converted model that vLLM would not run as it is.
 
-    all_tokens: vLLM's hybrid KV cache manager is off, so that every layer would keep all tokens.
+    all_tokens: vLLM's hybrid KV cache manager is off, so that every layer would keep all tokens. speculative: tokens are
+    guessed, and taken back where they were wrong.
     """
     plan = EditPlan.from_dict(config.attention_edit)
     if len(plan.letters) != config.num_hidden_layers:
         raise invalid("attention_edit", plan.letters, f"needs a letter for each of {config.num_hidden_layers} layers")
-    layers_of(config)  # refuses what is not served
+    layers = layers_of(config)  # refuses what is not served
     family, spec = config.model_type.removeprefix(EDITED_PREFIX), attention_spec(config)
     if whole := getattr(config, "part_of", None):
         raise invalid("teacher model type", whole, "vLLM serves converted models that read text alone here")
@@ -64,9 +66,10 @@ def check_config(config: Any, all_tokens: bool = False) -> None:
         raise invalid("attention_bias", True, f"vLLM's {family} has no bias of o_proj")
     if family == "qwen2" and spec.head_dim != config.hidden_size // config.num_attention_heads:
         raise invalid("head_dim", spec.head_dim, "vLLM's qwen2 takes hidden_size / num_attention_heads")
-    windows = any(isinstance(t, GateSWAConfig) and t.window is not None for t in plan.targets.values())
-    if windows and all_tokens:
+    if all_tokens and any(layer.window for layer in layers):
         raise UserError(
             "hybrid KV cache manager: it is off, by --disable-hybrid-kv-cache-manager or by a KV connector that does not "
             "know it, and windows would keep every token; serve this model with it"
         )
+    if speculative and any(layer.state for layer in layers):
+        raise UserError("speculative decoding: tokens cannot be taken back from the states of gated_deltanet")

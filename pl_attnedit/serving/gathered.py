@@ -1,14 +1,19 @@
-"""Attention over a paged cache in plain PyTorch: what no kernel of vLLM computes, for all requests of a batch at once.
+"""A paged cache in plain PyTorch: what no kernel of vLLM computes, for all requests of a batch at once.
 
 The queries of a batch are cut into tiles: as many consecutive tokens of one request as the tile is wide. For each tile the
 keys that any of its queries may see are gathered from the request's blocks. So a decode step is one batched operation, and a
 window costs no more than a window, however long the text is.
+
+For recurrent states the tokens of a batch are cut into pieces that lie within a block: what a full block holds, the state
+after its last token, does not change any more and serves prefix hits.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -146,3 +151,37 @@ def attend_tiles(
         found = found[..., :value_width].unflatten(2, queries.shape[2:4]).flatten(1, 2).transpose(1, 2)
         real = part.rows >= 0
         output[part.rows[real]] = found[real].to(output.dtype)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """As many tokens of each of several texts, within a block: their rows in the batch, their places, (texts, tokens) each.
+
+    before and after (texts,): the blocks where the states before and behind them lie. empty (texts,): there is none before.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    before: Tensor
+    after: Tensor
+    empty: Tensor
+
+
+def pieces_of(query_start: Tensor, lengths: Tensor, table: Tensor, block_size: int) -> list[Piece]:
+    """A batch's tokens in the order in which they are to be computed. Arguments as of `tiles_of`."""
+    begins = lengths - query_start.diff()
+    found: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for request, (begin, end) in enumerate(zip(begins.tolist(), lengths.tolist())):
+        cuts = [begin, *range((begin // block_size + 1) * block_size, end, block_size), end]
+        for number, (first, last) in enumerate(pairwise(cuts)):
+            if first < last:  # rows of padding have no tokens
+                found[number, last - first].append((request, first))
+    pieces = []
+    for (_, tokens), texts in sorted(found.items()):
+        request, first = torch.tensor(texts).T
+        positions = first[:, None] + torch.arange(tokens)
+        rows = positions + (query_start[request] - begins[request])[:, None]
+        blocks = torch.stack([(first - 1).clamp(min=0), first]) // block_size
+        before, after = table[request.to(table.device), blocks.to(table.device)].long()
+        pieces.append(Piece(*(each.to(table.device) for each in (rows, positions, before, after, first == 0))))
+    return pieces

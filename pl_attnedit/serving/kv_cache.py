@@ -1,6 +1,7 @@
 """vLLM's cache of a window with kept sinks: the blocks of a text's first tokens stay, those between them and the window go.
+And that of a recurrent state, which is a window of two tokens: the block of the last one holds it.
 
-Importing this module registers both classes with vLLM, in the processes of workers and of the scheduler alike: the scheduler
+Importing this module registers the classes with vLLM, in the processes of workers and of the scheduler alike: the scheduler
 gets the specs of the layers from the workers, and finds this module by them.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+import torch
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
@@ -122,5 +124,26 @@ class SinkWindowManager(SlidingWindowManager):
         return mask
 
 
+@dataclass(frozen=True, kw_only=True)
+class StateSpec(SlidingWindowSpec):
+    """One state of `head_size` values in each page, however many tokens a block has."""
+
+    sliding_window: int = 2
+    head_size_v: int = 0
+    num_kv_heads: int = 1
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def unpadded_page_size_bytes(self) -> int:
+        return self.head_size * self.dtype.itemsize
+
+    def get_num_kernel_states(self, kernel_block_size: int) -> int:
+        return 1  # asked by vLLM 0.32
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(spec == self for spec in kv_cache_specs.values())
+
+
 KVCacheSpecRegistry._ensure_registered()  # before ours: it does nothing once anything is registered
 KVCacheSpecRegistry.register(SinkWindowSpec, SinkWindowManager)
+KVCacheSpecRegistry.register(StateSpec, SlidingWindowManager)

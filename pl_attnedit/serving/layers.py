@@ -11,20 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from vllm.distributed import get_tensor_model_parallel_world_size
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from pl_attnedit.attention import MLA, GateSWAConfig, MLAConfig, TargetConfig
+from pl_attnedit.attention import MLA, GatedDeltaNet, GatedDeltaNetConfig, GateSWAConfig, MLAConfig, TargetConfig
+from pl_attnedit.attention.gated_deltanet.module import decay_of
 from pl_attnedit.attention.mla.module import rotate_pairs
 from pl_attnedit.errors import invalid
 from pl_attnedit.serving.backends import latent_backend, sinks_backend
-from pl_attnedit.serving.kv_cache import SinkWindowSpec
+from pl_attnedit.serving.kv_cache import SinkWindowSpec, StateSpec
 from pl_attnedit.serving.memory import Layer, latent_block, layers_of
+from pl_attnedit.serving.state_backend import StateBackend
 
 
 class WindowAttention(Attention):
@@ -60,10 +63,24 @@ class LatentAttention(Attention):
         return replace(spec, head_size_v=0, block_size=block, page_size_padded=padded)
 
 
-def plain_parameter(*shape: int) -> nn.Parameter:
-    """Of which each tensor-parallel device has its share of the rows."""
+class StateAttention(Attention):
+    """In the place of attention: what `advance` computes, with a state of `layer.state` values in the cache."""
+
+    def __init__(self, heads: int, width: int, value_width: int, layer: Layer, advance: Any, **kwargs: Any) -> None:
+        super().__init__(heads, width, 1.0, head_size_v=value_width, attn_backend=StateBackend, **kwargs)
+        self.layer, self.advance = layer, advance
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> KVCacheSpec:
+        spec = super().get_kv_cache_spec(vllm_config)
+        assert isinstance(spec, FullAttentionSpec)
+        page = spec.block_size * self.layer.values * spec.dtype.itemsize
+        return StateSpec(block_size=spec.block_size, head_size=self.layer.state, page_size_padded=page)
+
+
+def plain_parameter(*shape: int, loader: Any = None) -> nn.Parameter:
+    """Of which each tensor-parallel device has its share of the rows, by default as many consecutive ones."""
     parameter = nn.Parameter(torch.empty(*shape), requires_grad=False)
-    set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
+    set_weight_attrs(parameter, {"weight_loader": loader or sharded_weight_loader(0)})
     return parameter
 
 
@@ -182,4 +199,79 @@ class LatentSelfAttention(nn.Module):
         return self.o_proj(torch.einsum("thr,hvr->thv", output, value_up).flatten(-2))[0]
 
 
-LAYERS: dict[type[TargetConfig], type[nn.Module]] = {GateSWAConfig: GateSWA, MLAConfig: LatentSelfAttention}
+class DeltaNet(nn.Module):
+    """See `pl_attnedit.attention.GatedDeltaNet`."""
+
+    def __init__(
+        self, base: Any, target: GatedDeltaNetConfig, config: Any, index: int, vllm_config: Any, prefix: str
+    ) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.shape = [GatedDeltaNet(target, config, index)]  # in a list: it has no weights that were to be loaded
+        shape, spec, ranks = self.shape[0], self.shape[0].spec, get_tensor_model_parallel_world_size()
+        if shape.heads % ranks:
+            raise invalid("tensor_parallel_size", ranks, f"must divide the {shape.heads} heads of gated_deltanet")
+        self.heads = heads = shape.heads // ranks
+        quant = {"quant_config": vllm_config.quant_config}
+        inputs = shape.heads * (sum(shape.widths) + shape.value_dim), 2 * shape.heads
+        biases, names = (spec.qkv_bias, False), ("in_proj_qkvz", "in_proj_ba")
+        self.in_proj_qkvz, self.in_proj_ba = (
+            ColumnParallelLinear(spec.hidden_size, size, bias=bias, prefix=f"{prefix}.{name}", **quant)
+            for size, bias, name in zip(inputs, biases, names)
+        )
+        self.conv1d: Any = nn.Module()
+        taps = heads * sum(shape.widths), 1, target.conv_kernel
+        self.conv1d.weight = plain_parameter(*taps, loader=self._load_convolution)
+        self.A_log, self.dt_bias = plain_parameter(heads), plain_parameter(heads)
+        self.output_norm = Qwen3NextRMSNormGated(shape.value_dim, eps=spec.rms_norm_eps)
+        self.out_proj = RowParallelLinear(
+            shape.heads * shape.value_dim, spec.hidden_size, bias=spec.o_bias, prefix=f"{prefix}.out_proj", **quant
+        )
+        self.rotary = LlamaRotaryEmbedding(config) if target.rope else None  # the same in every family
+        self.attn = StateAttention(
+            heads,
+            sum(shape.widths) + 2,
+            shape.value_dim,
+            layers_of(config, ranks)[index],
+            self.advance,
+            cache_config=vllm_config.cache_config,
+            prefix=f"{prefix}.attn",
+            **quant,
+        )
+
+    def _load_convolution(self, parameter: Tensor, weight: Tensor) -> None:
+        """Of (channels, 1, kernel), those of all queries, all keys and all values, this device's share."""
+        shape, rank = self.shape[0], get_tensor_model_parallel_rank()
+        parts = weight.split([shape.heads * width for width in shape.widths])
+        own = [part[rank * self.heads * width :][: self.heads * width] for part, width in zip(parts, shape.widths)]
+        parameter.data.copy_(torch.cat(own))
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """(tokens, hidden) at (tokens,) positions of their texts."""
+        projected, rates = (each(hidden_states)[0] for each in (self.in_proj_qkvz, self.in_proj_ba))
+        heads, rates = (each.unflatten(-1, (self.heads, -1)) for each in (projected, rates))
+        heads, gate = heads.split([sum(self.shape[0].widths), self.shape[0].value_dim], dim=-1)
+        output = self.attn(torch.cat([heads, rates], dim=-1).flatten(1), None, None).unflatten(-1, (self.heads, -1))
+        return self.out_proj(self.output_norm(output, gate).flatten(1))[0]
+
+    def advance(self, given: Tensor, before: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """See `StateImpl`. given (texts, tokens, heads, query, key, value, input of beta and of the decay)."""
+        shape, reach = self.shape[0], self.shape[0].target.conv_kernel - 1
+        *projected, beta, rate = given.split([*shape.widths, 1, 1], dim=-1)
+        inputs = torch.cat([each.flatten(2) for each in projected], dim=-1)
+        last, state = before.split([reach * inputs.shape[-1], before.shape[1] - reach * inputs.shape[-1]], dim=-1)
+        inputs = torch.cat([last.unflatten(1, (reach, inputs.shape[-1])).to(inputs.dtype), inputs], dim=1)
+        decay = decay_of(rate[..., 0], self.A_log, self.dt_bias)
+        turned = None if self.rotary is None else self.rotary(given, positions)
+        state = state.unflatten(1, (self.heads, shape.key_dim, shape.value_dim))
+        weight, beta = self.conv1d.weight[:, 0], beta[..., 0].sigmoid()
+        output, after = shape.mix(inputs, weight, decay, beta, turned, state, keep=True)
+        assert after is not None
+        return output, torch.cat([inputs[:, inputs.shape[1] - reach :].flatten(1), after.flatten(1)], dim=-1)
+
+
+LAYERS: dict[type[TargetConfig], type[nn.Module]] = {
+    GatedDeltaNetConfig: DeltaNet,
+    GateSWAConfig: GateSWA,
+    MLAConfig: LatentSelfAttention,
+}

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from math import ceil, lcm
 from typing import Any
 
-from pl_attnedit.attention import GateSWAConfig, MLAConfig
+from pl_attnedit.attention import GatedDeltaNetConfig, GateSWAConfig, MLAConfig
 from pl_attnedit.errors import UserError
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.teachers import attention_spec
 
-BLOCK = 16  # tokens in a block, vLLM's own choice on GPUs; 128 on CPUs
+BLOCK = 16  # tokens in a block, vLLM's own choice on GPUs; 128 on CPUs. Beside states blocks are longer: `state_block`
 HIT_BLOCKS = (
     8  # prefix hits end at common multiples of the groups' blocks; a latent's block makes these no longer than this
 )
@@ -27,12 +27,17 @@ HIT_BLOCKS = (
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer caches: values per token, and of which tokens. window None = of all, and `sinks` is 0 then."""
+    """What one layer caches: values per token, and of which tokens. window None = of all, and `sinks` is 0 then.
+
+    state: float32 values that are kept in place of `values` per token. The block of the last token holds them, so that a
+    state is like a window of two tokens, the last one and the next.
+    """
 
     values: int
     window: int | None = None
     sinks: int = 0
     latent: bool = False
+    state: int = 0
 
     def blocks(self, tokens: int, block: int) -> int:
         """Blocks held for a text while the last of its `tokens` tokens is computed."""
@@ -67,11 +72,21 @@ def layers_of(config: Any, ranks: int = 1) -> list[Layer]:
             layers.append(Layer(target.kv_lora_rank + target.qk_rope_head_dim, latent=True))
         elif isinstance(target, GateSWAConfig) and target.window is not None:
             layers.append(Layer(full, target.window, target.sinks))
+        elif isinstance(target, GatedDeltaNetConfig):
+            heads, key, value = target.shape(spec)
+            state = key * value + (target.conv_kernel - 1) * (2 * key + value)
+            layers.append(Layer(full, window=2, state=heads // ranks * state))
         elif target is None or isinstance(target, GateSWAConfig):
             layers.append(Layer(full))
         else:
             raise UserError(f"target {target.type}: vLLM does not know it")
     return layers
+
+
+def state_block(layers: Sequence[Layer], block: int, itemsize: int) -> int:
+    """Tokens in a block of each layer: so many times `block` that the largest state fits the page of keys and values."""
+    tokens = max(ceil(4 * layer.state / (itemsize * layer.values)) for layer in layers)
+    return block * max(1, ceil(tokens / block))
 
 
 def latent_block(layers: Sequence[Layer], latent: Layer, block: int) -> tuple[int, int | None]:
@@ -93,9 +108,9 @@ def latent_block(layers: Sequence[Layer], latent: Layer, block: int) -> tuple[in
     return tokens, page
 
 
-def groups_of(layers: Sequence[Layer], block: int = BLOCK) -> list[Group]:
-    """The groups of vLLM for a model of these layers."""
-    kinds = Counter(layers)
+def groups_of(layers: Sequence[Layer], block: int = BLOCK, itemsize: int = 2) -> list[Group]:
+    """The groups of vLLM for a model of these layers, whose keys and values have `itemsize` bytes each."""
+    kinds, block = Counter(layers), state_block(layers, block, itemsize)
     if len(kinds) == 1 or not any(layer.window for layer in layers):
         return [Group(layers[0], block, block * sum(layer.values for layer in layers))]
     size, most = min(kinds.values()), max(kinds.values())
@@ -114,5 +129,5 @@ def held_bytes(config: Any, tokens: int, itemsize: int, block: int = BLOCK, rank
 
     While a prompt is computed, windows hold up to `max_num_batched_tokens` tokens more.
     """
-    groups = groups_of(layers_of(config, ranks), block)
+    groups = groups_of(layers_of(config, ranks), block, itemsize)
     return itemsize * sum(group.layer.blocks(tokens, group.block) * group.pages for group in groups)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -21,6 +22,7 @@ from pl_attnedit.modeling.hf import edited_classes
 from pl_attnedit.modeling.plan import EditPlan
 from pl_attnedit.serving.checks import attention_weights, check_config, vllm_name
 from pl_attnedit.serving.layers import LAYERS
+from pl_attnedit.serving.memory import layers_of, state_block
 
 BASES = {
     "llama": LlamaForCausalLM,
@@ -37,7 +39,15 @@ class EditedForCausalLM:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         self.edit_plan = plan = EditPlan.from_dict(config.attention_edit)
-        check_config(config, all_tokens=vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
+        check_config(
+            config,
+            all_tokens=vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
+            speculative=vllm_config.speculative_config is not None,
+        )
+        cache, layers = vllm_config.cache_config, layers_of(config, get_tensor_model_parallel_world_size())
+        block = state_block(layers, cache.block_size, vllm_config.model_config.dtype.itemsize)
+        if block != cache.block_size:  # as vLLM does for its own models with states
+            cache.block_size, cache.user_specified_block_size = block, True
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.absent = attention_weights(config)
         known = vllm_config.compilation_config.static_forward_context

@@ -106,7 +106,9 @@ class GatheredImpl(AttentionImpl[GatheredMetadata]):
     ) -> None:
         if is_quantized_kv_cache(kv_cache_dtype):
             raise invalid(
-                "kv_cache_dtype", kv_cache_dtype, "kept sinks and mla need a KV cache in 16 or 32 bits: 'auto'"
+                "kv_cache_dtype",
+                kv_cache_dtype,
+                "kept sinks, mla and gated_deltanet need a KV cache in 16 or 32 bits: 'auto'",
             )
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
         self.kv_cache_dtype, self.sinks = kv_cache_dtype, sinks

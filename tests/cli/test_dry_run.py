@@ -54,7 +54,11 @@ def test_qwen3_8b_from_its_config(config_folder: Callable[[str], str]) -> None:
     assert [row["context"] for row in found["kv"]] == [1024, 8192, 32768, 40960]
     assert all(row["budget"] == pytest.approx(0.28125) for row in found["kv"])
     assert found["kv"][1]["teacher"] == 36 * 8192 * 2048 * 2
-    assert found["kv"][1]["vllm"] == {"teacher": 36 * 8192 * 2048 * 2, "student": 36 * 8192 * 576 * 2}
+    assert found["kv"][1]["vllm"] == {
+        "teacher": 36 * 8192 * 2048 * 2,
+        "student": 36 * 8192 * 576 * 2,
+        "block": 16,
+    }
     assert found["teacher_parameters"] == pytest.approx(8.19e9, rel=1e-3)
     stage = found["stages"]["stage1"]
     assert stage["tokens"] == 100 * 2 * 8 * 4 * 4096

@@ -23,13 +23,13 @@ SHAPE = {
 
 
 def build_student(teacher: PreTrainedModel, targets: Any, pattern: str) -> PreTrainedModel:
-    """With gates open to different degrees and sinks of different shares; MLA at random."""
+    """With gates open to different degrees and sinks of different shares; MLA and states at random."""
     torch.manual_seed(1)
     student = edit_model(teacher, targets, pattern=pattern, init="random").eval()
     with torch.no_grad():
         for attention in edited_attention(student).values():
             for name, parameter in attention.named_parameters():
-                if name in ("gate_proj.weight", "sink"):
+                if name in ("gate_proj.weight", "sink", "in_proj_qkvz.weight", "A_log"):
                     parameter.normal_(std=0.5)
     return student
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pl_attnedit.attention.base import attend
 from pl_attnedit.serving import gathered
-from pl_attnedit.serving.gathered import attend_tiles, tiles_of
+from pl_attnedit.serving.gathered import attend_tiles, pieces_of, tiles_of
 
 BLOCK, HEADS, KEY_HEADS, WIDTH = 8, 4, 2, 6
 TEXTS = [(5, 5), (40, 1), (150, 90), (9, 1), (33, 2), (70, 70)]  # tokens so far, those of them that are new
@@ -65,3 +65,33 @@ def test_a_batch_equals_each_text_alone(
         found = attend(query.transpose(0, 1)[None], state[None, ..., :WIDTH], value[None], mask, 0.3, sink)
         expected.append(found.unflatten(-1, (HEADS, -1))[0, ..., :value_width])
     torch.testing.assert_close(output, torch.cat(expected), atol=1e-5, rtol=0)
+
+
+def test_states_of_a_batch_are_those_of_each_text_alone() -> None:
+    """A state of one number, which forgets: each text's is what was written by then, and full blocks keep theirs."""
+    texts = [torch.randn(1, tokens, 1) for tokens, _ in TEXTS]
+    ages = [torch.arange(tokens)[:, None] - torch.arange(tokens) for tokens, _ in TEXTS]
+    alone = [(0.9**age).tril() @ text[0, :, 0] for age, text in zip(ages, texts)]
+    starts = torch.tensor([0, *(new for _, new in TEXTS), 0]).cumsum(0)  # a row of padding at the end
+    pages, table = paged(texts)
+    pages, table = pages[:, 0, 0, 0], torch.cat([table, table[:1]])
+    before = [tokens - new for tokens, new in TEXTS]
+    for row, (begin, states) in enumerate(zip(before, alone)):
+        pages[table[row]] = float("nan")  # what was there is not read
+        for last in range(begin):
+            pages[table[row, last // BLOCK]] = states[last]
+    found = torch.full((int(starts[-1]),), float("nan"))
+    batch = torch.cat([text[0, begin:, 0] for text, begin in zip(texts, before)])
+    pieces = pieces_of(starts, torch.tensor([*(tokens for tokens, _ in TEXTS), 0]), table, BLOCK)
+    for piece in pieces:
+        state = pages[piece.before].masked_fill(piece.empty, 0)
+        for rows in piece.rows.T:
+            state = 0.9 * state + batch[rows]
+            found[rows] = state
+        pages[piece.after] = state
+    for row, (begin, states) in enumerate(zip(before, alone)):
+        torch.testing.assert_close(found[starts[row] : starts[row + 1]], states[begin:])
+        kept = states[BLOCK - 1 :: BLOCK]
+        torch.testing.assert_close(pages[table[row, : len(kept)]], kept)
+    assert len({piece.rows.shape[1] for piece in pieces}) < len(pieces) < len(batch)
+    assert max(len(piece.rows) for piece in pieces) == 3, "texts that go on by as many tokens are computed at once"

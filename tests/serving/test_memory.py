@@ -9,9 +9,10 @@ import pytest
 from pl_attnedit import EditPlan, GatedDeltaNetConfig, GateSWAConfig, MLAConfig, UserError
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.serving.checks import check_config
-from pl_attnedit.serving.memory import Group, Layer, groups_of, held_bytes, latent_block, layers_of
+from pl_attnedit.serving.memory import Group, Layer, groups_of, held_bytes, latent_block, layers_of, state_block
 
 FULL, WINDOW, LATENT = Layer(384), Layer(384, 64, 4), Layer(152, latent=True)
+STATE = Layer(384, window=2, state=9 * (64 * 64 + 3 * 3 * 64))  # of SmolLM2-135M
 
 
 def test_layers_of_a_plan(make_teacher: Any) -> None:
@@ -25,11 +26,10 @@ def test_layers_of_a_plan(make_teacher: Any) -> None:
 
 
 def test_an_unknown_target_is_refused(make_teacher: Any, alone: Any) -> None:
-    for target in (alone, GatedDeltaNetConfig()):
-        config = edited_config(make_teacher("qwen3").config, EditPlan.build(4, target))
-        for refuse in (layers_of, check_config):
-            with pytest.raises(UserError, match=f"target {target.type}: vLLM does not know it"):
-                refuse(config)
+    config = edited_config(make_teacher("qwen3").config, EditPlan.build(4, alone))
+    for refuse in (layers_of, check_config):
+        with pytest.raises(UserError, match="target alone: vLLM does not know it"):
+            refuse(config)
 
 
 def test_blocks_of_a_window_and_its_sinks() -> None:
@@ -81,3 +81,24 @@ def test_bytes(make_teacher: Any) -> None:
     assert held_bytes(config, 1000, itemsize=2) == 63 * 16 * 8 * 32 * 2
     student = edited_config(config, EditPlan.build(8, GateSWAConfig(window=64, sinks=4)))
     assert held_bytes(student, 1000, itemsize=2) == (63 + 3 * 6) * 16 * 2 * 32 * 2
+
+
+def test_a_state_lies_in_the_block_of_the_last_token(make_teacher: Any) -> None:
+    config = make_teacher("qwen3").config  # 4 heads of 16, 2 KV heads
+    targets = {"D": GatedDeltaNetConfig(), "E": GatedDeltaNetConfig(heads=2, key_dim=8, value_dim=20, conv_kernel=2)}
+    student = edited_config(config, EditPlan.build(4, targets, pattern="DEDF"))
+    first, second = 4 * (16 * 16 + 3 * 48), 2 * (8 * 20 + 36)
+    assert layers_of(student) == [*(Layer(64, 2, state=state) for state in (first, second, first)), Layer(64)]
+    assert layers_of(student, ranks=2)[0] == Layer(32, 2, state=first // 2)
+    assert [STATE.blocks(tokens, 224) for tokens in (1, 224, 225, 226, 30000)] == [1, 1, 2, 1, 1]
+
+
+def test_blocks_beside_states_are_as_long_as_their_pages_need() -> None:
+    assert 4 * STATE.state / (2 * STATE.values) == 219  # tokens that take as many bytes as a state
+    assert [state_block([STATE, FULL], block, 2) for block in (16, 128, 512)] == [224, 256, 512]
+    assert state_block([STATE, FULL], 16, 4) == 112
+    assert state_block([WINDOW, FULL, LATENT], 16, 2) == 16
+    assert groups_of([STATE] * 30) == [Group(STATE, 224, 30 * 224 * 384)]
+    page = 7 * 224 * 384
+    assert groups_of([STATE] * 23 + [FULL] * 7) == [*[Group(STATE, 224, page)] * 4, Group(FULL, 224, page)]
+    assert groups_of([STATE, FULL, LATENT], 16, 2)[2] == Group(LATENT, 560, 224 * 384)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pl_attnedit import EditPlan, GateSWAConfig, MLAConfig, UserError, edit_model
+from pl_attnedit import EditPlan, GatedDeltaNetConfig, GateSWAConfig, MLAConfig, UserError, edit_model
 from pl_attnedit.modeling.hf import edited_config
 from pl_attnedit.serving import VERSIONS, register
 from pl_attnedit.serving.checks import attention_weights, check_config, vllm_name
@@ -62,7 +62,8 @@ def test_the_installed_package_has_the_entry_point() -> None:
 
 
 def test_names_that_vllm_would_stack_are_others() -> None:
-    plan = EditPlan.build(3, {"S": GateSWAConfig(window=4), "M": MLAConfig(8, 4)}, pattern="SMF")
+    targets = {"S": GateSWAConfig(window=4), "M": MLAConfig(8, 4), "D": GatedDeltaNetConfig()}
+    plan = EditPlan.build(4, targets, pattern="SMFD")
     names = {
         "model.layers.0.self_attn.gate_proj.weight": "model.layers.0.self_attn.gate.weight",
         "model.layers.0.self_attn.q_proj.bias": "model.layers.0.self_attn.q_proj.bias",
@@ -73,6 +74,8 @@ def test_names_that_vllm_would_stack_are_others() -> None:
         "model.layers.1.self_attn.q_b_proj.weight": "model.layers.1.self_attn.query_proj.weight",
         "model.layers.1.self_attn.kv_b_proj.weight": "model.layers.1.self_attn.kv_b_proj.weight",
         "model.layers.2.self_attn.q_proj.weight": "model.layers.2.self_attn.q_proj.weight",
+        "model.layers.3.self_attn.norm.weight": "model.layers.3.self_attn.output_norm.weight",
+        "model.layers.3.self_attn.A_log": "model.layers.3.self_attn.A_log",
         "model.embed_tokens.weight": "model.embed_tokens.weight",
         "lm_head.weight": "lm_head.weight",
     }
@@ -92,6 +95,11 @@ def test_what_vllm_would_run_otherwise_is_refused(make_teacher: Any) -> None:
         check_config(config("qwen2", head_dim=16))
     with pytest.raises(UserError, match="hybrid KV cache manager"):
         check_config(config("llama"), all_tokens=True)
+    states = edited_config(make_teacher("llama").config, EditPlan.build(4, GatedDeltaNetConfig()))
+    check_config(states)
+    for option in ("all_tokens", "speculative"):
+        with pytest.raises(UserError, match=r"hybrid KV cache manager|speculative decoding"):
+            check_config(states, **{option: True})
 
 
 def test_the_weights_that_must_come_are_those_that_are_saved(make_teacher: Any) -> None:
@@ -99,7 +107,8 @@ def test_the_weights_that_must_come_are_those_that_are_saved(make_teacher: Any) 
         "S": GateSWAConfig(window=4, learned_sink=True),
         "M": MLAConfig(8, 4, q_lora_rank=6, latent_norm=False),
         "N": MLAConfig(8, 4),
+        "D": GatedDeltaNetConfig(),
     }
-    student = edit_model(make_teacher("qwen3"), targets, pattern="SMNF", init="random")
+    student = edit_model(make_teacher("qwen3", num_hidden_layers=5), targets, pattern="SMNFD", init="random")
     saved = {name for name in student.state_dict() if "self_attn" in name and ".3." not in name}
     assert attention_weights(student.config) == saved

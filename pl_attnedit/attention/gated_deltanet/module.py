@@ -55,8 +55,12 @@ class GatedDeltaNetConfig(TargetConfig):
         if not isinstance(self.rope, bool):
             raise invalid("rope", self.rope, "must be true or false")
 
+    def shape(self, spec: AttentionSpec) -> tuple[int, int, int]:
+        """Heads, width of their queries and keys, width of their values."""
+        return self.heads or spec.num_heads, self.key_dim or spec.head_dim, self.value_dim or spec.value_dim
+
     def check(self, spec: AttentionSpec) -> None:
-        if self.rope and (self.key_dim or spec.head_dim) % 2:
+        if self.rope and self.shape(spec)[1] % 2:
             raise invalid("key_dim", self.key_dim, "must be even, since RoPE turns pairs; or rope: false")
         if spec.mixed_cache:
             raise UserError(
@@ -79,9 +83,9 @@ class GatedDeltaNet(Target):
 
         super().__init__(target, model_config, layer_idx)
         spec = self.spec
-        self.heads = target.heads or spec.num_heads
-        self.key_dim, self.value_dim = target.key_dim or spec.head_dim, target.value_dim or spec.value_dim
-        self.channels = self.heads * (2 * self.key_dim + self.value_dim)
+        self.heads, self.key_dim, self.value_dim = target.shape(spec)
+        self.widths = [self.key_dim, self.key_dim, self.value_dim]
+        self.channels = self.heads * sum(self.widths)
         width = self.channels + self.heads * self.value_dim
         self.in_proj_qkvz = nn.Linear(spec.hidden_size, width, bias=spec.qkv_bias)
         self.in_proj_ba = nn.Linear(spec.hidden_size, 2 * self.heads, bias=False)
@@ -101,12 +105,10 @@ class GatedDeltaNet(Target):
     ) -> tuple[torch.Tensor, None]:
         layer = None if past_key_values is None else state_layer(past_key_values, self.layer_idx)
         heads = self.in_proj_qkvz(hidden_states).unflatten(-1, (self.heads, -1))
-        widths = [self.key_dim, self.key_dim, self.value_dim]
-        *projected, gate = heads.split([*widths, self.value_dim], dim=-1)
+        *projected, gate = heads.split([*self.widths, self.value_dim], dim=-1)
         inputs = torch.cat([each.flatten(2) for each in projected], dim=-1)
         beta, rate = self.in_proj_ba(hidden_states).unflatten(-1, (self.heads, 2)).unbind(-1)
-        beta = beta.sigmoid()
-        decay = -self.A_log.float().exp() * F.softplus(rate.float() + self.dt_bias.float())
+        beta, decay = beta.sigmoid(), decay_of(rate, self.A_log, self.dt_bias)
         document = None
         if attention_mask is not None:
             real, first = place_in_text(as_bool_mask(attention_mask))
@@ -117,18 +119,36 @@ class GatedDeltaNet(Target):
         if layer is not None and layer.keys is not None:
             before = layer.keys[:, 0]
         inputs = torch.cat([before, inputs], dim=1)
-        tokens = hidden_states.shape[1]
-        mixed = short_convolution(inputs, self.conv1d.weight[:, 0], tokens, document)
-        mixed = mixed.split([self.heads * width for width in widths], dim=-1)
-        query, key, value = (each.unflatten(-1, (self.heads, -1)) for each in mixed)
-        if self.target.rope and position_embeddings is not None:
-            query, key = (self.turn(each, *position_embeddings) for each in (query, key))
-        state = None if layer is None else layer.values
-        output, state = delta_rule(query, key, value, decay, beta, state, keep=layer is not None)
+        state, keep = None if layer is None else layer.values, layer is not None
+        weight = self.conv1d.weight[:, 0]
+        output, state = self.mix(inputs, weight, decay, beta, position_embeddings, state, keep, document)
         if layer is not None:
             assert state is not None
-            layer.keep(self.next_inputs(inputs, document), state, tokens)
+            layer.keep(self.next_inputs(inputs, document), state, hidden_states.shape[1])
         return self.out_proj(self.norm(output, gate).flatten(2)), None
+
+    def mix(
+        self,
+        inputs: torch.Tensor,
+        weight: torch.Tensor,
+        decay: torch.Tensor,
+        beta: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        state: torch.Tensor | None,
+        keep: bool,
+        document: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The convolution, RoPE and the delta rule, of as many heads as decay and beta (batch, time, heads) have.
+
+        inputs, weight and document as in `short_convolution`; state, keep and what is returned as in `delta_rule`.
+        """
+        heads = beta.shape[-1]
+        mixed = short_convolution(inputs, weight, beta.shape[1], document)
+        mixed = mixed.split([heads * width for width in self.widths], dim=-1)
+        query, key, value = (each.unflatten(-1, (heads, -1)) for each in mixed)
+        if self.target.rope and position_embeddings is not None:
+            query, key = (self.turn(each, *position_embeddings) for each in (query, key))
+        return delta_rule(query, key, value, decay, beta, state, keep)
 
     def next_inputs(self, inputs: torch.Tensor, document: torch.Tensor | None) -> torch.Tensor:
         """What the convolution of the next token needs of (batch, time, channels): (batch, 1, kernel - 1, channels)."""
@@ -152,9 +172,6 @@ class GatedDeltaNet(Target):
         inputs = (self.target.conv_kernel - 1) * self.channels
         return inputs * itemsize + 4 * self.heads * self.key_dim * self.value_dim
 
-    def head_widths(self) -> tuple[int, int, int]:
-        return self.heads, self.key_dim, self.value_dim
-
     def mixing_flops(self, seq_len: int) -> float:
         """What the state holds for the key, what is added to it, what the query reads; and the convolution."""
         return 2 * 3 * self.heads * self.key_dim * self.value_dim + 2 * self.target.conv_kernel * self.channels
@@ -162,6 +179,11 @@ class GatedDeltaNet(Target):
     def kept_values(self) -> int:
         """Before, in and behind the convolution, its SiLU; the gate, the output and what is made of it."""
         return 4 * self.channels + 4 * self.heads * self.value_dim
+
+
+def decay_of(rate: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> torch.Tensor:
+    """Logarithm of what is left of a state, float32, from `rate` (..., heads), the input of the decay."""
+    return -A_log.float().exp() * F.softplus(rate.float() + dt_bias.float())
 
 
 def place_in_text(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
