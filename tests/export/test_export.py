@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ from pl_attnedit.export import export
 from pl_attnedit.export.deepseek_v3 import latent_scale
 
 STOCK = """
-import sys, torch, transformers
-folder, kind, questions, answers = sys.argv[1:]
-model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
-assert not any(info.values()), info
-ids = torch.load(questions)
-with torch.no_grad():
-    logits = model.eval()(input_ids=ids).logits
-    cached = model.generate(ids, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True)
-assert "pl_attnedit" not in sys.modules
-torch.save((logits, cached.sequences, torch.stack(cached.logits, 1)), answers)
+import json, sys, torch, transformers
+for line in sys.stdin:
+    folder, kind, questions, answers = json.loads(line)
+    model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    ids, options = torch.load(questions), dict(output_logits=True, return_dict_in_generate=True)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits
+        cached = model.generate(ids, max_new_tokens=12, do_sample=False, **options)
+    assert "pl_attnedit" not in sys.modules
+    torch.save((logits, cached.sequences, torch.stack(cached.logits, 1)), answers)
+    print("answered", flush=True)
 """
 
 MLA_CASES = {
@@ -71,17 +73,35 @@ def randomised(student: PreTrainedModel) -> PreTrainedModel:
     return student.eval()
 
 
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """`stock(folder, kind, questions, answers)`: stock transformers answers. One process, to import it once."""
+    log = tmp_path_factory.mktemp("stock") / "errors"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", STOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def ask(*arguments: Any) -> Any:
+        print(json.dumps([*map(str, arguments)]), file=process.stdin, flush=True)
+        assert process.stdout.readline() == "answered\n", log.read_text()
+        return torch.load(arguments[-1])
+
+    yield ask
+    process.stdin.close()
+    assert process.wait(60) == 0, log.read_text()
+
+
 @torch.no_grad()
-def check_stock(student: PreTrainedModel, kind: str, format: str, tmp_path: Path) -> None:
+def check_stock(student: PreTrainedModel, kind: str, format: str, tmp_path: Path, stock: Callable[..., Any]) -> None:
     """Exports, lets stock transformers answer, compares logits and cached greedy generation."""
     student.save_pretrained(tmp_path / "student")
     out = export(tmp_path / "student", tmp_path / "out", format)
     ids = torch.randint(1, student.config.vocab_size, (2, 20))
     torch.save(ids, tmp_path / "ids.pt")
-    command = [sys.executable, "-c", STOCK, str(out), kind, str(tmp_path / "ids.pt"), str(tmp_path / "answers.pt")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    logits, sequences, cached = torch.load(tmp_path / "answers.pt")
+    logits, sequences, cached = stock(out, kind, tmp_path / "ids.pt", tmp_path / "answers.pt")
     assert (logits - student(input_ids=ids).logits).abs().max() < 1e-4
     ours = student.generate(ids, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True)
     assert torch.equal(sequences, ours.sequences)
@@ -91,11 +111,11 @@ def check_stock(student: PreTrainedModel, kind: str, format: str, tmp_path: Path
 
 @pytest.mark.parametrize("case", MLA_CASES)
 def test_deepseek_v3_equals_the_student(
-    case: str, make_teacher: Callable[..., PreTrainedModel], tmp_path: Path
+    case: str, make_teacher: Callable[..., PreTrainedModel], tmp_path: Path, stock: Callable[..., Any]
 ) -> None:
     family, fields, target = MLA_CASES[case]
     student = randomised(edit_model(make_teacher(family, **fields), target, init="random"))
-    check_stock(student, "AutoModelForCausalLM", "deepseek_v3", tmp_path)
+    check_stock(student, "AutoModelForCausalLM", "deepseek_v3", tmp_path, stock)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert config["torch_dtype"] == "float32"
@@ -110,11 +130,13 @@ def test_deepseek_v3_equals_the_student(
 
 
 @pytest.mark.parametrize("case", SWA_CASES)
-def test_step3p7_equals_the_student(case: str, make_teacher: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+def test_step3p7_equals_the_student(
+    case: str, make_teacher: Callable[..., PreTrainedModel], tmp_path: Path, stock: Callable[..., Any]
+) -> None:
     pytest.importorskip("transformers.models.step3p7")
     targets, pattern = SWA_CASES[case]
     student = randomised(edit_model(make_teacher("qwen3"), targets, pattern=pattern, init="copy"))
-    check_stock(student, "AutoModelForImageTextToText", "step3p7", tmp_path)
+    check_stock(student, "AutoModelForImageTextToText", "step3p7", tmp_path, stock)
 
 
 GRANITE_CASES: dict[str, tuple[str, dict[str, Any], dict[str, GateSWAConfig], str]] = {
@@ -139,12 +161,12 @@ GRANITE_CASES: dict[str, tuple[str, dict[str, Any], dict[str, GateSWAConfig], st
 
 @pytest.mark.parametrize("case", GRANITE_CASES)
 def test_granite_swa_equals_the_student(
-    case: str, make_teacher: Callable[..., PreTrainedModel], tmp_path: Path
+    case: str, make_teacher: Callable[..., PreTrainedModel], tmp_path: Path, stock: Callable[..., Any]
 ) -> None:
     pytest.importorskip("transformers.models.granite_swa")
     family, fields, targets, pattern = GRANITE_CASES[case]
     student = randomised(edit_model(make_teacher(family, **fields), targets, pattern=pattern, init="copy"))
-    check_stock(student, "AutoModelForCausalLM", "granite_swa", tmp_path)
+    check_stock(student, "AutoModelForCausalLM", "granite_swa", tmp_path, stock)
 
 
 def test_step3p5_is_the_text_of_step3p7(make_teacher: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
