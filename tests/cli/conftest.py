@@ -67,7 +67,7 @@ def start(tmp_path: Path, session_cache: Path) -> Callable[..., Started]:  # noq
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fit_config(teacher_folder: Callable[..., str], tiny_corpus: str) -> Callable[..., dict[str, Any]]:  # noqa: F811
     """`fit_config(stage, steps)` for `pl-attnedit fit`: stage 1 accumulates batches that two processes load, stage 2
     trains everything. Weights are unfrozen in groups; validation is every 8 steps."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_runs import Forked
 from mlflow.tracking import MlflowClient
 from transformers import PreTrainedModel
 
@@ -266,14 +266,6 @@ def test_a_folder_has_one_process_and_one_purpose(
     assert "must be a folder that can be written to" in capsys.readouterr().err
 
 
-def wait_for(process: Any, condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def slow_stages(recipe: Make, tmp_path: Path) -> Path:
     """A recipe whose stages save each step and wait a little at each step."""
@@ -290,9 +282,8 @@ def slow_stages(recipe: Make, tmp_path: Path) -> Path:
 
 
 def test_killed_and_interrupted_conversions_go_on_to_the_same_figures(
-    slow_stages: Path, start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    slow_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["convert", "-c", str(slow_stages), "--runs", "unbroken"]) == 0
@@ -301,13 +292,14 @@ def test_killed_and_interrupted_conversions_go_on_to_the_same_figures(
     said = "after step {}; the same command goes on from " + str(folder.resolve())
     for stage, number in (("stage1", signal.SIGTERM), ("stage2", signal.SIGKILL), ("stage2", signal.SIGINT)):
         before = set((folder / stage).glob("last-*.ckpt"))
-        process = start("convert", "-c", slow_stages)
-        wait_for(process, lambda: set((folder / stage).glob("last-*.ckpt")) - before)  # noqa: B023
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        process = Forked(tmp_path)
+        process.run("convert", "-c", slow_stages)
+        process.wait_for(lambda: set((folder / stage).glob("last-*.ckpt")) - before)  # noqa: B023
+        process.send(number)
+        status, errors = process.end(), process.output()
         assert not (folder / "summary.json").exists()
         assert stage not in json.loads((folder / "progress.json").read_text())
-        assert process.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[number]
+        assert status == {signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[number]
         if number != signal.SIGKILL:
             newest = max((folder / stage).glob("last-*.ckpt"))
             step = int(newest.stem.removeprefix("last-"))

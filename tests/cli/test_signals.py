@@ -33,21 +33,25 @@ SLURM = {
 Make = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture
-def unbroken(fit_config: Make, tmp_path: Path) -> ForkedFit:
-    run = ForkedFit(tmp_path / "unbroken", fit_config("stage1", STEPS))
-    run.start()
+@pytest.fixture(scope="module")
+def unbroken(fit_config: Make, session_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> ForkedFit:
+    run = ForkedFit(tmp_path_factory.mktemp("unbroken"), fit_config("stage1", STEPS))
+    run.start(environment=subprocess_environment(session_cache))
     assert run.end() == 0, run.output()
     return run
 
 
-def test_a_terminal_that_goes_away_ends_it_in_order(tmp_path: Path, session_cache: Path) -> None:
+def test_a_terminal_that_goes_away_ends_it_in_order(tmp_path: Path) -> None:
     """Its SIGHUP comes when there is nothing left to write to."""
     pid, terminal = pty.fork()
     if pid == 0:
-        os.chdir(tmp_path)
-        command = [sys.executable, "-m", "pl_attnedit.cli", "report", "--watch"]
-        os.execve(command[0], command, subprocess_environment(session_cache))
+        status = 70
+        try:
+            os.chdir(tmp_path)
+            sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+            status = main(["report", "--watch"])
+        finally:
+            os._exit(status)
     said = b""
     while b"next round in" not in said:
         said += os.read(terminal, 4096)

@@ -6,17 +6,19 @@ import json
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from forked_runs import Forked, ForkedPopen
 from mlflow.tracking import MlflowClient
 
 from pl_attnedit.cli import main
+from pl_attnedit.conversion import study_run
 from pl_attnedit.conversion.checks import check_recipe
 from pl_attnedit.conversion.recipe import read_recipe, recipe_parser
 from pl_attnedit.conversion.study import read_study
@@ -44,7 +46,7 @@ def study(tmp_path: Path, recipe: Make) -> Callable[..., Path]:
 
 
 def test_variants_run_fail_are_stopped_and_compared(
-    study: Make, start: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variants = {
         "as it is": {},
@@ -53,14 +55,14 @@ def test_variants_run_fail_are_stopped_and_compared(
         "endless": {"stage1": {"steps": 100000}},
     }
     path, folder = study(variants=variants), tmp_path / "runs" / "tiny_study"
-    process = start("study", path, "--workers", "2")
-    until = time.monotonic() + 240
+    monkeypatch.setattr(study_run, "subprocess", SimpleNamespace(Popen=ForkedPopen))
+    process = Forked(tmp_path)
+    process.run("study", path, "--workers", "2")
     finished, log = folder / "no_stage_1-0" / "report.html", folder / "endless-0.log"
-    while time.monotonic() < until and not (finished.exists() and "stage1  step" in log.read_text()):
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    process.wait_for(lambda: finished.exists() and log.exists() and "stage1  step" in log.read_text())
+    process.send(signal.SIGTERM)
+    status, errors = process.end(), process.output()
+    assert status == 128 + signal.SIGTERM, errors
     assert "broken-0: failed" in errors
     assert "missing.txt" in errors
     assert "endless-0: stopped" in errors
