@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedModel
 
 from pl_attnedit.errors import invalid
-from pl_attnedit.export import deepseek_v3, gguf_file, granite_swa, step3p5, step3p7
+from pl_attnedit.export import deepseek_v3, gguf_file, granite_swa, qwen3_next, step3p5, step3p7
 from pl_attnedit.export.checks import check_family
 from pl_attnedit.files import writing
 from pl_attnedit.modeling import load
@@ -22,6 +22,7 @@ FORMATS: dict[str, Callable[[PreTrainedModel, Path], None]] = {
     "deepseek_v3": deepseek_v3.write,
     "gguf": gguf_file.write,
     "granite_swa": granite_swa.write,
+    "qwen3_next": qwen3_next.write,
     "step3p5": step3p5.write,
     "step3p7": step3p7.write,
 }

@@ -273,7 +273,7 @@ def test_two_windows_and_unknown_formats_are_refused(
     edit_model(make_teacher("qwen3"), windows, pattern="ST", init="copy").save_pretrained(tmp_path / "s")
     with pytest.raises(UserError, match="same window"):
         export(tmp_path / "s", tmp_path / "out", "step3p7")
-    with pytest.raises(UserError, match="deepseek_v3, gguf, granite_swa, step3p5, step3p7"):
+    with pytest.raises(UserError, match="deepseek_v3, gguf, granite_swa, qwen3_next, step3p5, step3p7"):
         export(tmp_path / "s", tmp_path / "out", "onnx")
     with pytest.raises(UserError, match="exists already"):
         export(tmp_path / "s", tmp_path, "step3p7")
