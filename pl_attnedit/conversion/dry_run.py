@@ -155,7 +155,7 @@ def _served(rows: list[dict[str, Any]]) -> list[str]:
     if refused := rows[0]["vllm"].get("refused"):
         return [f"not served by vLLM as it is: {refused}"]
     lines = ["served by vLLM             bytes per token           sequences in 1 GB"]
-    blocks = " and ".join(map(str, sorted({BLOCK, rows[0]["vllm"]["block"]})))
+    blocks = ", ".join(map(str, sorted({BLOCK, rows[0]["vllm"]["block"]})))
     lines += [f"{f'blocks of {blocks} tokens':26}teacher     student     teacher     student     ratio"]
     for row in rows:
         teacher, student = row["vllm"]["teacher"], row["vllm"]["student"]

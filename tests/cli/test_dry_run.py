@@ -72,6 +72,22 @@ def test_qwen3_8b_from_its_config(config_folder: Callable[[str], str]) -> None:
     assert memory.weights == pytest.approx((2 * found["teacher_parameters"] + 4 * 36 * attention) / 8)
 
 
+def test_states_are_counted_in_vllms_longer_blocks(config_folder: Callable[[str], str]) -> None:
+    folder = config_folder("smollm2-135m")  # 30 layers, 3 KV heads and 9 query heads of 64
+    recipe = a_recipe(folder, {"type": "gated_deltanet"}, pattern="SSFSFSSFSFSSFSSFSSFSSSSSSSSSSS", init="random")
+    result = dry_run(recipe, TextDataModule(folder, seq_len=64))
+    states, full, row = 23, 7, result["kv"][1]
+    assert row["context"] == 8192
+    assert row["student"] == states * 9 * (4 * 64 * 64 + 2 * 3 * 3 * 64) + full * 8192 * 384 * 2
+    # groups of seven layers: four of states, that hold one block, and one of full layers
+    assert row["vllm"] == {
+        "teacher": 30 * 8192 * 384 * 2,
+        "student": (4 + -(-8192 // 224)) * 7 * 224 * 384 * 2,
+        "block": 224,
+    }
+    assert "blocks of 16, 224 tokens" in module.dry_run_table(result)
+
+
 def test_phases_have_budgets_of_their_own(config_folder: Callable[[str], str]) -> None:
     folder, phases = config_folder("qwen3-8b"), [Phase(2048, 4, 30, 1e-4), Phase(8192, 2, 70, 5e-5)]
     data = TextDataModule(folder, seq_len=2048, batch_size=4)
