@@ -9,7 +9,9 @@ Weights, gradients and AdamW's moments are exact. The rest is an estimate; per t
 
 values. Stage 2 keeps this of all layers and works on two layers more (values and their gradients); with activation
 checkpointing it keeps the layers' inputs and works on three layers. Stage 1 works on three. The loss holds four chunks of
-logits. FSDP2 gathers the layer at work and the next, DDP's buckets are as large as the gradients.
+logits. FSDP2 gathers the layer at work and the next, DDP's buckets are as large as the gradients. Where documents do not see
+each other there are masks, (batch, 1, time, time) each: a boolean one for each kind of layer, and one in the dtype of the
+scores for each layer that is kept or worked on.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ import torch
 from torch import nn
 
 from pl_attnedit.attention import LayerStatistics, Target
+from pl_attnedit.attention.own_windows import NAME
 from pl_attnedit.attention.statistics import PAIRS_AT_ONCE
 from pl_attnedit.distillation.engine.decoder import final_norm
 from pl_attnedit.distillation.losses import tokens_of_a_chunk
 from pl_attnedit.eval.bench.flops import mixture_of, router_of
 from pl_attnedit.modeling.calibration import layers_at_once
 from pl_attnedit.modeling.edit import edited_attention, layers_that_need_text
-from pl_attnedit.teachers import attention_of, attention_spec
+from pl_attnedit.teachers import attention_of, attention_spec, layer_specs
 
 CHUNKS_OF_LOGITS = 4  # both models' log-probabilities, the probabilities and the gradient, float32
 LAYERS_AT_WORK = 3
@@ -63,6 +66,8 @@ class Step:
     shards: int = 1  # devices that share one copy
     itemsize: int = 2  # bytes of an activation
     device_type: str = "cuda"
+    seq: int = 0  # tokens of a sequence, for masks; 0: there are none
+    documents: bool = False  # whether documents in a sequence do not see each other
 
     @property
     def trunk_trains(self) -> bool:
@@ -139,16 +144,28 @@ def _activations(teacher: Any, student: Any, step: Step) -> float:
     kept = [kept_values(layer, config, step.trunk_trains) for layer in student.model.layers]
     largest = LAYERS_AT_WORK * max(kept)
     if step.stage == "stage1":
-        return step.tokens * step.itemsize * largest
+        return step.tokens * step.itemsize * largest + _masks(student, step, LAYERS_AT_WORK)
     # no backward pass below the first edited layer
     behind = kept if step.trunk_trains else kept[min(edited_attention(student)) :]
     values = len(behind) * config.hidden_size if step.activation_checkpointing else sum(behind) - max(kept)
-    total = step.tokens * step.itemsize * (values + largest)
+    total: float = step.tokens * step.itemsize * (values + largest)
+    total += _masks(student, step, LAYERS_AT_WORK if step.activation_checkpointing else len(behind))
     if step.feature_weight:  # float32 hidden states of both models
         total += step.tokens * 8 * config.hidden_size * len(behind)
     chunk = min(step.tokens, tokens_of_a_chunk(vocabulary, torch.device(step.device_type)))
     total += CHUNKS_OF_LOGITS * 4 * vocabulary * chunk
     return total + (4 * vocabulary * config.hidden_size if step.trained == "all" else 0)  # the head's gradient
+
+
+def _masks(student: Any, step: Step, layers: int) -> float:
+    """layers: how many have one at a time. A teacher's own windows run without a mask where documents see each other."""
+    by_kernels = student.model.config._attn_implementation == NAME
+    masked = [
+        spec.window
+        for spec in layer_specs(student.config)
+        if spec and (step.documents or (spec.window and not by_kernels and step.seq > spec.window))
+    ]
+    return step.tokens * step.seq * (len(set(masked)) + step.itemsize * min(len(masked), layers))
 
 
 def kept_values(layer: Any, config: Any, trained: bool) -> int:

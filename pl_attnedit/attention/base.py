@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -151,8 +151,30 @@ def solve(moment: torch.Tensor, cross: torch.Tensor, ridge_share: float = 1e-8) 
     return torch.linalg.solve(moment + ridge, cross)
 
 
-def as_bool_mask(attention_mask: torch.Tensor) -> torch.Tensor:
-    """A mask of Hugging Face as (batch, 1, query, key) with True = visible; additive masks have 0 where visible."""
+class OwnWindow(NamedTuple):
+    """In place of a mask: each of `tokens` sees the last `window` ones, itself included, as in the teacher's own layer.
+
+    blocks: the same as flex_attention's `BlockMask`, where it was made before a layer is compiled.
+    """
+
+    window: int
+    tokens: int
+    device: torch.device
+    blocks: Any = None
+
+    def mask(self) -> torch.Tensor:
+        """(1, 1, tokens, tokens), True = visible."""
+        at = torch.arange(self.tokens, device=self.device)
+        return ((at <= at[:, None]) & (at > at[:, None] - self.window))[None, None]
+
+
+def as_bool_mask(attention_mask: torch.Tensor | OwnWindow | None) -> torch.Tensor | None:
+    """A mask of Hugging Face as (batch, 1, query, key) with True = visible; additive masks have 0 where visible.
+    None: a query sees all before it."""
+    if attention_mask is None:
+        return None
+    if isinstance(attention_mask, OwnWindow):
+        return attention_mask.mask()
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4:  # flash: 2 dims, flex: a BlockMask
         raise UserError(
             "attention implementation of the model: targets run on the masks of 'sdpa' or 'eager'; "

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pl_attnedit.attention.base import as_bool_mask, attention
 from pl_attnedit.attention.interface import Rotation, exact_device, heads_of, not_turned
+from pl_attnedit.attention.own_windows import attend_as_teacher
 from pl_attnedit.teachers import AttentionSpec
 
 SINK_COLUMNS = 4  # first tokens, left out of the distances: attention to them does not depend on the distance
@@ -78,9 +78,9 @@ class LayerStatistics:
         turned = self._rotation.turn(query, call), self._rotation.turn(key, call)
         received = self._attention_received(*turned, position_ids)
         mask, scale = call.get("attention_mask"), options.get("scaling") or self.spec.scaling
-        known = options.get("s_aux"), options.get("softcap")
-        output = attention(*turned, value, None if mask is None else as_bool_mask(mask), scale, *known)
-        self._output += self._exact(output.float().square().mean(-1).sum((0, 2)))
+        output = attend_as_teacher(*turned, value, mask, scale, options.get("s_aux"), options.get("softcap"))
+        heads = output.unflatten(-1, (self.spec.num_heads, -1)).transpose(1, 2)
+        self._output += self._exact(heads.float().square().mean(-1).sum((0, 2)))
         x = torch.cat([hidden_states, torch.ones_like(hidden_states[..., :1])], dim=-1).flatten(0, 1).float()
         q = query.transpose(1, 2).flatten(2).flatten(0, 1).float()
         kv = torch.cat([key, value], dim=1).transpose(1, 2).flatten(2).flatten(0, 1).float()

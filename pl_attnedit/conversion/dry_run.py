@@ -62,7 +62,8 @@ def dry_run(recipe: Recipe, data: TextDataModule) -> dict[str, Any]:
     result["memory"]["init"] = init_memory(teacher, student, recipe.init, data.batch_size, data.seq_len)
     for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
         phases = stage.all_phases(data.seq_len, data.batch_size)
-        steps = [_step(name, stage, phase, recipe, devices, 2 if _low(recipe) else dtype.itemsize) for phase in phases]
+        itemsize = 2 if _low(recipe) else dtype.itemsize
+        steps = [_step(name, stage, phase, recipe, data.respect_documents, devices, itemsize) for phase in phases]
         memory = [stage_memory(teacher, student, step) for step in steps]
         rate = result["matmul_flops"] * result["efficiency"] * devices
         work = [_work(teacher, student, stage, *each, rate) for each in zip(phases, steps)]
@@ -113,12 +114,16 @@ def _name(device: torch.device) -> str:
     return module.get_device_name() if hasattr(module, "get_device_name") else device.type
 
 
-def _step(name: str, stage: StageRecipe, phase: Phase, recipe: Recipe, devices: int, itemsize: int) -> Step:
+def _step(
+    name: str, stage: StageRecipe, phase: Phase, recipe: Recipe, documents: bool, devices: int, itemsize: int
+) -> Step:
     options = stage.options
     layers = options.get("train_layers")
     return Step(
         stage=name,
         tokens=phase.batch_size * phase.seq_len,
+        seq=phase.seq_len,
+        documents=documents,
         trained=options.get("train", "attention"),
         train_layers=None if layers is None else tuple(layers),
         feature_weight=float(options.get("feature_weight", 0.0)),

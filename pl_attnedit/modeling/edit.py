@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from pl_attnedit.attention import LayerStatistics, Target, TargetConfig, init_of
+from pl_attnedit.attention.own_windows import use_own_windows
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling.calibration import CalibrationBatch, statistics_in_parts
 from pl_attnedit.modeling.hf import EditedModelMixin, config_of_text, edited_classes, edited_config
@@ -95,6 +96,7 @@ def check_teacher(teacher: PreTrainedModel) -> None:
 
 def assemble(teacher: PreTrainedModel, plan: EditPlan) -> PreTrainedModel:
     """A student that shares the teacher's trunk; the new attention modules hold uninitialised weights."""
+    use_own_windows(teacher.model)  # as the student's layers do, some of which are the teacher's
     config = edited_config(teacher.config, plan)
     with torch.device("meta"):
         student: Any = edited_classes(teacher.config.model_type)[1](config)

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from pl_attnedit.attention import TARGETS
+from pl_attnedit.attention.own_windows import use_own_windows
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.modeling.entry import OwnEntryFile, WithEntryFile
 from pl_attnedit.modeling.plan import EditPlan
@@ -83,6 +84,7 @@ class EditedModelMixin(OwnEntryFile, WithEntryFile):
             assert target is not None
             layer = decoder.layers[index]
             layer.self_attn = TARGETS[target.type].replacing(layer.self_attn, target, text, index)
+        use_own_windows(decoder)
         self.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)  # type: ignore[attr-defined]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:

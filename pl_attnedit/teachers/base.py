@@ -110,7 +110,7 @@ def _spec_of(
     )
 
 
-def _goes_through_interface(attention: nn.Module | None) -> bool:
+def goes_through_interface(attention: nn.Module | None) -> bool:
     """Whether an attention module has its scores made by the function that its config names."""
     if attention is None:
         return False
@@ -196,7 +196,7 @@ def _layer_specs(fields: str) -> tuple[AttentionSpec | None, ...]:
     if len(model.layers) != config.num_hidden_layers:
         raise AttributeError(f"it has {len(model.layers)} layers where the config says {config.num_hidden_layers}")
     _check_cache(model)
-    attention = [module if _goes_through_interface(module) else None for module in map(attention_of, model.layers)]
+    attention = [module if goes_through_interface(module) else None for module in map(attention_of, model.layers)]
     windows = windows_of(config)
     return tuple(
         None if a is None else _spec_of(a, config, w, _rope_of(model, i), _cached_by(model, config, i))

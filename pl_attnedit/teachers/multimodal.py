@@ -62,8 +62,7 @@ def text_of(whole: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel
             what = f"its text model has no {type(module).__name__} as {name}, which {type(text).__name__} has"
             raise invalid("teacher model type", whole.config.model_type, what)
         text.register_module(name, found[name])
-    decoder: Any = text.model
-    text.config._attn_implementation = decoder.config._attn_implementation
+    text.config._attn_implementation = whole.config.get_text_config()._attn_implementation
     text.generation_config = copy.deepcopy(whole.generation_config)
     return text.train(whole.training)
 

@@ -16,7 +16,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, positive, visible_on_average
+from pl_attnedit.attention.base import (
+    OwnWindow,
+    Target,
+    TargetConfig,
+    as_bool_mask,
+    attend,
+    positive,
+    visible_on_average,
+)
 from pl_attnedit.attention.gate_swa.cache import SinkWindowLayer, window_layer
 from pl_attnedit.attention.interface import ask_itself, by_keyword
 from pl_attnedit.attention.kernels.windowed import attend_window
@@ -106,7 +114,8 @@ class GateSWA(Target):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         call = by_keyword(self, args, kwargs)
         mask, cache, layer = call.get("attention_mask"), call.get("past_key_values"), None
-        call["attention_mask"] = mask = None if mask is None else as_bool_mask(mask)
+        mask = None if isinstance(mask, OwnWindow) else as_bool_mask(mask)  # its own window is no larger
+        call["attention_mask"] = mask
         if cache is not None and self.target.window is not None:
             layer = window_layer(cache, self.layer_idx, self.target.window, self.target.sinks)
             layer.attention_mask = mask

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, PreTrainedConfig
 
-from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, positive
+from pl_attnedit.attention.base import OwnWindow, Target, TargetConfig, as_bool_mask, positive
 from pl_attnedit.attention.gated_deltanet.cache import state_layer
 from pl_attnedit.attention.gated_deltanet.rule import delta_rule, short_convolution
 from pl_attnedit.errors import UserError, invalid
@@ -110,8 +110,9 @@ class GatedDeltaNet(Target):
         beta, rate = self.in_proj_ba(hidden_states).unflatten(-1, (self.heads, 2)).unbind(-1)
         beta, decay = beta.sigmoid(), decay_of(rate, self.A_log, self.dt_bias)
         document = None
-        if attention_mask is not None:
-            real, first = place_in_text(as_bool_mask(attention_mask))
+        mask = None if isinstance(attention_mask, OwnWindow) else as_bool_mask(attention_mask)
+        if mask is not None:
+            real, first = place_in_text(mask)
             inputs, beta = inputs * real[..., None], beta * real[..., None]
             decay = (decay * real[..., None]).masked_fill(first[..., None], EMPTIED)
             document = F.pad(first.cumsum(-1), (self.target.conv_kernel - 1, 0))

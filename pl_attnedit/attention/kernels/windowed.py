@@ -25,18 +25,19 @@ def attend_window(
     scale: float,
     sink_logit: Tensor | None = None,
     softcap: float | None = None,
+    blocks: Any = None,
 ) -> Tensor:
     """Query t sees the keys from t - window + 1 to t, and the first `sinks` ones up to t.
 
     query (batch, heads, time, width), key and value (batch, kv_heads, time, width). sink_logit (heads,) or None and
-    softcap: as in `attend`. Returns (batch, time, heads * width).
+    softcap: as in `attend`. blocks: `block_mask` of them, if it was made already. Returns (batch, time, heads * width).
     Compiled for a GPU this is flex_attention, which skips invisible blocks. (Uncompiled, flex_attention computes all
     scores; compiled, an evaluation would compile it for each text length.) Uncompiled on a GPU, in half precision and
     without gradients, it is FlashAttention's window. On an NPU it is the fused operator, if there are no sinks of either
     kind. Elsewhere each block of queries attends to its own and the previous block of keys.
     """
     if _takes_flex(query):
-        output = _flex(query, key, value, window, sinks, scale, sink_logit, softcap)
+        output = _flex(query, key, value, window, sinks, scale, sink_logit, softcap, blocks)
     elif softcap is None and _takes_flash(query, key, value):
         output = _flash(query, key, value, window, sinks, scale, sink_logit)
     elif takes_fused(query) and not sinks and sink_logit is None and softcap is None:
@@ -161,15 +162,17 @@ def _flex(
     scale: float,
     sink_logit: Tensor | None,
     softcap: float | None,
+    blocks: Any,
 ) -> Tensor:
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    block_mask = _block_mask(query.shape[2], window, sinks, query.device)  # not compiled: a new frame begins behind it,
+    if blocks is None:
+        blocks = block_mask(query.shape[2], window, sinks, query.device)  # not compiled: a new frame begins behind it,
     if not torch.compiler.is_compiling():  # which is not compiled either where torch.compile has given up
         return blockwise(query, key, value, window, sinks, scale, sink_logit, softcap)
     # flex_attention takes one dtype, and float32 RoPE makes float32 queries and keys
     query, key, value = to_autocast(query, key, value)
-    options: dict[str, Any] = {"block_mask": block_mask, "scale": scale, "enable_gqa": True}
+    options: dict[str, Any] = {"block_mask": blocks, "scale": scale, "enable_gqa": True}
     if softcap is not None:
         options["score_mod"] = lambda score, *_: softcap * torch.tanh(score / softcap)
     if sink_logit is None:
@@ -181,7 +184,8 @@ def _flex(
 
 @torch.compiler.disable
 @lru_cache(maxsize=32)
-def _block_mask(time: int, window: int, sinks: int, device: torch.device) -> Any:
+def block_mask(time: int, window: int, sinks: int, device: torch.device) -> Any:
+    """flex_attention's `BlockMask` of a window with sinks."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(batch: Tensor, head: Tensor, query_at: Tensor, key_at: Tensor) -> Tensor:

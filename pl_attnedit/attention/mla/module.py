@@ -138,7 +138,7 @@ class MLA(Target):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        mask = None if attention_mask is None else as_bool_mask(attention_mask)
+        mask = as_bool_mask(attention_mask)
         rotation = self.rotation(*position_embeddings)
         query_nope, query_rope = self.queries(hidden_states)
         query_rope = rotate_pairs(query_rope, *rotation)

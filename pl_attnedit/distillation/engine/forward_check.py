@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pl_attnedit.attention import GateSWA
-from pl_attnedit.attention.base import as_bool_mask, attend
 from pl_attnedit.attention.interface import heads_of, scored_by
+from pl_attnedit.attention.own_windows import attend_as_teacher
 from pl_attnedit.distillation.engine.decoder import Call, final_norm
 from pl_attnedit.distillation.engine.pairs import Pairs
 from pl_attnedit.errors import UserError
@@ -69,9 +69,8 @@ def _attention(target: Any, attention: Any, entered: Tensor, call: Call) -> Tens
     gate = 0.5 if ours and target.target.gate != "none" else 1.0  # as at the start; the projection makes up for it
 
     def scores(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
-        visible = None if mask is None else as_bool_mask(mask)
         known = (given.get("s_aux"), given.get("softcap")) if ours else ()
-        output = attend(query, key, value, visible, given.get("scaling") or target.spec.scaling, *known)
+        output = attend_as_teacher(query, key, value, mask, given.get("scaling") or target.spec.scaling, *known)
         return gate * output.unflatten(-1, (query.shape[1], -1))
 
     projection = output_projection(attention)

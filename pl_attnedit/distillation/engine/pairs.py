@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pl_attnedit.attention import Target
+from pl_attnedit.attention.own_windows import with_blocks
 from pl_attnedit.distillation.engine.decoder import Call, Head, enter_decoder, final_norm, run_around, tapped
 from pl_attnedit.distillation.engine.local_gradients import Anchor, LocalGradients
 from pl_attnedit.distillation.engine.operations import BlockReference, Operations
@@ -215,7 +216,7 @@ class Pairs(nn.Module):
     ) -> None:
         """options: those of `LayerPair`."""
         super().__init__()
-        operations = Operations(compiled)
+        operations, self._compiled = Operations(compiled), compiled
         layers = zip(teacher.model.layers, student.model.layers, strict=True)
         self.layers = nn.ModuleList(LayerPair(t, s, operations, **options) for t, s in layers)
         self.embeddings, self.heads = Embeddings(teacher, student), Heads(teacher, student)
@@ -242,6 +243,8 @@ class Pairs(nn.Module):
         if position_ids is None and self._plain_entry and key in self._calls:
             return embedded, self._calls[key]
         entered, calls = enter_decoder(self._model[0], embedded, position_ids)
+        if self._compiled:
+            calls = [with_blocks(call) for call in calls]
         self._plain_entry = entered is embedded
         if position_ids is not None:
             return entered, calls

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
+from pl_attnedit.attention.own_windows import use_own_windows
 from pl_attnedit.cache import build_once, cache_root
 from pl_attnedit.errors import invalid
 from pl_attnedit.shapes import (
@@ -134,6 +135,7 @@ def load_teacher(name: str, dtype: str | torch.dtype = "auto", device: str | tor
         raise invalid("teacher", name, f"cannot be loaded: {' '.join(str(error).split())}") from error
     if (tokenizer.pad_token_id or 0) >= model.config.get_text_config().vocab_size:
         tokenizer.pad_token = tokenizer.eos_token  # padding only; the model has no embedding for the other token
+    use_own_windows(getattr(model, "model", None))
     return model.eval(), tokenizer
 
 

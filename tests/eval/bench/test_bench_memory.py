@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from pl_attnedit import GateSWAConfig, MLAConfig, edit_model
 from pl_attnedit.eval.bench.flops import linear_flops, step_flops
 from pl_attnedit.eval.bench.memory import Step, init_memory, kept_values, size, stage_memory, trained_parameters
+from pl_attnedit.eval.bench.step import StepBench, make_module
 from pl_attnedit.modeling import EditPlan, calibration, edited_attention
 from pl_attnedit.modeling.calibration import collect_statistics
 from pl_attnedit.modeling.hf import edited_config
@@ -111,3 +113,37 @@ def test_only_a_tokens_own_experts_count(make_teacher: Make) -> None:
     assert linear_flops(mixture.mlp) == 2 * (4 * hidden + experts * 3 * hidden * inner)
     attention = 4 * hidden + 4 * 4 * 16
     assert kept_values(mixture, config, trained=False) == attention + experts * (2 * inner + hidden)
+
+
+@pytest.mark.parametrize(
+    ("row", "dropout", "documents"), [("gemma3_text", 0.0, True), ("mistral, windows", 0.1, False)]
+)
+def test_masks_that_a_backward_pass_waits_with(
+    make_teacher: Make, make_ids: Make, row: str, dropout: float, documents: bool
+) -> None:
+    """Of packed documents, and of a teacher's windows that our kernels cannot run."""
+    tokens = 40
+    teacher = make_teacher(row, attention_dropout=dropout)
+    module: Any = make_module(
+        teacher, StepBench("stage2", GateSWAConfig(6, gate="none"), pattern="FFSF", compiled=False)
+    )
+    module.configure_model()
+    batch = {"input_ids": make_ids(2, tokens)}
+    if documents:
+        batch["position_ids"] = torch.cat([torch.arange(15), torch.arange(25)]).expand(2, -1)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-2:] == (tokens, tokens):
+            kept[tensor.untyped_storage()._cdata] = size([tensor])
+        return tensor
+
+    _, states, calls = module.pairs.begin(batch)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        for pair, call in module.pairs.with_calls(calls):
+            states = pair.run_student(states, call)
+    step = Step("stage2", tokens=2 * tokens, itemsize=4, seq=tokens, documents=documents)
+    plain = stage_memory(teacher, module.student, replace(step, seq=0)).activations
+    masks = stage_memory(teacher, module.student, step).activations - plain
+    kinds = {call["attention_mask"].untyped_storage()._cdata: call["attention_mask"] for call in calls}
+    assert masks == sum(kept.values()) + size(kinds.values()) > 0
