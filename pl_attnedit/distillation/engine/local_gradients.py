@@ -24,7 +24,8 @@ def compile_whole(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    torch._dynamo.config.optimize_ddp = False  # cuts graphs at DDP's buckets: layers are small enough, local gradients fail
+    # graphs cut at DDP's buckets: layers are small enough, and local gradients would fail
+    torch._dynamo.config.optimize_ddp = False
     return torch.compile(function, dynamic=False)
 
 
