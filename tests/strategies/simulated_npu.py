@@ -8,11 +8,8 @@ processes (`on_simulated_npus`), which begin at once.
 from __future__ import annotations
 
 import importlib.machinery
-import multiprocessing
 import os
-import socket
 import sys
-import traceback
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked_ranks import Ranks
 from npu_operator import npu_fusion_attention
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -427,47 +425,9 @@ def _hccl(store: Any, rank: int, size: int, timeout: Any) -> HCCL:
 
 def on_simulated_npus(folder: Path, body: Callable[..., None], *args: Any, processes: int = 1, count: int = 2) -> None:
     """Calls `body(*args)` in forked processes with `count` NPUs each; fails with their tracebacks."""
-    port = str(_free_port())
-    context = multiprocessing.get_context("fork")
-    outputs = [folder / f"output-{rank}.txt" for rank in range(processes)]
-    running = [
-        context.Process(target=_child, args=(outputs[rank], rank, processes, port, count, body, args))
-        for rank in range(processes)
-    ]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join(100)
-        process.kill()
-    failed = [
-        f"{output.name}: status {process.exitcode}\n{output.read_text()[-6000:]}"
-        for process, output in zip(running, outputs, strict=True)
-        if process.exitcode != 0
-    ]
-    assert not failed, "\n".join(failed)
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _child(output: Path, rank: int, processes: int, port: str, count: int, body: Any, args: Any) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
-    if processes > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    torch.set_num_threads(1)  # the threads of the process that was forked are not here
-    try:
+    def with_npus() -> None:
         install(count)
         body(*args)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-        status = 70
-    sys.stdout.flush()
-    os._exit(status)
+
+    Ranks(folder, with_npus, processes=processes).end(100)

@@ -1,18 +1,12 @@
-"""The same small trainings for one process and for two: what `test_two_processes.py` compares.
-
-As a script, `python small_trainings.py all|killed FOLDER` with RANK, WORLD_SIZE ... set, it is one of two processes.
-"""
+"""The same small trainings for one process and for two: what `test_two_processes.py` compares."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from fixtures_stages import LATENT, STATE, WINDOW, make_trainer
@@ -236,8 +230,3 @@ def killed_run(folder: Path) -> None:
         enable_checkpointing=True,
     )
     trainer.fit(build("layers", folder), batches)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    {"all": all_runs, "killed": killed_run}[sys.argv[1]](Path(sys.argv[2]))

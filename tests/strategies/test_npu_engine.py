@@ -97,15 +97,15 @@ def convert(recipe: Path) -> None:
 def test_a_recipe_on_one_npu(
     teacher_folder: Callable[..., str], tiny_corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = {"learning_rate": 1e-3, "accumulate": 2, "validate_every": 1, "callbacks": WATCH}
+    stage = {"learning_rate": 1e-3, "validate_every": 1, "callbacks": WATCH}
     recipe = {
         "name": "tiny",
         "teacher": teacher_folder(),
         "targets": {"S": {"type": "gate_swa", "window": 8, "sinks": 1}, "M": LATENT, "D": STATE},
         "pattern": "SMFD",
         "calibration_tokens": 128,
-        "data": {"source": tiny_corpus, "seq_len": 32, "batch_size": 2, "val_sequences": 5},
-        "stage1": {"steps": 2, **stage},
+        "data": {"source": tiny_corpus, "seq_len": 32, "batch_size": 4, "val_sequences": 4},
+        "stage1": {"steps": 1, "accumulate": 2, **stage},
         "stage2": {"steps": 2, **stage},
         "evaluation": {"documents": 2, "cloze": 2, "continuation_tokens": 2},
         "trainer": {"accelerator": "npu", "devices": 1, "precision": "bf16-mixed"},

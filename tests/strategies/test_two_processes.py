@@ -7,9 +7,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 import pytest
 import small_trainings
 import torch
+from forked_ranks import Ranks
 
 from pl_attnedit.callbacks import check_checkpoint, latest_checkpoint
 from pl_attnedit.checkpoints.io import read_checkpoint
@@ -25,31 +23,6 @@ from pl_attnedit.errors import UserError
 from pl_attnedit.eval.students import load_student
 from pl_attnedit.modeling import load
 from pl_attnedit.teachers.sources.fingerprint import model_fingerprint
-
-HERE = Path(__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start_two(*arguments: str) -> list[subprocess.Popen[str]]:
-    """Two processes of `small_trainings.py` that find each other."""
-    port = str(free_port())
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    common |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "small_trainings.py"), *arguments],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "seed": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
 
 
 @pytest.fixture(scope="session")
@@ -66,10 +39,7 @@ def two(folder: Path, one: Any) -> Path:
     """All cases run by two processes."""
     for case in small_trainings.CASES:
         one(case)  # whose checkpoints the two load
-    processes = start_two("all", str(folder))
-    texts = [process.communicate(timeout=240)[0] for process in processes]
-    for rank, (process, text) in enumerate(zip(processes, texts, strict=True)):
-        assert process.returncode == 0, f"rank {rank}:\n{text[-6000:]}"
+    Ranks(folder, small_trainings.all_runs, folder).end(240)
     return folder
 
 
@@ -216,14 +186,16 @@ def test_a_sharded_checkpoint_that_is_not_whole_or_not_ours_is_passed_over(two: 
         check_checkpoint(tmp_path / "last-00000001.ckpt")
 
 
-def test_a_killed_process_ends_the_other_with_a_message(folder: Path) -> None:
-    processes = start_two("killed", str(folder))
+def test_a_killed_process_ends_the_other_with_a_message(folder: Path, tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, small_trainings.killed_run, folder)
+    survivor, killed = ranks.processes
+    killed.join(200)
+    assert killed.exitcode == -signal.SIGKILL
     began = time.monotonic()
-    assert processes[1].wait(200) == -signal.SIGKILL
-    killed = time.monotonic()
-    text = processes[0].communicate(timeout=60)[0]
-    assert time.monotonic() - killed < 10, killed - began
-    assert processes[0].returncode == 1
+    survivor.join(60)
+    assert time.monotonic() - began < 10
+    text = ranks.outputs[0].read_text()
+    assert survivor.exitcode == 1, text
     checkpoint = small_trainings.last(folder / "killed")
     assert "process 1 of 2 is gone" in text, text
     assert checkpoint.name in text, text
