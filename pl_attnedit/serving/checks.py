@@ -69,7 +69,7 @@ def check_config(config: Any, all_tokens: bool = False, speculative: bool = Fals
     if all_tokens and any(layer.window for layer in layers):
         raise UserError(
             "hybrid KV cache manager: it is off, by --disable-hybrid-kv-cache-manager or by a KV connector that does not "
-            "know it, and windows would keep every token; serve this model with it"
+            "know it, and windows or states would be kept for every token; serve this model with it"
         )
     if speculative and any(layer.state for layer in layers):
         raise UserError("speculative decoding: tokens cannot be taken back from the states of gated_deltanet")
