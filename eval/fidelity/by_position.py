@@ -65,10 +65,10 @@ def compare_positions(
     hidden = teacher_hidden(teacher, tokens_NT, teacher_kept_in)
     values = []
     with tqdm(total=tokens_NT.numel(), desc="by position", unit="tok", leave=False, disable=False) as bar:
-        for row_T, teacher_TH in zip(tokens_NT, hidden):
-            values.append(_compare(teacher, student, teacher_TH, row_T))
-            bar.update(len(row_T))
-    return torch.stack(values)
+        for row_1T, teacher_1TH in zip(tokens_NT.split(1), hidden.split(1)):
+            values.append(_compare(teacher, student, teacher_1TH, row_1T))
+            bar.update(row_1T.numel())
+    return torch.cat(values)
 
 
 def by_position(values_N4T: torch.Tensor) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ def fidelity(values_N4T: torch.Tensor) -> dict[str, Any]:
 def teacher_hidden(teacher: PreTrainedModel, tokens_NT: torch.Tensor, folder: Path | None) -> torch.Tensor:
     """The teacher's last hidden states, (N, T, hidden), on the CPU in its dtype; kept in `folder` if one is given."""
     if folder is None:
-        return torch.stack([_hidden(teacher, row_T).cpu() for row_T in tokens_NT])
+        return torch.cat([_hidden(teacher, row_1T).cpu() for row_1T in tokens_NT.split(1)])
     name = hashlib.sha256(tokens_NT.numpy().tobytes() + str(tuple(tokens_NT.shape)).encode()).hexdigest()[:32]
 
     def build(part: Path) -> None:
@@ -134,30 +134,31 @@ def teacher_hidden(teacher: PreTrainedModel, tokens_NT: torch.Tensor, folder: Pa
 
 
 @torch.inference_mode()
-def _hidden(model: PreTrainedModel, row_T: torch.Tensor) -> torch.Tensor:
-    return model.base_model(row_T[None].to(model.device), use_cache=False).last_hidden_state[0]
+def _hidden(model: PreTrainedModel, rows_BT: torch.Tensor) -> torch.Tensor:
+    return model.base_model(rows_BT.to(model.device), use_cache=False).last_hidden_state
 
 
-def compare_sequence(teacher: PreTrainedModel, student: PreTrainedModel, row_T: torch.Tensor) -> torch.Tensor:
-    """`compare_positions` of one sequence: (4, T)."""
-    return _compare(teacher, student, _hidden(teacher, row_T), row_T)
+def compare_together(teacher: PreTrainedModel, student: PreTrainedModel, rows_BT: torch.Tensor) -> torch.Tensor:
+    """`compare_positions` of sequences that go through the models together: (B, 4, T)."""
+    return _compare(teacher, student, _hidden(teacher, rows_BT), rows_BT)
 
 
 @torch.inference_mode()
 def _compare(
-    teacher: PreTrainedModel, student: PreTrainedModel, teacher_TH: torch.Tensor, row_T: torch.Tensor
+    teacher: PreTrainedModel, student: PreTrainedModel, teacher_BTH: torch.Tensor, rows_BT: torch.Tensor
 ) -> torch.Tensor:
-    """(4, T): KL, agreement of the most likely token, and both negative log-likelihoods (0 at the last token)."""
-    student_TH, teacher_TH = _hidden(student, row_T), teacher_TH.to(teacher.device)
+    """(B, 4, T): KL, agreement of the most likely token, and both negative log-likelihoods (0 at the last token)."""
+    student_NH = _hidden(student, rows_BT).flatten(0, 1)
+    teacher_NH = teacher_BTH.flatten(0, 1).to(teacher.device)
     heads: list[Any] = [teacher.get_output_embeddings(), student.get_output_embeddings()]
-    labels_T = row_T.roll(-1).to(student.device)
+    labels_N = rows_BT.roll(-1, 1).flatten().to(student.device)
     chunk = tokens_of_a_chunk(heads[0].weight.shape[0], student.device)
     parts = []
-    for rows, student_log, teacher_log in log_probabilities(student_TH, teacher_TH, heads[1], heads[0], chunk):
+    for rows, student_log, teacher_log in log_probabilities(student_NH, teacher_NH, heads[1], heads[0], chunk):
         kl = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
         top1 = teacher_log.argmax(-1) == student_log.argmax(-1)
-        nll = [-each.gather(-1, labels_T[rows, None])[:, 0] for each in (teacher_log, student_log)]
+        nll = [-each.gather(-1, labels_N[rows, None])[:, 0] for each in (teacher_log, student_log)]
         parts.append(torch.stack([kl, top1.float(), *nll]).double().cpu())
-    values_4T = torch.cat(parts, 1)
-    values_4T[2:, -1] = 0
-    return values_4T
+    values_B4T = torch.cat(parts, 1).view(4, *rows_BT.shape).transpose(0, 1)
+    values_B4T[:, 2:, -1] = 0
+    return values_B4T

@@ -7,6 +7,7 @@ document: prompts of one are not independent.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections import defaultdict
@@ -29,15 +30,16 @@ from transformers import (
 
 from pl_attnedit.data.encoding import encode, frame
 from pl_attnedit.errors import invalid
-from pl_attnedit.eval.fidelity.by_position import compare_sequence
+from pl_attnedit.eval.fidelity.by_position import compare_together
 from pl_attnedit.eval.fidelity.continuations import eos_of, first_difference
 from pl_attnedit.eval.harness.answers import Sample, circumstances, kept
 
 KINDS = ("sampled", "greedy")
-VERSION = 3  # raise it when other texts would be written
+VERSION = 4  # raise it when other texts would be written
 # Prompts that are continued together and kept together; a GPU waits for kernel launches.
 BATCH = {"cpu": 16}
-BATCH_ELSEWHERE = 128
+BATCH_ELSEWHERE = 256
+SCORED = 16  # texts that are scored together: few launches, and little memory for long ones
 NGRAM = 4
 # of each prompt, compared by the mean of each document; higher is better
 METRICS = {
@@ -81,25 +83,32 @@ def prompts_of(
     return torch.tensor(ids), of
 
 
-class GumbelNoise(LogitsProcessor):
-    """Makes greedy decoding sample (the Gumbel-max trick): of one seed, place and step the same random numbers, whatever
-    the model and the batch.
+class SameDraws(LogitsProcessor):
+    """Makes greedy decoding sample: the token at which the distribution function passes a uniform number. Of one seed, place
+    and step it is the same number, whatever the model and the batch.
 
     Args:
         places: of the rows among all prompts.
         begun: tokens of a prompt.
     """
 
-    def __init__(self, places: Sequence[int], begun: int, seed: int) -> None:
-        self.places, self.begun, self.seed = places, begun, seed
+    def __init__(self, places: Sequence[int], begun: int, new_tokens: int, seed: int) -> None:
+        self.begun = begun
+        drawn = [np.random.default_rng((seed, place)).random(new_tokens, np.float32) for place in places]
+        self.drawn_BT = torch.from_numpy(np.stack(drawn))
+
+    def __getitem__(self, rows: slice) -> SameDraws:
+        """Those of some rows."""
+        some = copy.copy(self)
+        some.drawn_BT = self.drawn_BT[rows]
+        return some
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        step = input_ids.shape[1] - self.begun
-        drawn = [  # less the log of these is Gumbel noise, in half the time that NumPy's `gumbel` takes
-            np.random.default_rng((self.seed, place, step)).standard_exponential(scores.shape[-1]).astype(np.float32)
-            for place in self.places
-        ]
-        return scores.float() - torch.from_numpy(np.log(np.stack(drawn))).to(scores.device)
+        drawn_B1 = self.drawn_BT[:, input_ids.shape[1] - self.begun, None].to(scores.device)
+        below_BV = scores.float().softmax(-1).cumsum(-1)
+        chosen_B1 = torch.searchsorted(below_BV, drawn_B1 * below_BV[:, -1:], right=True)
+        chosen_B1 = chosen_B1.clamp(max=scores.shape[-1] - 1)  # where the product is rounded up to the sum itself
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen_B1, 0.0)
 
 
 @torch.inference_mode()
@@ -108,14 +117,14 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     prompts_BT: torch.Tensor,
     new_tokens: int,
-    noise: Any = None,
+    draws: Any = None,
 ) -> list[list[int]]:
-    """What the model writes after each prompt, up to and with the end of the text; greedy, or sampled by `noise`."""
+    """What the model writes after each prompt, up to and with the end of the text; greedy, or sampled by `draws`."""
     ids, ends = prompts_BT.to(model.device), eos_of(model, tokenizer)
     settings = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=(ends or [0])[0]
     )
-    processors = LogitsProcessorList([] if noise is None else [noise])
+    processors = LogitsProcessorList([] if draws is None else [draws])
     output = model.generate(  # type: ignore[operator]
         input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, logits_processor=processors
     )
@@ -151,11 +160,11 @@ def generations(
                 "generation": [VERSION, *prompts_BT.shape, new_tokens, seed, first],
                 "text": hashlib.sha256(prompts_BT.numpy().tobytes()).hexdigest(),
             }
-            noise = GumbelNoise(range(first, first + len(prompts_BT)), prompts_BT.shape[1], seed)
+            draws = SameDraws(range(first, first + len(prompts_BT)), prompts_BT.shape[1], new_tokens, seed)
             keys = [{"model": known, **circumstances(model)} for known, model in zip(prints, (teacher, student))]
             written = []
             for model, key, folder in zip((teacher, student), keys, folders):
-                compute = partial(_texts, model, tokenizer, prompts_BT, new_tokens, noise)
+                compute = partial(_texts, model, tokenizer, prompts_BT, new_tokens, draws)
                 written.append(kept(folder, {**asked, **key}, compute)[0])
             compute = partial(_scores, teacher, student, prompts_BT, written)
             scores, _ = kept(folders[1], {**asked, "scores": keys}, compute)
@@ -190,12 +199,12 @@ def _texts(
     tokenizer: PreTrainedTokenizerBase,
     prompts_BT: torch.Tensor,
     new_tokens: int,
-    noise: GumbelNoise,
+    draws: SameDraws,
 ) -> dict[str, Any]:
     """By kind what `write` gives; in halves where memory does not suffice for all prompts at once."""
     try:
         return {
-            kind: write(model, tokenizer, prompts_BT, new_tokens, noise if kind == "sampled" else None)
+            kind: write(model, tokenizer, prompts_BT, new_tokens, draws if kind == "sampled" else None)
             for kind in KINDS
         }
     except RuntimeError as error:
@@ -204,8 +213,7 @@ def _texts(
     clear_device_cache(garbage_collection=True)
     half = len(prompts_BT) // 2
     halves = [
-        _texts(model, tokenizer, prompts_BT[part], new_tokens, GumbelNoise(noise.places[part], noise.begun, noise.seed))
-        for part in (slice(half), slice(half, None))
+        _texts(model, tokenizer, prompts_BT[part], new_tokens, draws[part]) for part in (slice(half), slice(half, None))
     ]
     return {kind: [text for texts in halves for text in texts[kind]] for kind in KINDS}
 
@@ -218,18 +226,18 @@ def _scores(
 ) -> dict[str, Any]:
     """By model, kind and prompt: the teacher's nats per token of the text and KL(teacher || student) along it."""
 
-    def score(prompt_T: torch.Tensor, text: list[int]) -> list[float]:
-        row_T = torch.cat([prompt_T, torch.tensor(text)])
-        values_4T = compare_sequence(teacher, student, row_T)[
-            :, len(prompt_T) - 1 : -1
-        ]  # what predicts each of its tokens
-        return [values_4T[2].mean().item(), values_4T[0].mean().item()]
+    def score(prompts_bT: torch.Tensor, texts: list[list[int]]) -> list[list[float]]:
+        longest, begun = max(map(len, texts)), prompts_bT.shape[1]
+        padded = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])  # nothing before it sees it
+        values_b4T = compare_together(teacher, student, torch.cat([prompts_bT, padded], 1))[:, :, begun - 1 : -1]
+        spans = [values_4T[:, : len(text)].mean(1) for values_4T, text in zip(values_b4T, texts)]
+        return [[nll.item(), kl.item()] for kl, _, nll, _ in spans]
 
-    return {
-        "scores": [
-            {kind: [score(*each) for each in zip(prompts_BT, of_model[kind])] for kind in KINDS} for of_model in written
-        ]
-    }
+    def scores(texts: list[list[int]]) -> list[list[float]]:
+        parts = [slice(at, at + SCORED) for at in range(0, len(texts), SCORED)]
+        return [each for part in parts for each in score(prompts_BT[part], texts[part])]
+
+    return {"scores": [{kind: scores(of_model[kind]) for kind in KINDS} for of_model in written]}
 
 
 def repetition(ids: Sequence[int]) -> float:

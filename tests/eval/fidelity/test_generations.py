@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.fidelity import generations as module
+from pl_attnedit.eval.fidelity.by_position import compare_positions
 from pl_attnedit.eval.fidelity.generations import (
     METRICS,
-    GumbelNoise,
+    SameDraws,
     by_document,
     generations,
     prompts_of,
@@ -77,8 +78,7 @@ def test_scores_are_the_teachers_of_what_is_written(
     sharp: PreTrainedModel, student: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: torch.Tensor
 ) -> None:
     found = generations(sharp, student, tokenizer, prompts[:3], range(3), 6, prints=PRINTS, folders=(None, None))
-    noise = GumbelNoise([1], 12, 0)
-    [text] = write(student, tokenizer, prompts[1:2], 6, noise)  # the same alone as in a batch
+    [text] = write(student, tokenizer, prompts[1:2], 6, SameDraws([1], 12, 6, 0))  # the same alone as in a batch
     row = found["student"][1]
     assert row["sampled"] == tokenizer.decode(text)
     ids = torch.cat([prompts[1], torch.tensor(text)])[None]
@@ -88,10 +88,22 @@ def test_scores_are_the_teachers_of_what_is_written(
     assert row["path_kl"] == pytest.approx((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean().item(), rel=1e-4)
 
 
-def test_noise_samples_from_the_models_distribution() -> None:
-    logits = torch.tensor([1.0, 0.0, -1.0])
-    drawn = [GumbelNoise([place], 1, 0)(torch.zeros(1, 1), logits[None]).argmax().item() for place in range(4000)]
-    shares = torch.bincount(torch.tensor(drawn), minlength=3) / len(drawn)
+def test_texts_of_all_lengths_are_scored_together(
+    sharp: PreTrainedModel, student: PreTrainedModel, prompts: torch.Tensor
+) -> None:
+    texts = [[3], [1, 2, 3, 4, 5, 6, 7], [5, 5]]
+    written = [dict.fromkeys(module.KINDS, texts)] * 2
+    together = module._scores(sharp, student, prompts[:3], written)["scores"][1]["greedy"]
+    for row, text in enumerate(texts):
+        [alone] = compare_positions(sharp, student, torch.tensor([[*prompts[row].tolist(), *text]]))
+        assert together[row] == pytest.approx([alone[at, 11:-1].mean().item() for at in (2, 0)], rel=1e-4)
+
+
+def test_draws_are_of_the_models_distribution() -> None:
+    logits, places = torch.tensor([1.0, 0.0, -torch.inf, -1.0]), 4000
+    scores = SameDraws(range(places), 1, 1, 0)(torch.zeros(places, 1), logits.expand(places, -1))
+    shares = torch.bincount(scores.argmax(-1), minlength=4) / places
+    assert shares[2] == 0
     assert torch.allclose(shares, logits.softmax(-1), atol=0.03)
 
 
