@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,6 +30,13 @@ with suppress(ImportError):  # the environment of vLLM draws nothing
 # what was compiled is kept from one session to the next, unlike all else in the cache folder of the tests
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
 torch._dynamo.config.fail_on_recompile_limit_hit = True  # elsewhere torch.compile only warns where it gives up
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays, so that `gc.collect`, which ours and others call often, need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
 
 # what is particular to each family, names and proportions as in its published models
 PARTICULAR: dict[str, dict[str, Any]] = {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,13 +24,29 @@ from fixtures_stages import (  # noqa: F401
     unfreezing,
 )
 
+from pl_attnedit.tracking import client
+
 Started = subprocess.Popen[str]
 
 
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, which take more than a second to make."""
+    path = tmp_path_factory.mktemp("tables") / "mlflow.db"
+    client.connect(f"sqlite:///{path}")
+    return path
+
+
 @pytest.fixture(autouse=True)
-def mlflow_of_its_own(cache_of_tests: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def mlflow_of_its_own(
+    cache_of_tests: None,  # noqa: F811
+    tables: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """An absolute address: MLflow keeps the first database that a process opens under a relative one."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr(client, "_make_sqlite", lambda uri, final: shutil.copy(tables, final))
 
 
 @pytest.fixture
