@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,26 @@ class TargetConfig:
     type: ClassVar[str]  # name in the registry, in saved configs and in YAML
     default_pattern: ClassVar[str]  # pattern of `edit_model` when the user gives none
 
+    def __post_init__(self) -> None:
+        """`UserError` for a field that is not what it is annotated as. Numbers are at least 1, or 0 where that is the
+        default."""
+        kinds = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            kind, value = kinds[field.name], getattr(self, field.name)
+            if kind is bool and not isinstance(value, bool):
+                raise invalid(field.name, value, "must be true or false")
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise invalid(field.name, value, f"must be one of {', '.join(get_args(kind))}")
+            if kind is int or kind == int | None:
+                positive(field.name, value, optional=kind is not int, least=0 if field.default == 0 else 1)
+
     def check(self, spec: AttentionSpec) -> None:
         """Raises `UserError` where a field does not fit the teacher's attention."""
+        if spec.mixed_cache:
+            raise UserError(
+                f"target {self.type}: this teacher's layers cache states of another mixer beside keys and values, which "
+                "the cache of a target has no place for; only gate_swa with window: null goes"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.type, **dataclasses.asdict(self)}
@@ -115,12 +133,10 @@ def visible_on_average(reach: int, seq_len: int) -> float:
     return reach - reach * (reach - 1) / (2 * seq_len)
 
 
-def positive(field: str, value: Any, *, optional: bool = False) -> None:
-    """Checks that a config field is a whole number of at least 1 (or None if `optional`)."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise invalid(field, value, "must be a whole number of at least 1" + (" or None" if optional else ""))
+def positive(field: str, value: Any, *, optional: bool = False, least: int = 1) -> None:
+    """Checks that a config field is a whole number of at least `least` (or None if `optional`)."""
+    if (value is not None or not optional) and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise invalid(field, value, f"must be a whole number of at least {least}" + (" or None" if optional else ""))
 
 
 def init_linear(linear: nn.Linear, std: float) -> None:
@@ -192,29 +208,16 @@ def attend(
     sink_logit: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Scaled dot-product attention with grouped key and value heads.
+    """Scaled dot-product attention with grouped key and value heads, by the kernel that suits the device.
 
     query (batch, heads, queries, width), key and value (batch, kv_heads, keys, width), mask boolean and broadcastable
     to (batch, heads, queries, keys) or None = causal: query t sees the keys up to t, a single query sees all keys.
     sink_logit (heads,): an extra logit in each query's softmax that has no value, as in gpt-oss; None = none. softcap:
     scores are bounded to softcap * tanh(score / softcap), as in Gemma 2. Returns (batch, queries, heads * value width).
     """
-    return attention(query, key, value, mask, scale, sink_logit, softcap).transpose(1, 2).flatten(2)
-
-
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    sink_logit: torch.Tensor | None = None,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """`attend` before the heads are joined, (batch, heads, queries, value width), by the kernel that suits the device."""
     queries, width = query.shape[2], value.shape[-1]
     if softcap is not None:
-        return capped_attention(query, key, value, mask, scale, sink_logit, softcap)
+        return capped_attention(query, key, value, mask, scale, sink_logit, softcap).transpose(1, 2).flatten(2)
     if sink_logit is not None:
         query, key, value, mask = with_sink(query, key, value, mask, sink_logit / scale)
     missing = query.shape[-1] - value.shape[-1]
@@ -222,7 +225,7 @@ def attention(
         query, key = F.pad(query, (0, max(-missing, 0))), F.pad(key, (0, max(-missing, 0)))
         value = F.pad(value, (0, max(missing, 0)))
     if sink_logit is None and takes_fused(query):
-        return fused_attention(query, key, value, mask, scale)[..., :width]
+        return fused_attention(query, key, value, mask, scale)[..., :width].transpose(1, 2).flatten(2)
     groups = query.shape[1] // key.shape[1]
     causal = mask is None and query.shape[2] > 1
     single = bool(query.shape[2] == 1)  # a plain one in torch.export too
@@ -237,7 +240,8 @@ def attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )[..., :width]
     output = output.flatten(1, 2).unsqueeze(2) if single and not grouped else output
-    return output[:, :, -queries:] if output.shape[2] > queries else output
+    output = output[:, :, -queries:] if output.shape[2] > queries else output
+    return output.transpose(1, 2).flatten(2)
 
 
 def capped_attention(
@@ -249,7 +253,7 @@ def capped_attention(
     sink_logit: torch.Tensor | None,
     softcap: float,
 ) -> torch.Tensor:
-    """`attention` with bounded scores, which no fused kernel of PyTorch has: all scores are in memory."""
+    """`attend` before heads are joined, with bounded scores, which no fused kernel has: all of them are in memory."""
     queries, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = softcap * torch.tanh(query @ key.mT * (scale / softcap)).float()

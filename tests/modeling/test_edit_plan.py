@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused(make_teacher: Teachers, targets: Any, opti
         (lambda: GateSWAConfig(window=2.5), "window = 2.5: must be"),  # type: ignore[arg-type]
         (lambda: GateSWAConfig(window=4, sinks=-1), "sinks = -1: must be a whole number of at least 0"),
         (lambda: GateSWAConfig(window=4, learned_sink=1), "learned_sink = 1: must be true or false"),  # type: ignore[arg-type]
-        (lambda: GateSWAConfig(window=4, gate="all"), "gate = 'all': must be 'head', 'element' or 'none'"),  # type: ignore[arg-type]
+        (lambda: GateSWAConfig(window=4, gate="all"), "gate = 'all': must be one of head, element, none"),  # type: ignore[arg-type]
         (lambda: MLAConfig(0, 4), "kv_lora_rank = 0: must be"),
         (lambda: MLAConfig(8, 3), "qk_rope_head_dim = 3: must be even"),
         (lambda: MLAConfig(8, 4, qk_nope_head_dim=0), "qk_nope_head_dim = 0: must be"),

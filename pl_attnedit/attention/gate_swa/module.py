@@ -22,7 +22,6 @@ from pl_attnedit.attention.base import (
     TargetConfig,
     as_bool_mask,
     attend,
-    positive,
     visible_on_average,
 )
 from pl_attnedit.attention.gate_swa.cache import SinkWindowLayer, window_layer
@@ -53,21 +52,9 @@ class GateSWAConfig(TargetConfig):
     type: ClassVar[str] = "gate_swa"
     default_pattern: ClassVar[str] = "SSSF"
 
-    def __post_init__(self) -> None:
-        positive("window", self.window, optional=True)
-        if self.gate not in ("head", "element", "none"):
-            raise invalid("gate", self.gate, "must be 'head', 'element' or 'none'")
-        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
-            raise invalid("sinks", self.sinks, "must be a whole number of at least 0")
-        if not isinstance(self.learned_sink, bool):
-            raise invalid("learned_sink", self.learned_sink, "must be true or false")
-
     def check(self, spec: AttentionSpec) -> None:
-        if spec.mixed_cache and self.window is not None:
-            raise UserError(
-                "target gate_swa: this teacher's layers cache states of another mixer beside keys and values, which the "
-                "cache of a window has no place for; only window: null goes"
-            )
+        if self.window is not None:
+            super().check(spec)
         if spec.window is None:
             return
         if self.window is None or self.window > spec.window:

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, PreTrainedConfig
 
-from pl_attnedit.attention.base import OwnWindow, Target, TargetConfig, as_bool_mask, positive
+from pl_attnedit.attention.base import OwnWindow, Target, TargetConfig, as_bool_mask
 from pl_attnedit.attention.gated_deltanet.cache import state_layer
 from pl_attnedit.attention.gated_deltanet.rule import delta_rule, short_convolution
-from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.errors import invalid
 from pl_attnedit.teachers import AttentionSpec
 
 EMPTIED = -30.0  # decay at a document's first token: what is left, 1e-13, is lost in float32
@@ -48,25 +48,14 @@ class GatedDeltaNetConfig(TargetConfig):
     type: ClassVar[str] = "gated_deltanet"
     default_pattern: ClassVar[str] = "SSSF"
 
-    def __post_init__(self) -> None:
-        for name in ("heads", "key_dim", "value_dim"):
-            positive(name, getattr(self, name), optional=True)
-        positive("conv_kernel", self.conv_kernel)
-        if not isinstance(self.rope, bool):
-            raise invalid("rope", self.rope, "must be true or false")
-
     def shape(self, spec: AttentionSpec) -> tuple[int, int, int]:
         """Heads, width of their queries and keys, width of their values."""
         return self.heads or spec.num_heads, self.key_dim or spec.head_dim, self.value_dim or spec.value_dim
 
     def check(self, spec: AttentionSpec) -> None:
+        super().check(spec)
         if self.rope and self.shape(spec)[1] % 2:
             raise invalid("key_dim", self.key_dim, "must be even, since RoPE turns pairs; or rope: false")
-        if spec.mixed_cache:
-            raise UserError(
-                "target gated_deltanet: this teacher's layers cache states of another mixer beside keys and values, which "
-                "the cache of a state has no place for"
-            )
 
 
 class GatedDeltaNet(Target):

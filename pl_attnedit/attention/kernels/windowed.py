@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pl_attnedit.attention.base import attention
+from pl_attnedit.attention.base import attend
 from pl_attnedit.attention.kernels.autocast import to_autocast
 from pl_attnedit.attention.kernels.npu import fused_attention, takes_fused
 
@@ -36,28 +36,21 @@ def attend_window(
     without gradients, it is FlashAttention's window. On an NPU it is the fused operator, if there are no sinks of either
     kind. Elsewhere each block of queries attends to its own and the previous block of keys.
     """
-    if _takes_flex(query):
-        output = _flex(query, key, value, window, sinks, scale, sink_logit, softcap, blocks)
+    if _takes_flex(query) and blocks is None:
+        blocks = block_mask(query.shape[2], window, sinks, query.device)  # not compiled: a new frame begins behind it,
+    if _takes_flex(query):  # which is not compiled either where torch.compile has given up
+        output = _flex(query, key, value, blocks, scale, sink_logit, softcap)
     elif softcap is None and _takes_flash(query, key, value):
         output = _flash(query, key, value, window, sinks, scale, sink_logit)
     elif takes_fused(query) and not sinks and sink_logit is None and softcap is None:
         output = fused_attention(query, key, value, None, scale, window)
     else:
-        output = blockwise(query, key, value, window, sinks, scale, sink_logit, softcap)
+        return blockwise(query, key, value, window, sinks, scale, sink_logit, softcap)
     return output.transpose(1, 2).flatten(2)
 
 
-def blockwise(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int,
-    sinks: int,
-    scale: float,
-    sink_logit: Tensor | None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Plain PyTorch: (batch, heads, time, width), work and memory linear in time."""
+def blockwise(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float, *more: Any) -> Tensor:
+    """`attend_window` in plain PyTorch, work and memory linear in time."""
     batch, _, time, _ = query.shape
     block = max(window, _SMALLEST_BLOCK)
     blocks = -(-time // block)
@@ -76,8 +69,8 @@ def blockwise(
     mask = _visible_in_blocks(blocks, block, window, min(sinks, time), query.device)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
     keys, values = with_last_block_and_sinks(key), with_last_block_and_sinks(value)
-    output = attention(split(query).flatten(0, 1), keys, values, mask, scale, sink_logit, softcap)
-    return output.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :time]
+    output = attend(split(query).flatten(0, 1), keys, values, mask, scale, *more)
+    return output.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :time]
 
 
 def _visible_in_blocks(blocks: int, block: int, window: int, sinks: int, device: torch.device) -> Tensor:
@@ -154,31 +147,19 @@ def _beyond_window(time: int, window: int, sinks: int, device: torch.device) -> 
 
 
 def _flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int,
-    sinks: int,
-    scale: float,
-    sink_logit: Tensor | None,
-    softcap: float | None,
-    blocks: Any,
+    query: Tensor, key: Tensor, value: Tensor, blocks: Any, scale: float, sink: Tensor | None, softcap: float | None
 ) -> Tensor:
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    if blocks is None:
-        blocks = block_mask(query.shape[2], window, sinks, query.device)  # not compiled: a new frame begins behind it,
-    if not torch.compiler.is_compiling():  # which is not compiled either where torch.compile has given up
-        return blockwise(query, key, value, window, sinks, scale, sink_logit, softcap)
     # flex_attention takes one dtype, and float32 RoPE makes float32 queries and keys
     query, key, value = to_autocast(query, key, value)
     options: dict[str, Any] = {"block_mask": blocks, "scale": scale, "enable_gqa": True}
     if softcap is not None:
         options["score_mod"] = lambda score, *_: softcap * torch.tanh(score / softcap)
-    if sink_logit is None:
+    if sink is None:
         return flex_attention(query, key, value, **options)
     output, found = flex_attention(query, key, value, **options, return_aux=AuxRequest(lse=True))
-    share = torch.sigmoid(found.lse - sink_logit[:, None])  # of the softmax weight that is left to the keys
+    share = torch.sigmoid(found.lse - sink[:, None])  # of the softmax weight that is left to the keys
     return (output * share[..., None]).to(output.dtype)
 
 

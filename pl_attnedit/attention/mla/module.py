@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, QuantizedCache
 
-from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend, positive
+from pl_attnedit.attention.base import Target, TargetConfig, as_bool_mask, attend
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import AttentionSpec
 
@@ -53,26 +53,15 @@ class MLAConfig(TargetConfig):
     default_pattern: ClassVar[str] = "S"
 
     def __post_init__(self) -> None:
-        positive("kv_lora_rank", self.kv_lora_rank)
-        positive("qk_rope_head_dim", self.qk_rope_head_dim)
-        for field in ("qk_nope_head_dim", "v_head_dim", "q_lora_rank"):
-            positive(field, getattr(self, field), optional=True)
+        super().__post_init__()
         if self.qk_rope_head_dim % 2:
             raise invalid("qk_rope_head_dim", self.qk_rope_head_dim, "must be even: RoPE rotates pairs")
-        if not isinstance(self.latent_norm, bool):
-            raise invalid("latent_norm", self.latent_norm, "must be true or false")
-        if self.rope_frequencies not in get_args(RopeFrequencies):
-            allowed = ", ".join(get_args(RopeFrequencies))
-            raise invalid("rope_frequencies", self.rope_frequencies, f"must be one of {allowed}")
 
     def check(self, spec: AttentionSpec) -> None:
-        if self.kv_lora_rank > spec.hidden_size:
-            raise invalid("kv_lora_rank", self.kv_lora_rank, f"must be at most the hidden size {spec.hidden_size}")
-        if spec.mixed_cache:
-            raise UserError(
-                "target mla: this teacher's layers cache states of another mixer beside keys and values, "
-                "and latents beside those were not shown to be right"
-            )
+        super().check(spec)
+        for field in ("kv_lora_rank", "q_lora_rank"):
+            if (getattr(self, field) or 0) > spec.hidden_size:
+                raise invalid(field, getattr(self, field), f"must be at most the hidden size {spec.hidden_size}")
         if not spec.rope_pairs:
             raise UserError(
                 "target mla: this teacher's layers get no cos and sin of a RoPE, from which it takes its own"
@@ -82,21 +71,16 @@ class MLAConfig(TargetConfig):
             if 2 * spec.rope_pairs != spec.head_dim:
                 limit = f"must be at most {2 * spec.rope_pairs}, of which the teacher turns heads"
             raise invalid("qk_rope_head_dim", self.qk_rope_head_dim, limit)
+        widths = "has projections for more than queries, keys and values of one width (a gate, a latent)"
         for there, what in (
             (spec.softcap, "bounds its scores (softcap)"),
             (spec.own_sinks, "has learned sinks in its softmax"),
-            (
-                not spec.plain_heads,
-                "has projections for more than queries, keys and values of one width (a gate, a latent)",
-            ),
+            (not spec.plain_heads, widths),
             (spec.window, f"sees a window of {spec.window} tokens"),
         ):
             if there:
-                raise UserError(
-                    f"target mla: this teacher's attention {what}, which mla does not; gate_swa can replace it"
-                )
-        if self.q_lora_rank is not None and self.q_lora_rank > spec.hidden_size:
-            raise invalid("q_lora_rank", self.q_lora_rank, f"must be at most the hidden size {spec.hidden_size}")
+                instead = "which mla does not; gate_swa can replace it"
+                raise UserError(f"target mla: this teacher's attention {what}, {instead}")
         inner = spec.num_heads * spec.head_dim
         if self.v_head_dim is not None and inner % self.v_head_dim:
             raise invalid("v_head_dim", self.v_head_dim, f"must divide the width {inner} of the inherited o_proj")
