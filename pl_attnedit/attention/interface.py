@@ -67,8 +67,8 @@ class Heads(NamedTuple):
     options: dict[str, Any]
 
 
-class _Seen(Exception):
-    pass
+class Enough(Exception):
+    """What was wanted of a forward pass is known; nothing later has to run."""
 
 
 def heads_of(attention: nn.Module, hidden_states: Tensor, call: dict[str, Any]) -> Heads:
@@ -77,9 +77,9 @@ def heads_of(attention: nn.Module, hidden_states: Tensor, call: dict[str, Any]) 
 
     def look(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Tensor:
         seen.append(Heads(query, key, value, options))
-        raise _Seen
+        raise Enough
 
-    with suppress(_Seen):
+    with suppress(Enough):
         with_interface(attention, look).forward(hidden_states=hidden_states, **call)  # not its hooks
     return seen[0]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from pl_attnedit.data.lookups import LOOKUPS
 from pl_attnedit.data.packing import Corpus
-from pl_attnedit.data.sources import Source, Sources
+from pl_attnedit.data.sources import Source, Sources, listed
 from pl_attnedit.errors import invalid
 
 
@@ -23,7 +23,7 @@ def check_sources(source: Sources, val_source: Sources | None) -> None:
             raise invalid(
                 "val_source", None, f"must be given: {one.name} has pieces of whatever is held out of {base.name}"
             )
-    for one, _ in _lookups([] if val_source is None else val_source):
+    for one, _ in () if val_source is None else _lookups(val_source):
         raise invalid("val_source", one.name, "must be text as it is, lookups: is for training")
 
 
@@ -46,5 +46,4 @@ def _lookups(sources: Sources) -> list[tuple[Source, Source]]:
 
 
 def _unweighted(sources: Sources) -> list[Source]:
-    listed = sources if isinstance(sources, list) else [sources]
-    return [replace(one if isinstance(one, Source) else Source(one), weight=None) for one in listed]
+    return [replace(one, weight=None) for one in listed(sources)]

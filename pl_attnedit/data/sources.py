@@ -64,6 +64,17 @@ class Source:
 Sources = str | Source | list[str | Source]
 
 
+def listed(sources: Sources) -> list[Source]:
+    """The sources one by one; `UserError` where there is none, or one is something else."""
+    each = sources if isinstance(sources, list) else [sources]
+    if not each:
+        raise invalid("source", sources, "must name at least one source")
+    for one in each:
+        if not isinstance(one, str | Source):
+            raise invalid("source", one, "must be text or a Source")
+    return [Source(one) if isinstance(one, str) else one for one in each]
+
+
 @dataclass(frozen=True)
 class OpenSource:
     """A source that was found: what identifies its content, and its documents (texts or lists of messages)."""

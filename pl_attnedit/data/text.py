@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from pl_attnedit.data.encoding import decode
 from pl_attnedit.data.packing import Corpus, PackedSequences, split_documents, spread_sequences
 from pl_attnedit.data.pieces import check_pieces, check_sources
-from pl_attnedit.data.sources import Source, Sources, open_source
+from pl_attnedit.data.sources import Sources, listed, open_source
 from pl_attnedit.data.tokens import (
     LossOn,
     check_vocabulary,
@@ -204,7 +204,7 @@ class PackedText:
         return packed
 
     def _corpus(self, source: Sources) -> Corpus:
-        opened = [open_source(one) for one in _listed(source)]
+        opened = [open_source(one) for one in listed(source)]
         corpus = Corpus([one.name for one in opened], tokenize(opened, self.tokenizer, self.loss_on))
         if (known := unknown_to_model(self.tokenizer)) is not None:
             for name, store in zip(corpus.names, corpus.stores):
@@ -254,25 +254,13 @@ class PackedText:
         return digest.hexdigest()[:32]
 
 
-def _listed(source: Sources) -> list[str | Source]:
-    listed = source if isinstance(source, list) else [source]
-    if not listed:
-        raise invalid("source", source, "must name at least one source")
-    for one in listed:
-        if not isinstance(one, str | Source):
-            raise invalid("source", one, "must be text or a Source")
-    return listed
-
-
 def _weights(source: Sources) -> list[float]:
     """The weight of each source; empty if none has one."""
-    listed = _listed(source)
-    weights = [one.weight if isinstance(one, Source) else None for one in listed]
-    given = [weight for weight in weights if weight is not None]
-    for one in listed:
-        if isinstance(one, Source) and one.weight is not None and not 0 < one.weight < math.inf:
-            raise invalid("weight", one.weight, f"must be a positive number, it is the weight of {one.name}")
-    if given and len(given) < len(listed):
-        without = next(one.name if isinstance(one, Source) else one for one, w in zip(listed, weights) if w is None)
-        raise invalid("weight", None, f"either all sources have a weight or none; {without} has none")
-    return given
+    given = [(one, one.weight) for one in listed(source) if one.weight is not None]
+    for one, weight in given:
+        if not 0 < weight < math.inf:
+            raise invalid("weight", weight, f"must be a positive number, it is the weight of {one.name}")
+    without = [one.name for one in listed(source) if one.weight is None]
+    if given and without:
+        raise invalid("weight", None, f"either all sources have a weight or none; {without[0]} has none")
+    return [weight for _, weight in given]

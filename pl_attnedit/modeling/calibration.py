@@ -13,17 +13,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pl_attnedit.attention import LayerStatistics
-from pl_attnedit.attention.interface import by_keyword, rotation_of
+from pl_attnedit.attention.interface import Enough, by_keyword, rotation_of
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import attention_spec
 from pl_attnedit.teachers.base import rotary_of
 
 CalibrationBatch = torch.Tensor | Mapping[str, torch.Tensor]
 STATISTICS_BYTES = 4 * 10**9  # that are held at a time; the statistics of a layer of Qwen3-8B take 0.6e9
-
-
-class _Enough(Exception):
-    """The last of the layers has been seen."""
 
 
 class Reported:
@@ -89,7 +85,7 @@ def collect_statistics(
             statistics[index] = LayerStatistics(spec, rotation, hidden_states.shape[1])
         statistics[index].update(attention, hidden_states, call, position_ids)
         if index == max(layers):
-            raise _Enough
+            raise Enough
 
     hooks = [
         teacher.model.layers[index].self_attn.register_forward_pre_hook(partial(update, index), with_kwargs=True)
@@ -108,7 +104,7 @@ def collect_statistics(
             time = input_ids.shape[1]
             if position_ids is not None:
                 position_ids = position_ids.to(device)
-            with suppress(_Enough):
+            with suppress(Enough):
                 teacher.model(input_ids=input_ids.to(device), position_ids=position_ids, use_cache=False)
     finally:
         for hook in hooks:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedCo
 
 from pl_attnedit.attention import Target
 from pl_attnedit.attention.interface import NAME as INTERFACE
+from pl_attnedit.attention.interface import Enough
 from pl_attnedit.teachers import attention_of, layer_specs
 from pl_attnedit.teachers.base import cos_and_sin, rotary_of
 
@@ -89,20 +90,16 @@ def held_bytes(model: PreTrainedModel, context: int) -> list[int]:
     return last
 
 
-class _Cached(Exception):
-    pass
-
-
 def _run_until_cached(layer: nn.Module, hidden: torch.Tensor, cache: Cache, call: dict[str, Any]) -> None:
     """Runs a layer until that part of it has run which is given the cache."""
 
     def stop(part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if any(value is cache for value in kwargs.values()):
-            raise _Cached
+            raise Enough
 
     hooks = [part.register_forward_hook(stop, with_kwargs=True) for part in layer.children()]
     try:
-        with suppress(_Cached):
+        with suppress(Enough):
             layer(hidden, attention_mask=None, past_key_values=cache, **call)
     finally:
         for hook in hooks:

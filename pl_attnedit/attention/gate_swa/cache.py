@@ -5,29 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
-from pl_attnedit.attention.caches import own_layer
+from pl_attnedit.attention.caches import OwnLayer
 from pl_attnedit.errors import UserError
 
 
-class SinkWindowLayer(DynamicLayer):
-    """A layer of HF's `DynamicCache` that keeps `sinks + window - 1` tokens.
+class SinkWindowLayer(OwnLayer):
+    """A layer of a cache that keeps `sinks + window - 1` tokens.
 
     keys and values are (batch, kv_heads, kept, head_dim). Until a token has to be dropped, all tokens are kept in order.
     Then the first `sinks` slots are the sinks and the others the last `window - 1` tokens. `columns` (batch, kept) is the
     position in the text of each slot, -1 for an empty one; None where no mask was given, so that the sinks are the text's
-    first tokens. `get_seq_length` counts the whole text.
+    first tokens.
     """
-
-    is_sliding = False  # of Hugging Face's masks it needs those for the whole text
-    is_croppable = False
 
     def __init__(self, window: int, sinks: int) -> None:
         super().__init__()
         self.window, self.sinks = window, sinks
-        self.cumulative_length = 0
         self.columns: torch.Tensor | None = None
         self.update_columns: torch.Tensor | None = None  # the columns of what `update` returned last
         # the model's, for the next `update`, which families call without it
@@ -103,17 +97,9 @@ class SinkWindowLayer(DynamicLayer):
         self.keys, self.values = select(keys), select(values)
         self.columns = torch.cat([sink_columns, columns[:, first_recent:]], dim=-1)
 
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The mask covers the whole text: the attention module picks the columns that are kept."""
-        return self.cumulative_length + query_length, 0
-
     def reset(self) -> None:
-        super().reset()  # transformers 5.17 only zeroes keys and values, and would go on behind them
-        self.keys = self.values = self.columns = None
-        self.is_initialized = False
+        super().reset()
+        self.columns = None
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove == 0 or self.keys is None:
@@ -145,8 +131,3 @@ class SinkWindowLayer(DynamicLayer):
     def _select_columns(self, indices: torch.Tensor) -> None:
         if self.columns is not None:
             self.columns = self.columns[indices.to(self.columns.device)]
-
-
-def window_layer(cache: Cache, layer_idx: int, window: int, sinks: int) -> SinkWindowLayer:
-    """The window layer of a cache; see `own_layer`."""
-    return own_layer(cache, layer_idx, SinkWindowLayer, lambda: SinkWindowLayer(window, sinks), "window layers need")

@@ -24,7 +24,8 @@ from pl_attnedit.attention.base import (
     attend,
     visible_on_average,
 )
-from pl_attnedit.attention.gate_swa.cache import SinkWindowLayer, window_layer
+from pl_attnedit.attention.caches import own_layer
+from pl_attnedit.attention.gate_swa.cache import SinkWindowLayer
 from pl_attnedit.attention.interface import ask_itself, by_keyword
 from pl_attnedit.attention.kernels.windowed import attend_window
 from pl_attnedit.errors import UserError, invalid
@@ -104,7 +105,7 @@ class GateSWA(Target):
         mask = None if isinstance(mask, OwnWindow) else as_bool_mask(mask)  # its own window is no larger
         call["attention_mask"] = mask
         if cache is not None and self.target.window is not None:
-            layer = window_layer(cache, self.layer_idx, self.target.window, self.target.sinks)
+            layer = own_layer(cache, self.layer_idx, SinkWindowLayer, self.target.window, self.target.sinks)
             layer.attention_mask = mask
         self._around = (hidden_states, layer)  # for `interface`, which the family's forward pass comes to
         output = super().forward(hidden_states, **call)[0]

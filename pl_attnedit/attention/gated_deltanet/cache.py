@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
-from pl_attnedit.attention.caches import own_layer
+from pl_attnedit.attention.caches import OwnLayer
 from pl_attnedit.errors import UserError
 
 
-class StateLayer(DynamicLayer):
-    """A layer of HF's `DynamicCache` that holds two tensors with the batch first, as its keys and its values.
+class StateLayer(OwnLayer):
+    """A layer of a cache that holds two tensors with the batch first, as its keys and its values.
 
     keys (batch, 1, kernel - 1, channels): the last inputs of the convolution. values (batch, heads, key dim, value dim),
-    float32: the recurrent state. Both are None before the first token. `get_seq_length` counts the whole text.
+    float32: the recurrent state. Both are None before the first token.
     """
-
-    is_croppable = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cumulative_length = 0
 
     def keep(self, inputs: torch.Tensor, state: torch.Tensor, tokens: int) -> None:
         """Replaces both tensors, after so many more tokens."""
@@ -37,25 +29,9 @@ class StateLayer(DynamicLayer):
         self.keys, self.values = (each[:1].repeat(batch, 1, 1, 1) for each in (self.keys, self.values))
         self.keep = lambda inputs, state, tokens: None  # type: ignore[method-assign]
 
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The mask covers the whole text: it says where documents begin and what is padding."""
-        return self.cumulative_length + query_length, 0
-
-    def reset(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized, self.cumulative_length = False, 0
-
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove and self.is_initialized:
             raise UserError(
                 f"cache.crop({tokens_to_remove}): a recurrent state has dropped its tokens; keep a copy of the cache "
                 "instead, and generate without assistant_model or prompt_lookup_num_tokens, which take tokens back"
             )
-
-
-def state_layer(cache: Cache, layer_idx: int) -> StateLayer:
-    """The state of a layer in a cache; see `own_layer`."""
-    return own_layer(cache, layer_idx, StateLayer, StateLayer, "gated_deltanet needs")

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import Cache, PreTrainedConfig
 
 from pl_attnedit.attention.base import OwnWindow, Target, TargetConfig, as_bool_mask
-from pl_attnedit.attention.gated_deltanet.cache import state_layer
+from pl_attnedit.attention.caches import own_layer
+from pl_attnedit.attention.gated_deltanet.cache import StateLayer
 from pl_attnedit.attention.gated_deltanet.rule import delta_rule, short_convolution
 from pl_attnedit.errors import invalid
 from pl_attnedit.teachers import AttentionSpec
@@ -92,7 +93,7 @@ class GatedDeltaNet(Target):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        layer = None if past_key_values is None else state_layer(past_key_values, self.layer_idx)
+        layer = None if past_key_values is None else own_layer(past_key_values, self.layer_idx, StateLayer)
         heads = self.in_proj_qkvz(hidden_states).unflatten(-1, (self.heads, -1))
         *projected, gate = heads.split([*self.widths, self.value_dim], dim=-1)
         inputs = torch.cat([each.flatten(2) for each in projected], dim=-1)

@@ -14,16 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from pl_attnedit.attention.interface import by_keyword
+from pl_attnedit.attention.interface import Enough, by_keyword
 from pl_attnedit.errors import UserError
 from pl_attnedit.teachers.base import rotary_of
 
 Call = dict[str, Any]  # the keyword arguments of a decoder layer, or of its attention, apart from the hidden states
 NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f")  # what families call the norm behind the last layer
-
-
-class _Enough(Exception):
-    """What was wanted is known; nothing later has to run."""
 
 
 def with_parts(module: nn.Module, **parts: nn.Module) -> Any:
@@ -55,7 +51,7 @@ class _Recorder(_InPlaceOf):
         calls, layers = self._record
         calls.append((hidden_states, by_keyword(self._other[0], args, kwargs)))
         if len(calls) == layers:
-            raise _Enough
+            raise Enough
         return hidden_states
 
 
@@ -68,7 +64,7 @@ def enter_decoder(model: Any, embedded: Tensor, position_ids: Tensor | None) -> 
     try:
         shell = with_parts(model, layers=nn.ModuleList(recorders))
         type(model).forward(shell, inputs_embeds=embedded, position_ids=position_ids, use_cache=False)
-    except _Enough:
+    except Enough:
         pass
     except (TypeError, ValueError) as error:
         what = f"{type(model).__name__} takes more from its layers than hidden states ({error})"
@@ -141,7 +137,7 @@ def run_around(layer: Any, hidden: Tensor, call: Call, attend: Callable[[Tensor,
     layer.self_attn.attend = attend
     try:
         return first(layer(hidden, **call))
-    except _Enough:
+    except Enough:
         return None
     finally:
         layer.self_attn.attend = None
@@ -158,7 +154,7 @@ def enter_layer(layer: Any, hidden: Tensor, call: Call) -> tuple[Tensor, Call]:
 
     def note(entered: Tensor, attention_call: Call) -> Tensor:
         seen.append((entered, attention_call))
-        raise _Enough
+        raise Enough
 
     run_around(layer, hidden, call, note)
     return seen[0]
@@ -180,7 +176,7 @@ def run_teacher(
         output = attend(attention, entered, attention_call)
         seen.append((entered, attention_call, output))
         if last:
-            raise _Enough
+            raise Enough
         return output
 
     return run_around(layer, hidden, call, note), *seen[0]

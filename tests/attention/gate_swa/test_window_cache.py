@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from pl_attnedit import UserError
-from pl_attnedit.attention.gate_swa.cache import SinkWindowLayer, window_layer
+from pl_attnedit.attention.caches import own_layer
+from pl_attnedit.attention.gate_swa.cache import SinkWindowLayer
 
 
 def states(first: int, count: int, batch: int = 2) -> torch.Tensor:
@@ -118,8 +119,8 @@ def test_a_mask_may_come_later(before: int) -> None:
 
 def test_each_layer_of_a_cache_is_found_again() -> None:
     cache = DynamicCache()
-    layer = window_layer(cache, 2, window=4, sinks=1)
-    assert window_layer(cache, 2, window=4, sinks=1) is layer is cache.layers[2]
+    layer = own_layer(cache, 2, SinkWindowLayer, 4, 1)
+    assert own_layer(cache, 2, SinkWindowLayer, 4, 1) is layer is cache.layers[2]
     cache.update(states(0, 3), states(0, 3), 0)
     with pytest.raises(UserError, match="cache layer 0: was filled by another model"):
-        window_layer(cache, 0, window=4, sinks=1)
+        own_layer(cache, 0, SinkWindowLayer, 4, 1)
