@@ -6,6 +6,7 @@ So projections, norms and RoPE, and what vLLM does with them (tensor parallelism
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +85,10 @@ def plain_parameter(*shape: int, loader: Any = None) -> nn.Parameter:
     return parameter
 
 
+def linear_options(vllm_config: Any, prefix: str, name: str, bias: bool) -> dict[str, Any]:
+    return {"bias": bias, "quant_config": vllm_config.quant_config, "prefix": f"{prefix}.{name}"}
+
+
 class GateSWA(nn.Module):
     """See `pl_attnedit.attention.GateSWA`."""
 
@@ -143,11 +148,7 @@ class LatentSelfAttention(nn.Module):
         if shape.num_heads % ranks:
             raise invalid("tensor_parallel_size", ranks, f"must divide the {shape.num_heads} heads of mla")
         heads, width = shape.num_heads // ranks, shape.nope_dim + shape.rope_dim
-        quant = vllm_config.quant_config
-
-        def named(name: str, bias: bool) -> dict[str, Any]:
-            return {"bias": bias, "quant_config": quant, "prefix": f"{prefix}.{name}"}
-
+        named = partial(linear_options, vllm_config, prefix)
         bias, queries = spec.qkv_bias, shape.num_heads * width
         if target.q_lora_rank is None:
             self.query_proj = ColumnParallelLinear(spec.hidden_size, queries, **named("query_proj", bias))
@@ -173,7 +174,7 @@ class LatentSelfAttention(nn.Module):
             shape.rank,
             layers_of(config, ranks),
             cache_config=vllm_config.cache_config,
-            quant_config=quant,
+            quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.attn",
         )
 
@@ -212,21 +213,18 @@ class DeltaNet(nn.Module):
         if shape.heads % ranks:
             raise invalid("tensor_parallel_size", ranks, f"must divide the {shape.heads} heads of gated_deltanet")
         self.heads = heads = shape.heads // ranks
-        quant = {"quant_config": vllm_config.quant_config}
-        inputs = shape.heads * (sum(shape.widths) + shape.value_dim), 2 * shape.heads
-        biases, names = (spec.qkv_bias, False), ("in_proj_qkvz", "in_proj_ba")
-        self.in_proj_qkvz, self.in_proj_ba = (
-            ColumnParallelLinear(spec.hidden_size, size, bias=bias, prefix=f"{prefix}.{name}", **quant)
-            for size, bias, name in zip(inputs, biases, names)
+        named = partial(linear_options, vllm_config, prefix)
+        hidden, values = spec.hidden_size, shape.heads * shape.value_dim
+        self.in_proj_qkvz = ColumnParallelLinear(
+            hidden, shape.channels + values, **named("in_proj_qkvz", spec.qkv_bias)
         )
+        self.in_proj_ba = ColumnParallelLinear(hidden, 2 * shape.heads, **named("in_proj_ba", False))
         self.conv1d: Any = nn.Module()
         taps = heads * sum(shape.widths), 1, target.conv_kernel
         self.conv1d.weight = plain_parameter(*taps, loader=self._load_convolution)
         self.A_log, self.dt_bias = plain_parameter(heads), plain_parameter(heads)
         self.output_norm = Qwen3NextRMSNormGated(shape.value_dim, eps=spec.rms_norm_eps)
-        self.out_proj = RowParallelLinear(
-            shape.heads * shape.value_dim, spec.hidden_size, bias=spec.o_bias, prefix=f"{prefix}.out_proj", **quant
-        )
+        self.out_proj = RowParallelLinear(values, hidden, **named("out_proj", spec.o_bias))
         self.rotary = LlamaRotaryEmbedding(config) if target.rope else None  # the same in every family
         self.attn = StateAttention(
             heads,
@@ -235,8 +233,8 @@ class DeltaNet(nn.Module):
             layers_of(config, ranks)[index],
             self.advance,
             cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.attn",
-            **quant,
         )
 
     def _load_convolution(self, parameter: Tensor, weight: Tensor) -> None:
