@@ -15,6 +15,7 @@ import numpy as np
 from pl_attnedit.callbacks import check_checkpoint
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.chat import render
+from pl_attnedit.data.lookups import check_judged
 from pl_attnedit.data.sources import BUILTIN, Document, bytes_hash, document_hash, open_source
 from pl_attnedit.data.tokens import check_texts, load_tokenizer
 from pl_attnedit.errors import invalid
@@ -59,6 +60,7 @@ def held_out_texts(teacher: str, text: str, trained: TrainedOn, seq_len: int = 5
     Raises:
         UserError: no such text; the student was trained on all of it.
     """
+    check_judged("--text", text)
     data = TextDataModule(teacher, text, seq_len=seq_len)
     if text == BUILTIN or not (whole or trained.complete):
         left_out = data.leave_out(trained)

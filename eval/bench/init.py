@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pl_attnedit.attention import GatedDeltaNetConfig, GateSWAConfig, LayerStatistics, MLAConfig, TargetConfig, init_of
 from pl_attnedit.data.encoding import encode
+from pl_attnedit.data.lookups import LOOKUPS, check_judged
 from pl_attnedit.data.sources import document_hash, open_source
 from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.errors import UserError, invalid
@@ -92,9 +93,11 @@ def bench_init(
     chosen = [row for row in ROWS if rows is None or any(part in row.name for part in rows)]
     if not chosen:
         raise invalid("rows", rows, f"must be part of one of: {'; '.join(row.name for row in ROWS)}")
+    check_judged("heldout", heldout)
     text = sequences("calibration", calibration, tokenizer, calibration_sequences, seq_len, shuffle=True)
     needed = any(init_of(row.target, row.init).needs_text for row in chosen)
-    known = {document_hash(document) for document in open_source(calibration).documents()} if needed else ()
+    source = open_source(calibration.removeprefix(LOOKUPS))  # `lookups:` has pieces of it
+    known = {document_hash(document) for document in source.documents()} if needed else ()
     asked = sequences("heldout", heldout, tokenizer, heldout_sequences, seq_len, known=known).to(teacher.device)
     progress = progress or Progress()
     progress.say(f"statistics of {text.numel():,} tokens")

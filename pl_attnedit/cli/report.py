@@ -62,11 +62,13 @@ def _report(options: Namespace) -> int:
 def _rounds(options: Namespace) -> int:
     every = seconds("--every", options.every or "6h")
     retry, timeout = seconds("--retry", options.retry or "1h"), seconds("--timeout", options.timeout or "1d")
+    from pl_attnedit.data.lookups import check_judged
     from pl_attnedit.data.sources import BUILTIN
     from pl_attnedit.eval.harness.suites import load_suite
     from pl_attnedit.eval.records import SUITE_TAG, VERSION_TAG
     from pl_attnedit.eval.schedule.watch import Schedule, absolute_uri
 
+    check_judged("--text", options.text or BUILTIN)
     suite = load_suite(options.suite or "quick")
     for_eval = ["--device", options.device] if options.device else []
     for_eval += ["--text", absolute(options.text)] if options.text else []

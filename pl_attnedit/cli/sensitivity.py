@@ -75,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _measure(options: Any) -> dict[str, Any]:
+    from pl_attnedit.data.lookups import check_judged
     from pl_attnedit.distillation.settings import parse_targets, plain_targets
     from pl_attnedit.eval.fidelity.untrained import UntrainedPlans, cached_by_letter, single_edits
     from pl_attnedit.eval.progress import Progress
@@ -83,6 +84,7 @@ def _measure(options: Any) -> dict[str, Any]:
     from pl_attnedit.modeling.ranking import COST, Sensitivity
     from pl_attnedit.teachers.sources.resolve import load_teacher
 
+    check_judged("--text", options.text)
     parsed = parse_targets(options.target)
     targets = parsed if isinstance(parsed, dict) else {"S": parsed}
     EditPlan("", targets)  # checks the letters

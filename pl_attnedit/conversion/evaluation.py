@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,6 +33,12 @@ def build_tasks(recipe: Recipe, data: TextDataModule, folder: Path) -> str:
         max_length=data.seq_len,
     )
     return str(tasks)
+
+
+def check_tasks(recipe: Recipe, data: TextDataModule) -> None:
+    """`UserError` for text, or sequences, too short for them."""
+    with TemporaryDirectory() as folder:
+        build_tasks(recipe, data, Path(folder))
 
 
 def measure_cache(recipe: Recipe, folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pl_attnedit.callbacks import (
     latest_checkpoint,
 )
 from pl_attnedit.conversion.checks import check_recipe, check_teacher_runs, stage_module
-from pl_attnedit.conversion.evaluation import build_tasks, evaluate_student, measure_cache
+from pl_attnedit.conversion.evaluation import build_tasks, check_tasks, evaluate_student, measure_cache
 from pl_attnedit.conversion.recipe import Recipe, StageRecipe
 from pl_attnedit.conversion.run_folder import RunFolder, read_summary
 from pl_attnedit.conversion.summary import log_student, log_summary, summarise
@@ -71,6 +71,7 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
         if stage.total_steps:
             data.check_batches(trainer.world_size)
     if trainer.is_global_zero and not (path / RUNS_FILE).exists():
+        check_tasks(recipe, data)
         check_teacher_runs(recipe, trainer.strategy.root_device)
         release_memory()
         connect(recipe.tracking_uri)
@@ -134,8 +135,6 @@ class Conversion:
             for run in (parent, self.runs.run("stage1"), self.runs.run("stage2")):
                 run.log_datasets(used)
             self.runs.run("evaluation").log_datasets(evaluation_text(self.data))
-            # before the training: text too short for them is an error at once
-            self.phase("tasks", lambda: build_tasks(self.recipe, self.data, self.folder.path))
             self.phase("init", self.initialise)
             self.phase("stage1", lambda: self.stage("stage1", self.recipe.stage1, "init"))
             self.phase("stage2", lambda: self.stage("stage2", self.recipe.stage2, "stage1/student"))
@@ -239,7 +238,6 @@ class Conversion:
 
     def evaluate(self) -> list[dict[str, Any]]:
         """Teacher and student answer the same tasks; the result goes to MLflow and into the run folder."""
-        # again, for a folder that was moved: tasks name their files absolutely
         build_tasks(self.recipe, self.data, self.folder.path)
         device = self.trainer("evaluation", None).strategy.root_device
         result, texts = evaluate_student(self.recipe, self.folder.path, self.data.seq_len, device)

@@ -79,6 +79,12 @@ DRAWN: dict[str, Callable[[random.Random], str]] = {
 }
 
 
+def check_judged(field: str, name: str) -> None:
+    """`UserError` where `lookups:` is to be text that a student is judged on."""
+    if name.startswith(LOOKUPS):
+        raise invalid(field, name, "must be text as it is, lookups: is for training")
+
+
 def lookup_documents(name: str, documents: Iterable[object]) -> Iterator[str]:
     """The documents; streamed, about a tenth as much text as `documents` have. Conversations among these are left out.
 

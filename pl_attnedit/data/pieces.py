@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pl_attnedit.data.lookups import LOOKUPS
+from pl_attnedit.data.lookups import LOOKUPS, check_judged
 from pl_attnedit.data.packing import Corpus
 from pl_attnedit.data.sources import Source, Sources, listed
 from pl_attnedit.errors import invalid
@@ -23,8 +23,8 @@ def check_sources(source: Sources, val_source: Sources | None) -> None:
             raise invalid(
                 "val_source", None, f"must be given: {one.name} has pieces of whatever is held out of {base.name}"
             )
-    for one, _ in () if val_source is None else _lookups(val_source):
-        raise invalid("val_source", one.name, "must be text as it is, lookups: is for training")
+    for one in () if val_source is None else listed(val_source):
+        check_judged("val_source", one.name)
 
 
 def check_pieces(source: Sources, train: Corpus, held_out: Corpus, val_source: str) -> None:

@@ -236,14 +236,26 @@ def test_a_stage_left_out_has_no_figures_in_further_processes(recipe: Make) -> N
     assert conversion.leave_out("stage1", "init") == {}
 
 
-def test_sequences_too_short_for_the_tasks_end_before_the_training(
-    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--data.seq_len", "8", "max_length = 8: sequences must have at least"),
+        ("--data.val_sequences", "1", "documents = '1 texts': too short for 2 samples of heldout_perplexity"),
+    ],
+)
+def test_what_is_too_short_for_the_tasks_is_refused_before_a_run_folder_exists(
+    option: str,
+    value: str,
+    message: str,
+    recipe: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["convert", "-c", str(recipe()), "--data.seq_len", "8"]) == 2
-    errors = capsys.readouterr().err
-    assert "max_length = 8: sequences must have at least" in errors
-    assert "== init" not in errors
+    assert main(["convert", "-c", str(recipe()), option, value]) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]  # no database either
 
 
 def test_a_folder_has_one_process_and_one_purpose(

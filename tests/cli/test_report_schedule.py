@@ -73,6 +73,7 @@ def test_a_checkpoint_is_found_evaluated_and_reported_once(
         (["--once", "--every", "6h"], "--every: needs --watch"),
         (["--suite", "quick"], "--suite: needs --watch or --once"),
         (["--once", "--suite", "none"], "suite = 'none': must be one of fidelity"),
+        (["--once", "--text", "lookups:x.txt"], "--text = 'lookups:x.txt': must be text as it is, lookups: is for"),
         (["--once"], "mlflow.db here; nothing has been tracked in it yet"),
         (["--once", "--watch"], "not allowed with"),
         (["abc", "--filter", "tags.x = 'y'"], "--filter = \"tags.x = 'y'\": goes without run ids"),

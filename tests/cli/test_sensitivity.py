@@ -101,6 +101,7 @@ def test_fewer_tokens_than_a_sequence_are_one_sequence(measure: Run) -> None:
         (["--by", "answers", "--answer-context", "0"], "--answer-context = 0: must be at least 1"),
         (["--by", "luck"], "argument --by"),
         (["--answers", "3"], "--answers = 3: must be at least 4"),
+        (["--text", "lookups:x.txt"], "--text = 'lookups:x.txt': must be text as it is, lookups: is for training"),
         (["--seq-len", "1"], "--seq-len = 1: must be at least 2"),
         (["--target", "{type: gate_swa"], "argument --target: '{type: gate_swa' is no YAML"),
         (["--device", "abacus"], "--device = 'abacus': cannot be used"),

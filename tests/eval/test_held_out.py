@@ -276,6 +276,11 @@ def test_eval_asks_others(
     assert "left out" not in caplog.text
 
 
+def test_text_with_pieces_of_other_text_judges_nobody(evaluate: Any, capsys: Any) -> None:
+    assert evaluate("lookups:x.txt") == (2, {})
+    assert "--text = 'lookups:x.txt': must be text as it is, lookups: is for training\n" in capsys.readouterr().err
+
+
 def test_a_text_file_that_has_grown(tiny_tokenizer: Any, tmp_path: Path) -> None:
     """Its last passage is another document then, and begins as the one before."""
     file = tmp_path / "notes.txt"

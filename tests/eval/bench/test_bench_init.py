@@ -47,6 +47,11 @@ def test_rows_that_fit_are_measured_and_the_others_named(
     assert "gate_swa 64, 4 sinks, SSSF" in init_table(result)
     with pytest.raises(UserError, match=r"heldout = .*: holds 0 new tokens"):  # all of it is calibration text
         bench_init(teacher, tokenizer, rows=["96+32, plain"], **options)
+    pieces = {"calibration": f"lookups:{text}", "calibration_sequences": 1}
+    with pytest.raises(UserError, match=r"heldout = .*: holds 0 new tokens"):  # or has pieces of it
+        bench_init(teacher, tokenizer, rows=["96+32, plain"], **options | pieces)
+    with pytest.raises(UserError, match=r"heldout = 'lookups:.*': must be text as it is, lookups: is for training"):
+        bench_init(teacher, tokenizer, rows=["gate_swa"], **options | {"heldout": f"lookups:{text}"})
     with pytest.raises(UserError, match="rows"):
         bench_init(teacher, tokenizer, rows=["nothing like it"], **options)
 
