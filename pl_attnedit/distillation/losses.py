@@ -58,36 +58,57 @@ def chunk_terms(
     student_head: torch.Tensor,
     teacher_head: torch.Tensor,
     weight: Any,
+    reverse: float = 0.0,
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the KL over some tokens, and its gradient for the student's products with its head, (tokens, vocabulary).
 
     student and teacher (tokens, hidden); heads (vocabulary, hidden); weight (tokens, 1) float32, 0 for what does not count;
-    finish makes logits of the products, if they are none yet.
+    reverse: see `ChunkedKL`; finish makes logits of the products, if they are none yet.
     """
     student_logits, teacher_logits = student @ student_head.T, teacher @ teacher_head.T
     if finish is not None:
         student_logits, gradient_of = torch.func.vjp(finish, student_logits)  # type: ignore[misc]
         teacher_logits = finish(teacher_logits)
+    loss, gradient = divergence(student_logits, teacher_logits, reverse)
+    gradient = gradient.mul_(weight).to(student_logits.dtype)
+    return (loss * weight).sum(), gradient if finish is None else gradient_of(gradient)[0].to(student.dtype)
+
+
+def divergence(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, reverse: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1 - reverse) KL(teacher || student) + reverse KL(student || teacher), (tokens, 1), and its gradient for the student's
+    logits, (tokens, vocabulary); logits likewise, results float32."""
     student_log = student_logits.float().log_softmax(-1)
     teacher_log = teacher_logits.float().log_softmax(-1)
     teacher_probability = teacher_log.exp()
-    loss = (teacher_log.sub_(student_log).mul_(teacher_probability).sum(-1, keepdim=True) * weight).sum()
-    gradient = student_log.exp_().sub_(teacher_probability).mul_(weight).to(student_logits.dtype)
-    return loss, gradient if finish is None else gradient_of(gradient)[0].to(student.dtype)
+    nearer = teacher_log.sub_(student_log)  # by token the logarithm of teacher over student
+    if not reverse:
+        loss = nearer.mul_(teacher_probability).sum(-1, keepdim=True)
+        return loss, student_log.exp_().sub_(teacher_probability)
+    student_probability = student_log.exp_()
+    backward = -(student_probability * nearer).sum(-1, keepdim=True)
+    loss = (1 - reverse) * (teacher_probability * nearer).sum(-1, keepdim=True) + reverse * backward
+    of_backward = nearer.add_(backward).mul_(student_probability).neg_()
+    return loss, (1 - reverse) * (student_probability - teacher_probability) + reverse * of_backward
 
 
 def chunk_terms_in_cache(
-    student: torch.Tensor, teacher: torch.Tensor, student_head: torch.Tensor, teacher_head: torch.Tensor, weight: Any
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    student_head: torch.Tensor,
+    teacher_head: torch.Tensor,
+    weight: Any,
+    reverse: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`chunk_terms`, a few tokens at a time after the matrix products: what a CPU has just written is in its cache still."""
     student_logits, teacher_logits = student @ student_head.T, teacher @ teacher_head.T
     loss, few = torch.zeros((), device=student.device), 16
     for logits, theirs, part in zip(student_logits.split(few), teacher_logits.split(few), weight.split(few)):
-        student_log, teacher_log = logits.float().log_softmax(-1), theirs.float().log_softmax(-1)
-        teacher_probability = teacher_log.exp()
-        loss += (teacher_log.sub_(student_log).mul_(teacher_probability).sum(-1, keepdim=True) * part).sum()
-        logits.copy_(student_log.exp_().sub_(teacher_probability).mul_(part))
+        terms, gradient = divergence(logits, theirs, reverse)
+        loss += (terms * part).sum()
+        logits.copy_(gradient.mul_(part))
     return loss, student_logits
 
 
@@ -143,17 +164,18 @@ class _ChunkedKL(torch.autograd.Function):
 
 
 class ChunkedKL:
-    """Mean forward KL(teacher || student) in nats over the tokens that count, from last hidden states.
+    """Mean KL(teacher || student) in nats over the tokens that count, from last hidden states; in part the other way round.
 
     Equals the mean of `kl_divergence` on full logits.
 
     Args:
+        reverse: share of KL(student || teacher) in it.
         chunk: tokens whose logits exist at a time; default `tokens_of_a_chunk`.
         compiled: whether the passes over a chunk's logits are fused by torch.compile.
     """
 
-    def __init__(self, chunk: int | None = None, *, compiled: bool = False) -> None:
-        self.chunk = chunk
+    def __init__(self, chunk: int | None = None, *, reverse: float = 0.0, compiled: bool = False) -> None:
+        self.chunk, self.reverse = chunk, reverse
         self.terms = compile_whole(chunk_terms) if compiled else None
 
     def __call__(
@@ -183,5 +205,6 @@ class ChunkedKL:
         terms = self.terms or (chunk_terms_in_cache if student.device.type == "cpu" else chunk_terms)
         if finish := getattr(student_head, "finish", None):
             terms = partial(self.terms or chunk_terms, finish=finish)
+        terms = partial(terms, reverse=self.reverse)
         total = _ChunkedKL.apply(student, teacher, student_head.weight, teacher_head.weight, weight, chunk, terms)
         return total / max(counted, 1)

@@ -107,6 +107,7 @@ def fails(
         (["--stage2.callbacks", str([unfreezing(order=[0])])], ["order = [0]", "each edited layer once"]),
         (["--stage2.callbacks", "[pl_attnedit.callbacks.TeacherForcing]"], ["TeacherForcing", "stage 1"]),
         (["--stage2.options", "{feature_weight: .nan}"], ["feature_weight = nan", "at least 0"]),
+        (["--stage2.options", "{reverse_share: 1.5}"], ["reverse_share = 1.5", "between 0 and 1"]),
         (["--runs", ""], ["runs = ''", "must be a folder"]),
         (["--evaluation.cloze", "1"], ["cloze = 1", "at least 2"]),
         (["--trainer", "{acelerator: cpu}"], ["trainer.acelerator: there is no such field"]),
