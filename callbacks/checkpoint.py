@@ -28,10 +28,10 @@ BEST = "best.ckpt"
 class ResumableCheckpoint(ModelCheckpoint):
     """Saves by wall time, at the end of the training, and when a signal ends it.
 
-    The next checkpoint starts ``every_seconds`` after the last one was complete, and only once training has run 19 times
+    The next checkpoint starts ``every_seconds`` after the last one was complete, and only once training has run 24 times
     as long as that one blocked it: at most 5% of the time goes into checkpoints, however slow the disk. A checkpoint of
     64 MB or more is copied to host memory and written in the background, if half of the free memory can hold the copy;
-    then only the copying blocks the training. So a kill costs at most ``every_seconds`` (or those 19 times), two writes and
+    then only the copying blocks the training. So a kill costs at most ``every_seconds`` (or those 24 times), two writes and
     a step of work. The write at the end is waited for, and so is every write with ``every_seconds`` 0.
 
     Files are ``last-<step>.ckpt``, so ``ckpt_path="last"`` finds them; under FSDP2 they are folders. A write that fails

@@ -35,9 +35,10 @@ def bench_two_gpus() -> str:
         what = found["what"]
         held, alone = (each["weights_gradients_optimizer_bytes"] / 1e9 for each in (found, found["alone"]))
         text = "whole" if what["strategy"] == "ddp" else f"{held:.1f} GB of {alone:.1f}"
-        share = f"{found['communication_share']:.0%}"
-        rows.append([what_is_timed(what), what["strategy"], f"**{found['scaling_efficiency']:.2f}**", text, share])
-    head = ["", "strategy", "efficiency", "weights, gradients, optimizer on each GPU", "share of time in NCCL kernels"]
+        asked = [what["precision"], what["batch"].split()[0].replace("x", " x "), what["strategy"]]
+        speed = [digits(found["tokens_per_s"]), f"**{found['scaling_efficiency']:.2f}**"]
+        rows.append([what_is_timed(what), *asked, *speed, text, f"{found['communication_share']:.0%}"])
+    head = ["", "precision", "batch", "strategy", "tokens/s", "efficiency", "weights, gradients, optimizer", "NCCL kernels"]
     return table(head, rows)
 
 
