@@ -38,7 +38,16 @@ def bench_two_gpus() -> str:
         asked = [what["precision"], what["batch"].split()[0].replace("x", " x "), what["strategy"]]
         speed = [digits(found["tokens_per_s"]), f"**{found['scaling_efficiency']:.2f}**"]
         rows.append([what_is_timed(what), *asked, *speed, text, f"{found['communication_share']:.0%}"])
-    head = ["", "precision", "batch", "strategy", "tokens/s", "efficiency", "weights, gradients, optimizer", "NCCL kernels"]
+    head = [
+        "",
+        "precision",
+        "batch",
+        "strategy",
+        "tokens/s",
+        "efficiency",
+        "weights, gradients, optimizer",
+        "NCCL kernels",
+    ]
     return table(head, rows)
 
 
