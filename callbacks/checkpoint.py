@@ -29,10 +29,10 @@ class ResumableCheckpoint(ModelCheckpoint):
     """Saves by wall time, at the end of the training, and when a signal ends it.
 
     The next checkpoint starts ``every_seconds`` after the last one was complete, and only once training has run 24 times
-    as long as that one blocked it: at most 5% of the time goes into checkpoints, however slow the disk. A checkpoint of
-    64 MB or more is copied to host memory and written in the background, if half of the free memory can hold the copy;
-    then only the copying blocks the training. So a kill costs at most ``every_seconds`` (or those 24 times), two writes and
-    a step of work. The write at the end is waited for, and so is every write with ``every_seconds`` 0.
+    as long as that one blocked it: with what steps beside a write lose, at most 5% of the time, however slow the disk. A
+    checkpoint of 64 MB or more is copied to host memory and written in the background, if half of the free memory can hold
+    the copy; then only the copying blocks the training. So a kill costs at most ``every_seconds`` (or those 24 times), two
+    writes and a step of work. The write at the end is waited for, and so is every write with ``every_seconds`` 0.
 
     Files are ``last-<step>.ckpt``, so ``ckpt_path="last"`` finds them; under FSDP2 they are folders. A write that fails
     (full disk) is a warning; it leaves the earlier checkpoints alone and is tried again after the interval. Before a
@@ -47,10 +47,10 @@ class ResumableCheckpoint(ModelCheckpoint):
     Args:
         dirpath: folder of the checkpoints; by default where Lightning puts them.
         every_seconds: the time between the end of a write and the next one, unless a step or validation takes longer;
-            0 = after each step, without the limit of 5%.
+            0 = after each step, without that limit.
         keep: how many of the newest checkpoints are kept.
         monitor: a value that validation logs, e.g. ``val/kl``: the checkpoint after the best validation is kept as
-            ``best.ckpt``, unless that would exceed 5% of the time, which is a warning. None = no best checkpoint.
+            ``best.ckpt``, unless that would exceed 4% of the time, which is a warning. None = no best checkpoint.
         mode: whether the smallest (min) or the largest (max) value is best.
     """
 
