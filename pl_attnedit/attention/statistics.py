@@ -103,10 +103,7 @@ class LayerStatistics:
         self._sample_weight = torch.cat([self._sample_weight, received])[kept]
 
     def _attention_received(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        position_ids: torch.Tensor | None,
+        self, query: torch.Tensor, key: torch.Tensor, position_ids: torch.Tensor | None
     ) -> torch.Tensor:
         """Sum over queries of the squared probability that each token gets, mean over heads: (batch, time).
 

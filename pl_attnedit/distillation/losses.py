@@ -16,32 +16,22 @@ from pl_attnedit.distillation.engine.local_gradients import compile_whole
 EPS = 1e-8
 
 
-def squared_error_and_energy(
-    prediction: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over tokens and features of (prediction - reference)^2 and of reference^2.
-
-    prediction and reference (batch, time, hidden); mask (batch, time), True = counts.
-    """
+def squared_error_and_energy(prediction: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over tokens and features of (prediction - reference)^2 and of reference^2, (batch, time, hidden) each."""
     error = (prediction.float() - reference.float()).square().sum(-1)
-    energy = reference.float().square().sum(-1)
-    if mask is not None:
-        error, energy = error * mask, energy * mask
-    return error.sum(), energy.sum()
+    return error.sum(), reference.float().square().sum(-1).sum()
 
 
-def nmse(prediction: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def nmse(prediction: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Squared error normalised by the energy of what was to be reproduced, over the batch:
     ||prediction - reference||^2 / (||reference||^2 + eps)."""
-    error, energy = squared_error_and_energy(prediction, reference, mask)
+    error, energy = squared_error_and_energy(prediction, reference)
     return error / (energy + EPS)
 
 
-def cosine_distance(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over tokens of 1 - cosine between hidden states (batch, time, hidden)."""
+def cosine_distance(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of 1 - cosine between hidden states (batch, time, hidden); mask (batch, time), True = counts."""
     distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
-    if mask is None:
-        return distance.mean()
     return (distance * mask).sum() / mask.sum().clamp(min=1)
 
 

@@ -114,15 +114,14 @@ class DistillationModule(ValidatedModule):
     def pairs(self) -> Pairs:
         """Teacher and student, paired layer by layer."""
         if self._pairs is None:
-            self._pairs = (self._pair_up(),)
+            recompute = self.hparams.get("activation_checkpointing", False)
+            options = {"recompute": recompute, "block_loss": self.hparams.get("supervise") == "block"}
+            self._pairs = (Pairs(self.teacher, self.student, compiled=self.compiled, **options),)
         return self._pairs[0]
 
     @property
     def plan(self) -> EditPlan:
         return self.student.edit_plan
-
-    def _pair_up(self) -> Pairs:
-        return Pairs(self.teacher, self.student, compiled=self.compiled)
 
     @property
     def compiled(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from pl_attnedit.distillation.engine.pairs import Batch, Pairs
+from pl_attnedit.distillation.engine.pairs import Batch
 from pl_attnedit.distillation.stage import DistillationModule
 from pl_attnedit.errors import invalid
 
@@ -55,13 +55,6 @@ class LayerwiseDistillation(DistillationModule):
             raise invalid("supervise", supervise, "must be 'attention' or 'block'")
         self.save_hyperparameters("train_layers", "supervise")
 
-    @property
-    def _supervises_blocks(self) -> bool:
-        return self.hparams["supervise"] == "block"
-
-    def _pair_up(self) -> Pairs:
-        return Pairs(self.teacher, self.student, compiled=self.compiled, block_loss=self._supervises_blocks)
-
     def prepare_training(self) -> None:
         edited = list(self.layer_modules())
         check_trained_layers(self.hparams["train_layers"], edited)
@@ -79,25 +72,23 @@ class LayerwiseDistillation(DistillationModule):
 
     def step_of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum over layers, and each layer's loss."""
-        losses = torch.stack(list(self._layer_losses(batch).values()))
+        losses = torch.stack(list(self.layer_losses(batch).values()))
         return losses.sum(), losses
 
     def layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
         """Normalised squared error of each trained layer against the teacher's activation at the supervised point."""
-        return self.pairs(self._layer_losses, batch)
-
-    def _layer_losses(self, batch: Batch) -> dict[int, torch.Tensor]:
+        blocks = self.hparams["supervise"] == "block"
         hidden, own, calls = self.pairs.begin(batch)
         share, last = self.teacher_share, max(self.trained_layers)
         losses: dict[int, torch.Tensor] = {}
         for index, (pair, call) in enumerate(self.pairs.with_calls(calls[: last + 1])):
-            trains, at_end = index in self.trained_layers, index == last and not self._supervises_blocks
+            trains, at_end = index in self.trained_layers, index == last and not blocks
             taken: list[torch.Tensor] = []
             if share != 1:
                 hidden, own = pair.distil_on_own_path(
                     hidden, own, call, teacher_share=share, take_loss=taken.append, last=at_end
                 )
-            elif trains and self._supervises_blocks:
+            elif trains and blocks:
                 hidden = pair.distil_block(hidden, call, taken.append)
             else:
                 states = pair.run_teacher(hidden, call, last=at_end)

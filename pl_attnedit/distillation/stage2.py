@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import torch
 
-from pl_attnedit.distillation.engine.pairs import Batch, Pairs
+from pl_attnedit.distillation.engine.pairs import Batch
 from pl_attnedit.distillation.losses import ChunkedKL, cosine_distance
 from pl_attnedit.distillation.settings import check_least
 from pl_attnedit.distillation.stage import DistillationModule
@@ -61,11 +61,9 @@ class ModelDistillation(DistillationModule):
             for part in (self.student.get_input_embeddings(), self.student.get_output_embeddings()):
                 part.requires_grad_(False)
 
-    def _pair_up(self) -> Pairs:
-        self.kl = ChunkedKL(reverse=self.hparams["reverse_share"], compiled=self.compiled)
-        return Pairs(
-            self.teacher, self.student, compiled=self.compiled, recompute=self.hparams["activation_checkpointing"]
-        )
+    @cached_property
+    def kl(self) -> ChunkedKL:
+        return ChunkedKL(reverse=self.hparams["reverse_share"], compiled=self.compiled)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Finds the positions that count on the host, where it needs no synchronisation with the GPU."""

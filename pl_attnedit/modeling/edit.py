@@ -173,16 +173,16 @@ def unshare_trunk(student: PreTrainedModel) -> None:
         student.lm_head.weight = student.model.embed_tokens.weight
 
 
-def read_config(path: Path, *, stock: bool = False) -> Any:
-    """The config of a converted model, or with `stock` of any model; of a multimodal one that of its text model.
+def read_config(path: Path) -> Any:
+    """The config of a converted model; of a multimodal one that of its text model.
 
     Raises:
         UserError: there is none.
     """
-    return config_of_text(_whole_config(path, stock))
+    return config_of_text(_whole_config(path, stock=False))
 
 
-def _whole_config(path: Path, stock: bool) -> Any:
+def _whole_config(path: Path, *, stock: bool) -> Any:
     check_adapter("path", path)
     if not (path / "config.json").is_file():
         raise invalid("path", str(path), "must be the folder of a converted model (it has no config.json)")
@@ -205,7 +205,7 @@ def load(path: str | Path, *, stock: bool = False, **kwargs: Any) -> PreTrainedM
         UserError: the folder holds no converted model, or its weights are broken or incomplete.
     """
     path = Path(path).expanduser()
-    config = _whole_config(path, stock)
+    config = _whole_config(path, stock=stock)
     if config.model_type == "step3p7":  # its text model is part of a vision model, and has no class of its own
         reason = "exports in the format step3p7 cannot, those in deepseek_v3 can; give the student itself"
         raise invalid("path", str(path), f"cannot be loaded as a causal language model ({reason})")

@@ -16,14 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from pl_attnedit.attention.base import (
-    OwnWindow,
-    Target,
-    TargetConfig,
-    as_bool_mask,
-    attend,
-    visible_on_average,
-)
+from pl_attnedit.attention.base import OwnWindow, Target, TargetConfig, as_bool_mask, attend, visible_on_average
 from pl_attnedit.attention.caches import own_layer
 from pl_attnedit.attention.gate_swa.cache import SinkWindowLayer
 from pl_attnedit.attention.interface import ask_itself, by_keyword

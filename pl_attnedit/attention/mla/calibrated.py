@@ -153,12 +153,7 @@ def latent_part(
     mean, total = statistics.weighted_xx[:width, -1], statistics.weighted_xx[-1, -1]
     centred = weighted - torch.outer(mean, mean) / total
     metric = output_metric(
-        output_projection(source).weight.to(plain.device).double(),
-        nope_query,
-        value_map,
-        plain,
-        centred,
-        spec.scaling,
+        output_projection(source).weight.to(plain.device).double(), nope_query, value_map, plain, centred, spec.scaling
     )
     root, inverse_root = matrix_roots(metric.flatten(0, 1))
     stacked = torch.cat([nope_key, value_map])  # (2 * kv_heads, head_dim, width)
@@ -208,12 +203,7 @@ def low_rank(maps: torch.Tensor, moment: torch.Tensor, rank: int) -> tuple[torch
 
 
 def normed_low_rank(
-    maps: torch.Tensor,
-    moment: torch.Tensor,
-    mean: torch.Tensor,
-    rank: int,
-    sample: torch.Tensor,
-    weight: torch.Tensor,
+    maps: torch.Tensor, moment: torch.Tensor, mean: torch.Tensor, rank: int, sample: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Step 4: as `low_rank`, but up @ norm(down @ x), an RMSNorm of weight 1.
 

@@ -23,13 +23,7 @@ from transformers import __version__ as transformers_version
 from pl_attnedit.attention.own_windows import use_own_windows
 from pl_attnedit.cache import build_once, cache_root
 from pl_attnedit.errors import invalid
-from pl_attnedit.shapes import (
-    SHAPES,
-    random_model,
-    shape_fingerprint,
-    shape_of,
-    write_shape,
-)
+from pl_attnedit.shapes import SHAPES, random_model, shape_fingerprint, shape_of, write_shape
 from pl_attnedit.teachers.multimodal import auto_class, check_text, is_multimodal, text_config, text_of
 from pl_attnedit.teachers.sources import gguf as gguf_file
 from pl_attnedit.teachers.sources import gguf_parts
