@@ -16,7 +16,7 @@ from pl_attnedit.attention import Target
 from pl_attnedit.attention.interface import NAME as INTERFACE
 from pl_attnedit.attention.interface import Enough
 from pl_attnedit.teachers import attention_of, layer_specs
-from pl_attnedit.teachers.base import cos_and_sin, rotary_of
+from pl_attnedit.teachers.base import call_of
 
 DEFAULT_CONTEXT = 32768  # tokens, where none is stated
 
@@ -63,24 +63,15 @@ def fill_cache(model: PreTrainedModel, context: int, steps: int = 1) -> Iterator
     cache = DynamicCache(config=model.config)
     past = 0
     for tokens in (context, *([1] * steps)):
-        whole, few = (_given(model, past, count) for count in (tokens, min(tokens, 64)))
+        hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        whole, few = ((part, call_of(model.model, part, past)) for part in (hidden, hidden[:, :64]))
         with without_scores(model):
             for layer in model.model.layers:
                 state = getattr(attention_of(layer), "constant_cache", attention_of(layer) is None)
-                hidden, call = few if state else whole  # a state is as large after few tokens
-                _run_until_cached(layer, hidden, cache, call)
+                given, call = few if state else whole  # a state is as large after few tokens
+                _run_until_cached(layer, given, cache, call)
         past += tokens
         yield layer_bytes(cache)
-
-
-def _given(model: PreTrainedModel, past: int, tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Random hidden states (1, tokens, hidden) behind `past` others, and what a layer is called with beside them."""
-    hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    positions = torch.arange(past, past + tokens, device=model.device)[None]
-    call: dict[str, Any] = {"position_ids": positions}
-    if (rotary := rotary_of(model.model)) is not None:  # whichever layer's
-        call["position_embeddings"] = cos_and_sin(rotary, model.config, hidden, positions)
-    return hidden, call
 
 
 def held_bytes(model: PreTrainedModel, context: int) -> list[int]:
@@ -100,7 +91,7 @@ def _run_until_cached(layer: nn.Module, hidden: torch.Tensor, cache: Cache, call
     hooks = [part.register_forward_hook(stop, with_kwargs=True) for part in layer.children()]
     try:
         with suppress(Enough):
-            layer(hidden, attention_mask=None, past_key_values=cache, **call)
+            layer(hidden, past_key_values=cache, **call)
     finally:
         for hook in hooks:
             hook.remove()

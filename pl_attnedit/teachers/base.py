@@ -80,9 +80,10 @@ def attention_of(layer: Any) -> Any:
     return getattr(layer, "self_attn", None)
 
 
-def _spec_of(
-    attention: Any, config: Any, window: int | None, rope: tuple[int, int], cached: tuple[int | None, bool]
-) -> AttentionSpec:
+def _spec_of(model: Any, index: int, window: int | None) -> AttentionSpec:
+    """Of a layer of a decoder on the meta device."""
+    attention, config = attention_of(model.layers[index]), model.config
+    (pairs, stride), (cached, mixed) = _rope_of(model, index), _cached_by(model, index)
     heads = config.num_attention_heads
     head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads, output = getattr(config, "num_key_value_heads", None) or heads, output_projection(attention)
@@ -102,11 +103,11 @@ def _spec_of(
         window=window,
         softcap=getattr(attention, "attn_logit_softcapping", None),
         own_sinks=isinstance(getattr(attention, "sinks", None), torch.Tensor),
-        rope_pairs=rope[0],
-        rope_stride=rope[1],
+        rope_pairs=pairs,
+        rope_stride=stride,
         plain_heads=sum(m.out_features for m in inputs) == (heads + 2 * kv_heads) * head_dim,
-        cached_values_per_token=2 * kv_heads * head_dim if cached[0] is None else cached[0],
-        mixed_cache=cached[1],
+        cached_values_per_token=cached or 2 * kv_heads * head_dim,
+        mixed_cache=mixed,
     )
 
 
@@ -147,19 +148,28 @@ def _rope_of(model: Any, index: int) -> tuple[int, int]:
     return len(turn) // 2 if halves else len(turn), 1
 
 
-def _cached_by(model: Any, config: Any, index: int) -> tuple[int | None, bool]:
-    """Values that a layer of a decoder on the meta device caches for a token, None where it could not be tried; and whether
+def call_of(model: Any, hidden: torch.Tensor, past: int = 0, layer: int = -1) -> dict[str, Any]:
+    """What a layer of a decoder, or its attention, is called with beside hidden states (batch, time, hidden) behind `past`
+    others; of this layer's kind, if each has its own."""
+    positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+    call = {"position_ids": positions, "attention_mask": None}
+    if (rotary := rotary_of(model)) is not None:
+        call["position_embeddings"] = cos_and_sin(rotary, model.config, hidden, positions, layer)
+    return call
+
+
+def _cached_by(model: Any, index: int) -> tuple[int, bool]:
+    """Values that a layer of a decoder on the meta device caches for a token, 0 where it could not be tried; and whether
     its cache holds other states too."""
-    cache, rotary = DynamicCache(config=config), rotary_of(model)
+    cache = DynamicCache(config=model.config)
     layer = cache.layers[index]
-    with torch.device("meta"), suppress(Exception):  # what follows the cache, or a family that is refused elsewhere
-        hidden, positions = torch.zeros(1, 1, config.hidden_size), torch.zeros(1, 1, dtype=torch.long)
-        rotation = None if rotary is None else cos_and_sin(rotary, config, hidden, positions, index)
-        call = {"position_embeddings": rotation, "position_ids": positions, "attention_mask": None}
+    with suppress(Exception):  # what follows the cache, or a family that is refused elsewhere
+        hidden = torch.zeros(1, 1, model.config.hidden_size, device="meta")
+        call = {"position_embeddings": None, **call_of(model, hidden, layer=index)}
         attention_of(model.layers[index])(hidden_states=hidden, past_key_values=cache, **call)
     held = [getattr(layer, name, None) for name in ("keys", "values")]
     values = sum(each.numel() for each in held if each is not None)
-    return values or None, hasattr(layer, "conv_states")
+    return values, hasattr(layer, "conv_states")
 
 
 def windows_of(config: Any) -> list[int | None]:
@@ -196,11 +206,10 @@ def _layer_specs(fields: str) -> tuple[AttentionSpec | None, ...]:
     if len(model.layers) != config.num_hidden_layers:
         raise AttributeError(f"it has {len(model.layers)} layers where the config says {config.num_hidden_layers}")
     _check_cache(model)
-    attention = [module if goes_through_interface(module) else None for module in map(attention_of, model.layers)]
-    windows = windows_of(config)
+    layers = zip(model.layers, windows_of(config), strict=True)
     return tuple(
-        None if a is None else _spec_of(a, config, w, _rope_of(model, i), _cached_by(model, config, i))
-        for i, (a, w) in enumerate(zip(attention, windows, strict=True))
+        _spec_of(model, index, window) if goes_through_interface(attention_of(layer)) else None
+        for index, (layer, window) in enumerate(layers)
     )
 
 

@@ -136,10 +136,10 @@ class GateSWA(Target):
                 columns = torch.arange(key.shape[2], device=key.device)[None]
             mask = self.visible(attention_mask, columns, query.shape[2], seen)
             output = attend(query, key, value, mask, scale, sink, softcap)
-        if self.target.gate != "none":
-            gate = torch.sigmoid(self.gate_proj(hidden_states))
-            output = (output.unflatten(-1, (gate.shape[-1], -1)) * gate[..., None]).flatten(-2)
-        return output.unflatten(-1, (query.shape[1], -1))
+        heads = output.unflatten(-1, (query.shape[1], -1))
+        if self.target.gate == "none":
+            return heads
+        return heads * torch.sigmoid(self.gate_proj(hidden_states)).unflatten(-1, (query.shape[1], -1))
 
     def visible(
         self, attention_mask: torch.Tensor | None, columns: torch.Tensor, queries: int, seen: int
