@@ -139,6 +139,13 @@ def positive(field: str, value: Any, *, optional: bool = False, least: int = 1) 
         raise invalid(field, value, f"must be a whole number of at least {least}" + (" or None" if optional else ""))
 
 
+def check_as_teachers(config: TargetConfig, init: str, **own: int) -> None:
+    """`UserError` unless these fields are None, or as the teacher's own."""
+    for field, value in own.items():
+        if getattr(config, field) not in (None, value):
+            raise invalid(field, getattr(config, field), f"init {init} needs the teacher's {value}; or init 'random'")
+
+
 def init_linear(linear: nn.Linear, std: float) -> None:
     """Normal weights with standard deviation `std` (the model's `initializer_range`), zero bias."""
     nn.init.normal_(linear.weight, std=std)

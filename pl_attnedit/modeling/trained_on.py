@@ -22,16 +22,12 @@ KEY = "trained_on"  # in a checkpoint's own part
 log = logging.getLogger(__name__)
 
 
-def _none() -> np.ndarray:
-    return np.empty(0, np.uint64)
-
-
 @dataclass(frozen=True)
 class TrainedOn:
     """Hashes of documents, (D,) uint64, sorted; and whether they are all: a student that started from one without this
     record may know other documents."""
 
-    documents: np.ndarray = field(default_factory=_none)
+    documents: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     complete: bool = True
 
     def __or__(self, other: TrainedOn) -> TrainedOn:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pl_attnedit.attention.base import Init, copy_linear, init_linear, set_linear, solve
+from pl_attnedit.attention.base import Init, check_as_teachers, copy_linear, init_linear, set_linear, solve
 from pl_attnedit.attention.gated_deltanet.module import GatedDeltaNet, GatedDeltaNetConfig
 from pl_attnedit.attention.statistics import LayerStatistics
-from pl_attnedit.errors import UserError, invalid
+from pl_attnedit.errors import UserError
 from pl_attnedit.teachers import AttentionSpec, output_projection
 
 INPUT = 0.1  # root mean square of what enters the convolution, so that its SiLU does little more than halve
@@ -43,11 +43,7 @@ def set_decay(target: GatedDeltaNet, rate: torch.Tensor) -> None:
 def check_calibrated(config: GatedDeltaNetConfig, spec: AttentionSpec) -> None:
     """`UserError` for shapes other than the teacher's, and for teachers of which the statistics say nothing."""
     own = {"heads": spec.num_heads, "key_dim": spec.head_dim, "value_dim": spec.value_dim}
-    for field, value in own.items():
-        if getattr(config, field) not in (None, value):
-            raise invalid(
-                field, getattr(config, field), f"init calibrated needs the teacher's {value}; or init 'random'"
-            )
+    check_as_teachers(config, "calibrated", **own)
     if not spec.rope_pairs or spec.head_dim != spec.value_dim:
         raise UserError(
             "init calibrated: knows teachers with a RoPE whose keys and values are of one width; use init random"

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pl_attnedit.attention.base import copy_linear, set_linear, solve
+from pl_attnedit.attention.base import check_as_teachers, copy_linear, set_linear, solve
 from pl_attnedit.attention.mla.module import MLA, MLAConfig
 from pl_attnedit.attention.statistics import LayerStatistics
 from pl_attnedit.errors import invalid
@@ -33,18 +33,10 @@ FIT_RIDGE = 1e-3  # keeps the fit to the sample near the up-projection that the 
 
 def check_calibrated(config: MLAConfig, spec: AttentionSpec) -> None:
     """`UserError` for widths that the fit below cannot fill."""
-    check_head_dims(config, spec, "calibrated", "v_head_dim")
+    check_as_teachers(config, "calibrated", v_head_dim=spec.head_dim)
     for field in ("q_lora_rank", "kv_lora_rank") if config.latent_norm else ("q_lora_rank",):
         if getattr(config, field) == 1:
             raise invalid(field, 1, "must be at least 2: one latent is kept constant for the norm; or init 'random'")
-
-
-def check_head_dims(config: MLAConfig, spec: AttentionSpec, init: str, *fields: str) -> None:
-    """`UserError` unless these widths are the teacher's head dim."""
-    for field in fields:
-        if getattr(config, field) not in (None, spec.head_dim):
-            problem = f"init {init} needs the teacher's {spec.head_dim}; or init 'random'"
-            raise invalid(field, getattr(config, field), problem)
 
 
 @torch.no_grad()

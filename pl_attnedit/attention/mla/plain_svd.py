@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pl_attnedit.attention.base import copy_linear, set_linear
-from pl_attnedit.attention.mla.calibrated import check_head_dims, low_rank
+from pl_attnedit.attention.base import check_as_teachers, copy_linear, set_linear
+from pl_attnedit.attention.mla.calibrated import low_rank
 from pl_attnedit.attention.mla.module import MLA, MLAConfig
 from pl_attnedit.attention.statistics import LayerStatistics
 from pl_attnedit.errors import UserError, invalid
@@ -20,7 +20,7 @@ from pl_attnedit.teachers import AttentionSpec, output_projection
 
 def check_plain_svd(config: MLAConfig, spec: AttentionSpec) -> None:
     """`UserError` for widths that the conversion below does not have."""
-    check_head_dims(config, spec, "plain_svd", "v_head_dim", "qk_nope_head_dim")
+    check_as_teachers(config, "plain_svd", v_head_dim=spec.head_dim, qk_nope_head_dim=spec.head_dim)
     if config.q_lora_rank is not None:
         raise invalid("q_lora_rank", config.q_lora_rank, "plain_svd has a full-rank query only: leave it out")
 

@@ -8,7 +8,6 @@ once into the cache folder, `~/.cache/pl_attnedit` or the environment variable `
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -76,9 +75,6 @@ def teacher_config(name: str) -> PreTrainedConfig:
     with reading_config("teacher", name):
         check_fields(name, path)
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
-        stored, used = _stored_rope_theta(path), _rope_theta(text_config(config))
-    if None not in (stored, used) and stored != used:
-        raise invalid("teacher", name, f"config.json says rope_theta {stored}, this transformers reads {used}")
     check_model(name, config)
     return text_config(config)
 
@@ -180,18 +176,6 @@ def _converted(files: list[Path]) -> Path:
         return whole.unlink()
 
     return build_once(cache_root() / "teachers" / f"{gguf_parts.name_of(files)}-{key}", build)
-
-
-def _rope_theta(config: PreTrainedConfig) -> float | None:
-    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
-    return None if theta is None else float(theta)
-
-
-def _stored_rope_theta(path: Path) -> float | None:
-    config = json.loads((path / "config.json").read_text("utf-8"))
-    config = config.get("text_config") or config
-    theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
-    return None if theta is None else float(theta)
 
 
 def teacher_fingerprint(source: str) -> str:
