@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from importlib import metadata
 from pathlib import Path
@@ -417,10 +419,9 @@ def test_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert "There are cache, init, loss" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["doctor", "--json"], ["--version"]], ids=" ".join)
-def test_output_that_nobody_takes(arguments: list[str]) -> None:
+def test_output_that_nobody_takes() -> None:
     """`pl-attnedit ... | head -1`, and `> FILE` on a full disk."""
-    command = [sys.executable, "-m", "pl_attnedit.cli", *arguments]
+    command = [sys.executable, "-m", "pl_attnedit.cli", "--version"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -432,6 +433,24 @@ def test_output_that_nobody_takes(arguments: list[str]) -> None:
     assert done.returncode == 2
     assert process.stderr.read() == ""
     assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_output_of_a_command_that_nobody_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same in this process, as most commands take seconds to start."""
+    read, write = os.pipe()
+    os.close(read)
+    for taken, status, said in ((write, 128 + signal.SIGPIPE, []), ("/dev/full", 2, ["the disk is full"])):
+        stdout = open(taken, "w")  # noqa: SIM115
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["doctor", "--json"]) == status
+        sys.stdout.flush()  # as Python does at the end
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == len(said)
+        assert all(part in line for part, line in zip(said, lines))
+        with suppress(OSError):
+            stdout.close()
 
 
 @pytest.mark.parametrize(

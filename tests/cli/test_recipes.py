@@ -39,11 +39,13 @@ def test_a_recipe_fits_its_teacher_and_says_so(path: Path, tmp_path: Path, monke
     monkeypatch.setattr(module, "matmul_rate", lambda device, dtype: 1e15)
     recipe, options = read(path)
     small = "smollm2" in path.stem
+    context = 8192 if small else 32768  # SmolLM2's limit
+    monkeypatch.setattr(module, "CONTEXTS", (context,))
     config_of("smollm2-135m" if small else recipe.teacher.removeprefix("Qwen/").lower()).save_pretrained(tmp_path)
     recipe.teacher = str(tmp_path)
     found = dry_run(recipe, TextDataModule(recipe.teacher, **options))
     head = " ".join(line.strip("# ") for line in path.read_text().split("\nname:")[0].splitlines())
-    [stated] = [row for row in found["kv"] if row["context"] == (8192 if small else 32768)]  # SmolLM2's limit
+    [stated] = [row for row in found["kv"] if row["context"] == context]
     assert re.search(r"KV budget ([\d.]+%)", head)[1] == percent(stated["budget"])  # type: ignore[index]
     tokens = [count(found["stages"][stage]["tokens"]) for stage in ("stage1", "stage2")]
     assert f"{tokens[0]} + {tokens[1]} tokens" in head

@@ -206,7 +206,7 @@ def test_impossible_values_are_named(arguments: list[str], message: str, capsys:
 
 
 def test_the_loss_needs_less_memory_than_full_logits(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--vocabulary", "40000", "--hidden", "16", "--tokens", "2048", "--json"]
+    arguments = ["--vocabulary", "20000", "--hidden", "16", "--tokens", "1024", "--json"]
     assert main(["bench", "loss", *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["gradient_difference"] < 1e-5
