@@ -62,7 +62,7 @@ def fails(
         (["--targets", "{S: {type: mla}}"], ["kv_lora_rank"]),
         (["--targets", "{S: {type: gate_swa, window: 0}}"], ["window = 0", "at least 1"]),
         (["--targets", "{S: {type: gate_swa, window: -3}}"], ["window = -3", "at least 1"]),
-        (["--targets", "{S: {type: gate_swa, window: 8, gate: wide}}"], ["gate = 'wide'", "'element'"]),
+        (["--targets", "{S: {type: gate_swa, window: 8, gate: wide}}"], ["gate = 'wide'", "head, element, none"]),
         (["--targets", "{S: {type: mla, kv_lora_rank: 100000, qk_rope_head_dim: 4}}"], ["kv_lora_rank = 100000"]),
         (["--targets", "{S: {type: mla, kv_lora_rank: 8, qk_rope_head_dim: 3}}"], ["qk_rope_head_dim = 3", "even"]),
         (["--targets", "{S: null, F: {type: gate_swa, window: 8}}"], ["targets = 'F'"]),
