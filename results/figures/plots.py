@@ -27,7 +27,8 @@ def kv_budget() -> str:
         if not name.startswith("smollm2_"):
             continue  # a recipe's former form
         point = (100 * found["kv_budget"]["8192"], found["fidelity"]["512"]["kl"])
-        series.append(Series(name.removeprefix("smollm2_"), [point], "other" if "M" in found["targets"] else "gate"))
+        [kind, *more] = {target["type"] for target in found["targets"].values()}
+        series.append(Series(name.removeprefix("smollm2_"), [point], "other" if more else TARGET_LOOKS[kind]))
     for name, text in SHOWN.items():
         found = CONVERSIONS[name]
         point = (100 * found["kv_budget"], found["fidelity"]["fidelity"]["kl"])
