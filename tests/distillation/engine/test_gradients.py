@@ -6,6 +6,7 @@ import copy
 import shutil
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from fixtures_stages import LATENT, STATE, WINDOW
 from torch import Tensor
+from torch.func import grad_and_value
+from torch.nn.parallel import DistributedDataParallel
 
 from pl_attnedit.distillation.engine import operations
+from pl_attnedit.distillation.engine.local_gradients import compile_whole
 from pl_attnedit.eval.bench.reference import last_hidden, plain_kl, plain_layer_losses
 
 Make = Callable[..., Any]
@@ -230,6 +234,28 @@ def test_compiled_stage_1_of_blocks(family: str, make_stage1: Make) -> None:
     module = configured(make_stage1, family, LATENT, compiled=True, pattern="SF", supervise="block")
     batch = make_batch()
     assert_equal_gradients(engine_gradients(module, batch), plain_gradients(module, batch))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_under_ddp(tmp_path: Path) -> None:
+    """torch would cut what is compiled at the buckets of DDP, which local gradients do not stand."""
+
+    class Two(torch.nn.Linear):
+        def forward(self, entered: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            loss = lambda weights: (entered @ weights[0] + weights[1]).square().mean()  # noqa: E731
+            return compile_whole(grad_and_value(loss))((self.weight, self.bias))
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        module = Two(64, 64)
+        together = DistributedDataParallel(module, bucket_cap_mb=0.005)  # type: ignore[arg-type]
+        (gradient, _), loss = together(torch.eye(64))
+        (module.weight + module.bias).square().mean().backward()
+        torch.testing.assert_close(gradient, module.weight.grad)
+        assert loss > 0
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class SavedBytes:
