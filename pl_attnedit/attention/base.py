@@ -118,12 +118,13 @@ class Init:
 
     Attributes:
         fill: called with the target module, the teacher's attention that it replaces, and the layer's `LayerStatistics`.
-        needs_text: whether `fill` uses the statistics; if not, it may get None.
+        needs_text: whether `fill` uses the statistics; if not, it may get None. needs_outputs: also those of heads' outputs.
         check: called with the target's config and the teacher's `AttentionSpec`; `UserError` where these do not allow it.
     """
 
     fill: Callable[[Any, nn.Module, Any], None]
     needs_text: bool = False
+    needs_outputs: bool = False
     check: Callable[[Any, AttentionSpec], None] = lambda config, spec: None
 
 

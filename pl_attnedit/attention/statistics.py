@@ -31,8 +31,8 @@ class LayerStatistics:
     which is what an error in its key or value does to the output (keys, values). All are float64 means.
     """
 
-    def __init__(self, spec: AttentionSpec, rotation: Rotation, context: int) -> None:
-        """rotation: the layer's RoPE; context: tokens per calibration sequence."""
+    def __init__(self, spec: AttentionSpec, rotation: Rotation, context: int, outputs: bool = True) -> None:
+        """rotation: the layer's RoPE; context: tokens per calibration sequence; outputs: whether `output` is wanted."""
         self.spec, self.order = spec, rotation.order
         exact = exact_device(rotation.order.device)
         self.frequencies, self.offered = rotation.frequencies.to(exact), rotation.offered.to(exact)
@@ -49,7 +49,7 @@ class LayerStatistics:
         self._xq = zeros(width, spec.num_heads * spec.head_dim)
         kv_width = 2 * spec.num_kv_heads * spec.head_dim
         self._plain_xkv, self._weighted_xkv = zeros(width, kv_width), zeros(width, kv_width)
-        self._distance, self._output = zeros(context), zeros(spec.num_heads)
+        self._distance, self._output = zeros(context), zeros(spec.num_heads) if outputs else None
         self._sample = torch.zeros(SAMPLES, width, device=rotation.order.device)
         self._sample_weight = torch.zeros(SAMPLES, device=rotation.order.device)  # attention received
         # Reservoir sampling: the tokens with the largest random keys. On the CPU, where the generator is.
@@ -77,10 +77,11 @@ class LayerStatistics:
         query, key = query[..., self.order], key[..., self.order]
         turned = self._rotation.turn(query, call), self._rotation.turn(key, call)
         received = self._attention_received(*turned, position_ids)
-        mask, scale = call.get("attention_mask"), options.get("scaling") or self.spec.scaling
-        output = attend_as_teacher(*turned, value, mask, scale, options.get("s_aux"), options.get("softcap"))
-        heads = output.unflatten(-1, (self.spec.num_heads, -1)).transpose(1, 2)
-        self._output += self._exact(heads.float().square().mean(-1).sum((0, 2)))
+        if self._output is not None:
+            mask, scale = call.get("attention_mask"), options.get("scaling") or self.spec.scaling
+            output = attend_as_teacher(*turned, value, mask, scale, options.get("s_aux"), options.get("softcap"))
+            heads = output.unflatten(-1, (self.spec.num_heads, -1)).transpose(1, 2)
+            self._output += self._exact(heads.float().square().mean(-1).sum((0, 2)))
         x = torch.cat([hidden_states, torch.ones_like(hidden_states[..., :1])], dim=-1).flatten(0, 1).float()
         q = query.transpose(1, 2).flatten(2).flatten(0, 1).float()
         kv = torch.cat([key, value], dim=1).transpose(1, 2).flatten(2).flatten(0, 1).float()
@@ -163,6 +164,7 @@ class LayerStatistics:
     @property
     def output(self) -> torch.Tensor:
         """(heads,) root mean square of each head's output, before the output projection."""
+        assert self._output is not None
         return (self._output / self.tokens).sqrt()
 
     @property

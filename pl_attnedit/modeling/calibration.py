@@ -49,7 +49,7 @@ def layers_at_once(config: PreTrainedConfig, layers: Sequence[int], context: int
 
 
 def statistics_in_parts(
-    teacher: PreTrainedModel, layers: Sequence[int], calibration: Iterable[CalibrationBatch]
+    teacher: PreTrainedModel, layers: Sequence[int], calibration: Iterable[CalibrationBatch], outputs: bool
 ) -> Iterator[dict[int, LayerStatistics]]:
     """`collect_statistics` of a few layers at a time, so that they fit into `STATISTICS_BYTES`. Each part costs a pass of
     the teacher up to its last layer. Let go of one part before the next is made."""
@@ -59,18 +59,18 @@ def statistics_in_parts(
     context = ids.shape[-1] if isinstance(ids, torch.Tensor) and ids.dim() else 1
     step = layers_at_once(teacher.config, layers, context)
     for start in range(0, len(layers), step):
-        yield collect_statistics(teacher, layers[start : start + step], batches)
+        yield collect_statistics(teacher, layers[start : start + step], batches, outputs)
 
 
 @torch.no_grad()
 def collect_statistics(
-    teacher: PreTrainedModel, layers: Sequence[int], calibration: Iterable[CalibrationBatch]
+    teacher: PreTrainedModel, layers: Sequence[int], calibration: Iterable[CalibrationBatch], outputs: bool = True
 ) -> dict[int, LayerStatistics]:
     """Statistics of the attention in `layers` by layer index.
 
     calibration: batches of input ids (batch, time) int64, unpadded, all of the same time; or dicts of `input_ids` and
     `position_ids` of this shape, starting at 0 with each document, so that documents do not attend to each other. The
-    statistics cover distances up to this time; the init extrapolates beyond it.
+    statistics cover distances up to this time; the init extrapolates beyond it. outputs: whether they cover heads' outputs.
     """
     statistics: dict[int, LayerStatistics] = {}
     rotary = rotary_of(teacher.model)
@@ -82,7 +82,7 @@ def collect_statistics(
             spec = attention_spec(teacher.config, index)
             first = 1 if position_ids is None else int((position_ids[0] == 1).nonzero()[0])
             rotation = rotation_of(attention, hidden_states, call, rotary, spec.rope_stride, first)
-            statistics[index] = LayerStatistics(spec, rotation, hidden_states.shape[1])
+            statistics[index] = LayerStatistics(spec, rotation, hidden_states.shape[1], outputs)
         statistics[index].update(attention, hidden_states, call, position_ids)
         if index == max(layers):
             raise Enough

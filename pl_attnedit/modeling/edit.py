@@ -124,15 +124,17 @@ def initialise(
     student: PreTrainedModel, teacher: PreTrainedModel, init: str, calibration: Iterable[CalibrationBatch] | None
 ) -> None:
     """Fills the new attention modules of an assembled student."""
-    for module in edited_attention(student).values():
+    edited = edited_attention(student)
+    for module in edited.values():
         init_of(module.target, init).check(module.target, module.spec)
     needed = layers_that_need_text(student, init)
-    initialise_from(student, teacher, init, {}, edited_attention(student).keys() - set(needed))
+    initialise_from(student, teacher, init, {}, edited.keys() - set(needed))
     if not needed:
         return
     if calibration is None:
         raise UserError(f"calibration: init {init!r} needs an iterable of input-id batches for this target")
-    for statistics in statistics_in_parts(teacher, needed, calibration):
+    outputs = any(init_of(module.target, init).needs_outputs for module in edited.values())
+    for statistics in statistics_in_parts(teacher, needed, calibration, outputs):
         initialise_from(student, teacher, init, statistics, statistics)
         statistics.clear()  # before the next are collected
 

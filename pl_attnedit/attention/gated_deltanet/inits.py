@@ -98,4 +98,5 @@ def rope_order(statistics: LayerStatistics, width: int) -> torch.Tensor:
     return torch.cat([pair, pair + half])
 
 
-INITS = {"random": Init(init_random), "calibrated": Init(init_calibrated, needs_text=True, check=check_calibrated)}
+CALIBRATED = Init(init_calibrated, needs_text=True, needs_outputs=True, check=check_calibrated)
+INITS = {"random": Init(init_random), "calibrated": CALIBRATED}
