@@ -84,13 +84,6 @@ def heads_of(attention: nn.Module, hidden_states: Tensor, call: dict[str, Any]) 
     return seen[0]
 
 
-def scored_by(
-    attention: nn.Module, hidden_states: Tensor, call: dict[str, Any], interface: Callable[..., Tensor]
-) -> Tensor:
-    """The output (batch, time, hidden) of an attention whose scores are made by another function."""
-    return with_interface(attention, interface).forward(hidden_states=hidden_states, **call)[0]
-
-
 def not_turned(call: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an attention with a RoPE that turns nothing."""
     cos, sin = call["position_embeddings"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_attnedit.attention import GateSWA
-from pl_attnedit.attention.interface import heads_of, scored_by
+from pl_attnedit.attention.interface import heads_of, with_interface
 from pl_attnedit.attention.own_windows import attend_as_teacher
 from pl_attnedit.distillation.engine.decoder import Call, final_norm
 from pl_attnedit.distillation.engine.pairs import Pairs
@@ -76,7 +76,8 @@ def _attention(target: Any, attention: Any, entered: Tensor, call: Call) -> Tens
     projection = output_projection(attention)
     if ours:
         bias = 0.0 if projection.bias is None else projection.bias
-        return (scored_by(attention, entered, call, scores) - bias) / gate + bias
+        output = with_interface(attention, scores).forward(hidden_states=entered, **call)[0]
+        return (output - bias) / gate + bias
     query, key, value, options = heads_of(attention, entered, call)
     return projection(scores(query, key, value, call["attention_mask"], **options).flatten(2))
 
