@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -26,11 +27,12 @@ class TargetConfig:
     default_pattern: ClassVar[str]  # pattern of `edit_model` when the user gives none
 
     def __post_init__(self) -> None:
-        """`UserError` for a field that is not what it is annotated as. Numbers are at least 1, or 0 where that is the
-        default."""
-        kinds = get_type_hints(type(self))
+        """`UserError` for a field that is not as annotated; numbers are at least 1, or 0 where that is the default."""
+        kinds: dict[str, Any] = {}
+        with suppress(NameError):  # annotations that mean nothing at run time are not checked
+            kinds = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            kind, value = kinds[field.name], getattr(self, field.name)
+            kind, value = kinds.get(field.name), getattr(self, field.name)
             if kind is bool and not isinstance(value, bool):
                 raise invalid(field.name, value, "must be true or false")
             if get_origin(kind) is Literal and value not in get_args(kind):
