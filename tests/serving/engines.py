@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import PreTrainedModel
@@ -39,6 +40,7 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
     """vLLM's `LLM` of a saved model without a tokenizer, whose scheduler is in this process too."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.models import registry
 
     defaults = {
         "dtype": "float32",
@@ -50,7 +52,9 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 2**26,
     }
-    llm = LLM(str(folder), **{**defaults, **options})
+    # a class is looked at here, not in a process for each, which takes ten seconds; `vllm serve` does so in its tests
+    with patch.object(registry, "_run_in_subprocess", lambda look: look(), create=True):
+        llm = LLM(str(folder), **{**defaults, **options})
     try:
         yield llm
     finally:
