@@ -48,9 +48,8 @@ def shipped() -> Iterator[tuple[str, dict[str, Any]]]:
     for path in sorted(CONFIGS.rglob("*.yaml")):
         content = yaml.safe_load(path.read_text())
         if "base" in content:
-            base = yaml.safe_load((path.parent / content["base"]).read_text())["data"] | content["change"].get(
-                "data", {}
-            )
+            base = yaml.safe_load((path.parent / content["base"]).read_text())["data"]
+            base |= content.get("change", {}).get("data", {})
             for name, variant in content["variants"].items():
                 yield f"{path.stem}-{name}", base | (variant or {}).get("data", {})
         elif "data" in content:
