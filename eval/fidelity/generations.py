@@ -117,7 +117,7 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     prompts_BT: torch.Tensor,
     new_tokens: int,
-    draws: Any = None,
+    draws: SameDraws | None = None,
 ) -> list[list[int]]:
     """What the model writes after each prompt, up to and with the end of the text; greedy, or sampled by `draws`."""
     ids, ends = prompts_BT.to(model.device), eos_of(model, tokenizer)

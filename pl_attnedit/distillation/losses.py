@@ -73,15 +73,16 @@ def divergence(
     student_log = student_logits.float().log_softmax(-1)
     teacher_log = teacher_logits.float().log_softmax(-1)
     teacher_probability = teacher_log.exp()
-    nearer = teacher_log.sub_(student_log)  # by token the logarithm of teacher over student
+    log_ratio = teacher_log.sub_(student_log)
     if not reverse:
-        loss = nearer.mul_(teacher_probability).sum(-1, keepdim=True)
+        loss = log_ratio.mul_(teacher_probability).sum(-1, keepdim=True)
         return loss, student_log.exp_().sub_(teacher_probability)
     student_probability = student_log.exp_()
-    backward = -(student_probability * nearer).sum(-1, keepdim=True)
-    loss = (1 - reverse) * (teacher_probability * nearer).sum(-1, keepdim=True) + reverse * backward
-    of_backward = nearer.add_(backward).mul_(student_probability).neg_()
-    return loss, (1 - reverse) * (student_probability - teacher_probability) + reverse * of_backward
+    forward_kl = (teacher_probability * log_ratio).sum(-1, keepdim=True)
+    reverse_kl = -(student_probability * log_ratio).sum(-1, keepdim=True)
+    reverse_gradient = log_ratio.add_(reverse_kl).mul_(student_probability).neg_()
+    gradient = (1 - reverse) * (student_probability - teacher_probability) + reverse * reverse_gradient
+    return (1 - reverse) * forward_kl + reverse * reverse_kl, gradient
 
 
 def chunk_terms_in_cache(
@@ -159,8 +160,8 @@ class ChunkedKL:
     Equals the mean of `kl_divergence` on full logits.
 
     Args:
-        reverse: share of KL(student || teacher) in it.
         chunk: tokens whose logits exist at a time; default `tokens_of_a_chunk`.
+        reverse: share of KL(student || teacher) in it.
         compiled: whether the passes over a chunk's logits are fused by torch.compile.
     """
 

@@ -85,6 +85,13 @@ def plain_parameter(*shape: int, loader: Any = None) -> nn.Parameter:
     return parameter
 
 
+def heads_of_rank(target: TargetConfig, heads: int, ranks: int) -> int:
+    """How many of a layer's heads each tensor-parallel device has."""
+    if heads % ranks:
+        raise invalid("tensor_parallel_size", ranks, f"must divide the {heads} heads of {target.type}")
+    return heads // ranks
+
+
 def linear_options(vllm_config: Any, prefix: str, name: str, bias: bool) -> dict[str, Any]:
     return {"bias": bias, "quant_config": vllm_config.quant_config, "prefix": f"{prefix}.{name}"}
 
@@ -145,9 +152,7 @@ class LatentSelfAttention(nn.Module):
         with torch.device("meta"):
             self.shape = [MLA(target, config, index)]  # in a list: it has no weights that were to be loaded
         shape, spec, ranks = self.shape[0], self.shape[0].spec, get_tensor_model_parallel_world_size()
-        if shape.num_heads % ranks:
-            raise invalid("tensor_parallel_size", ranks, f"must divide the {shape.num_heads} heads of mla")
-        heads, width = shape.num_heads // ranks, shape.nope_dim + shape.rope_dim
+        heads, width = heads_of_rank(target, shape.num_heads, ranks), shape.nope_dim + shape.rope_dim
         named = partial(linear_options, vllm_config, prefix)
         bias, queries = spec.qkv_bias, shape.num_heads * width
         if target.q_lora_rank is None:
@@ -210,9 +215,7 @@ class DeltaNet(nn.Module):
         with torch.device("meta"):
             self.shape = [GatedDeltaNet(target, config, index)]  # in a list: it has no weights that were to be loaded
         shape, spec, ranks = self.shape[0], self.shape[0].spec, get_tensor_model_parallel_world_size()
-        if shape.heads % ranks:
-            raise invalid("tensor_parallel_size", ranks, f"must divide the {shape.heads} heads of gated_deltanet")
-        self.heads = heads = shape.heads // ranks
+        self.heads = heads = heads_of_rank(target, shape.heads, ranks)
         named = partial(linear_options, vllm_config, prefix)
         hidden, values = spec.hidden_size, shape.heads * shape.value_dim
         self.in_proj_qkvz = ColumnParallelLinear(
