@@ -13,6 +13,7 @@ from fixtures_stages import LATENT, STATE, WINDOW, make_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pl_attnedit.callbacks import (
@@ -92,6 +93,25 @@ class Gradients(Callback):
         pl_module.configure_gradient_clipping = keep
 
 
+class Gathers(Callback):
+    """How often FSDP2 gathers weights in each backward pass."""
+
+    def __init__(self) -> None:
+        self.backward: list[int] = []
+        self._gather = _fsdp_param_group.foreach_all_gather
+
+    def _count(self, *args: Any, **options: Any) -> Any:
+        self.backward[-1] += 1
+        return self._gather(*args, **options)
+
+    def on_before_backward(self, *_: Any) -> None:
+        self.backward.append(0)
+        _fsdp_param_group.foreach_all_gather = self._count
+
+    def on_after_backward(self, *_: Any) -> None:
+        _fsdp_param_group.foreach_all_gather = self._gather
+
+
 def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
@@ -154,11 +174,11 @@ def train(case: str, folder: Path, out: Path, strategy: str = "auto", **trainer_
         checkpoints.SMALL, keeping = 0, {"every_seconds": 1e-9, "monitor": "val/kl"}
     else:
         keeping = {"every_seconds": 1000}
-    module, gradients = build(case, folder), Gradients()
+    module, gradients, gathers = build(case, folder), Gradients(), Gathers()
     batches, accumulate = loader(case, processes)
     trainer = make_trainer(
         *CASES[case]["callbacks"](),
-        *(gradients, NaNGuard(), Throughput(), ResumableCheckpoint(out, **keeping)),
+        *(gradients, gathers, NaNGuard(), Throughput(), ResumableCheckpoint(out, **keeping)),
         steps=STEPS,
         strategy=strategy,
         devices=1 if strategy == "auto" else 2,
@@ -174,6 +194,7 @@ def train(case: str, folder: Path, out: Path, strategy: str = "auto", **trainer_
     save_student(module, out / "student")
     return {
         "gradients": gradients.steps,
+        "gathers": gathers.backward,
         "loss": trainer.callback_metrics["train/loss"],
         "validation": {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
         "sizes": [(len(p.data.to_local()) if hasattr(p, "to_local") else len(p)) for p in module.teacher.parameters()],

@@ -98,6 +98,14 @@ def test_only_fsdp2_shards_the_teacher(two: Path, one: Any, case: str) -> None:
     assert max(shards[0]) < max(whole)
 
 
+@case
+def test_stage_1_gathers_nothing_in_its_backward_pass(two: Path, case: str) -> None:
+    """Its gradients are there by then. FSDP2 would gather layers that nobody reads, and keep them until the pass ends."""
+    gathers = of(two, case, "fsdp2")["gathers"]
+    assert len(gathers) == small_trainings.STEPS * small_trainings.CASES[case]["accumulate"]
+    assert all((count > 0) == (small_trainings.CASES[case]["stage"] == "stage2") for count in gathers)
+
+
 def checkpoint_of(path: Path) -> dict[str, Any]:
     return read_checkpoint(path)
 
