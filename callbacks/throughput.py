@@ -84,7 +84,7 @@ class Throughput(Callback):
         stepped = trainer.global_step != self._seen_step
         self._seen_step = trainer.global_step
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if stepped and trainer.global_step % interval == 0:
+        if stepped and interval and trainer.global_step % interval == 0:  # 0: never
             steps, seconds = trainer.global_step - self._window_start, self._meter.seconds
             metrics = {
                 "perf/tokens_per_second": (rate := self._meter.tokens / seconds),

@@ -57,9 +57,16 @@ def read_yaml(path: str | Path, field: str, *kinds: str) -> dict[str, Any]:
     found = [kind for kind, (names, _) in KINDS.items() if names & content.keys()]
     if kinds and found and not set(kinds) & set(found):
         raise invalid(field, str(path), f"is a {found[0]}, which `{KINDS[found[0]][1]}` takes; {wanted}")
-    if kinds and not isinstance(data := content.get("data"), dict | None):  # jsonargparse looks for a file of this name
-        raise invalid("data", data, f"must be a mapping such as {{source: corpus.jsonl}}, in {path}")
+    if kinds:
+        _check_groups(content, f", in {path}")
     return content
+
+
+def _check_groups(content: Any, where: str = "") -> None:
+    """Of these jsonargparse looks for a file by the name of a value, and null or a list would give all defaults."""
+    for name in ("data", "trainer"):
+        if name in content and not isinstance(content[name], dict):
+            raise invalid(name, content[name], f"must be a mapping; null takes away single fields of it{where}")
 
 
 def load_yaml(text: str) -> Any:
@@ -181,6 +188,8 @@ class _Layer(ActionTypeHint):
     def _check_type(self, value: Any, append: bool = False, cfg: Any = None, mode: Any = None) -> Any:
         if isinstance(value, NestedArg) and self.is_mapping_typehint(self._typehint):
             key, value = value  # --targets.S.window 8
+            if value == "":  # of a variable of the shell that is not set; it would be null
+                raise UserError(f"{self.dest}.{key}: must have a value; null takes it away")
             value = load_yaml(value) if isinstance(value, str) else value
             for name in reversed(key.split(".")):
                 value = {name: value}
@@ -195,7 +204,9 @@ class ConfigFile(ActionConfigFile):
     kinds: tuple[str, ...] = ()
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
-        if not values.lstrip().startswith("{"):  # a mapping itself, as a study gives it
+        if values.lstrip().startswith("{"):  # a mapping itself, as a study gives it
+            _check_groups(load_yaml(values))
+        else:
             read_yaml(values, "config", *self.kinds)
         super().__call__(parser, cfg, values, option_string)
 

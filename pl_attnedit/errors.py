@@ -19,7 +19,7 @@ _NOISE = (
     ),
 )
 _PLAINER = (
-    (r"Group '([\w.]+)' does not accept option '([\w.]+)'", r"\1.\2: there is no such field; --help lists them"),
+    (r"Group '([\w.]+)' does not accept option '([\w.-]+)'", r"\1.\2: there is no such field; --help lists them"),
     (r'Parser key "([^"]+)":', r"\1:"),
     (r"Expected a <class '([\w.]+)'>", r"must be of type \1"),
     (r"Expected a typing\.Literal\[(.+?)\]", r"must be one of \1"),
@@ -43,6 +43,8 @@ def in_one_line(message: str) -> str:
         message = message.partition("\n  - ")[2] or message
     lines = [line.strip() for line in message.splitlines()]
     kept = dict.fromkeys(line.removeprefix("- ") for line in lines if not line.startswith(_NOISE))
+    if len(kept) == 1 and (classes := re.findall(r"Not a valid subclass of (\w+)", message)):
+        kept |= {f"must name a class of the kind {classes[0]}, as its class_path": None}
     text = re.sub(r"(?<!:)\n", ", or ", "\n".join(kept or lines)).replace("\n", " ")
     for pattern, words in _PLAINER:
         text = re.sub(pattern, words, text)

@@ -50,11 +50,13 @@ class AttentionEditingCLI(LightningCLI):
         return super().init_parser(**kwargs, exit_on_error=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("model.init_args.teacher", "data.tokenizer")
+        parser.link_arguments("model.init_args.teacher", "data.tokenizer", compute_fn=_given_teacher)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         settings = self.config[self.config.subcommand]
+        if (seed := settings.seed_everything) not in range(2**32):  # True and False are, too
+            raise invalid("seed_everything", seed, "must be from 0 to 2**32 - 1")
         if settings.ckpt_path is None and self.config.subcommand == "fit" and _slurm_has_requeued():
             settings.ckpt_path = "last"
         if settings.ckpt_path not in (None, *FOUND_BY_NAME):
@@ -69,8 +71,11 @@ class AttentionEditingCLI(LightningCLI):
         for name in ("max_steps", "max_epochs", "limit_train_batches"):
             if getattr(self.trainer, name) == 0:
                 raise invalid(f"trainer.{name}", 0, "would train nothing; `pl-attnedit validate` measures a student")
+        if (number := self.trainer.accumulate_grad_batches) < 1:
+            raise invalid("trainer.accumulate_grad_batches", number, "must be at least 1")
         self.model.resuming = self._found_checkpoint() is not None  # an init would be overwritten
         self._check_inputs()
+        self.datamodule.check_batches(self.trainer.world_size)
         self.datamodule.check_steps(self.trainer)
 
     def before_validate(self) -> None:
@@ -117,8 +122,10 @@ class AttentionEditingCLI(LightningCLI):
             (_resumable_checkpoint, ModelCheckpoint),
         )
         for default, family in defaults:
-            wanted = family is not ModelCheckpoint or config.get("enable_checkpointing") is not False
-            if wanted and not any(isinstance(callback, family) for callback in config["callbacks"]):
+            switch = {Progress: "enable_progress_bar", ModelCheckpoint: "enable_checkpointing"}.get(family, "")
+            if config.get(switch) is not False and not any(
+                isinstance(callback, family) for callback in config["callbacks"]
+            ):
                 config["callbacks"].append(default())
         check_accelerator(config.get("accelerator"))
         refuse_url("trainer.default_root_dir", config.get("default_root_dir"))
@@ -128,6 +135,12 @@ class AttentionEditingCLI(LightningCLI):
             if isinstance(error, UserError):
                 raise
             raise UserError(f"trainer: {error}") from error
+
+
+def _given_teacher(teacher: str | None) -> str:
+    if teacher is None:
+        raise UserError("model.init_args.teacher: must be given")
+    return teacher
 
 
 def _resumable_checkpoint() -> ResumableCheckpoint:

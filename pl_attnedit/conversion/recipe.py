@@ -22,7 +22,7 @@ from pl_attnedit.errors import invalid
 SET_BY_CONVERSION = {
     *("max_steps", "max_epochs", "max_time", "accumulate_grad_batches", "val_check_interval"),
     *("check_val_every_n_epoch", "callbacks", "logger", "limit_val_batches", "fast_dev_run", "overfit_batches"),
-    "enable_checkpointing",
+    *("enable_checkpointing", "limit_train_batches", "barebones"),
 }
 # fields of the recipe or of a stage, or the conversion's to set
 SET_BY_RECIPE = {
@@ -258,8 +258,8 @@ def _fields_of_targets() -> str:
 
 def _check_mappings(config: Namespace) -> None:
     for name in ("stage1", "stage2", "evaluation", "trainer", "data", "stage1.options", "stage2.options"):
-        if config.get(name) is None:
-            raise invalid(name, None, "must be a mapping; null takes away single fields of it")
+        if not isinstance(value := config.get(name), Namespace | dict):
+            raise invalid(name, value, "must be a mapping; null takes away single fields of it")
 
 
 def read_recipe(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, dict[str, Any]]:

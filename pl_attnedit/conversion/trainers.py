@@ -46,8 +46,10 @@ def stage_trainer(recipe: Recipe, name: str, stage: StageRecipe | None, folder: 
         "enable_model_summary": False,
         "log_every_n_steps": 1,
         "logger": logger or False,
-        "callbacks": [Progress(name), ProcessWatch()],
+        "callbacks": [ProcessWatch()],
     }
+    if recipe.trainer.get("enable_progress_bar", True):
+        options["callbacks"].append(Progress(name))
     if stage is None:
         options |= {"enable_checkpointing": False}
     else:

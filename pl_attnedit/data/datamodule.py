@@ -155,12 +155,21 @@ class TextDataModule(PackedText, LightningDataModule):
                 )
 
     def check_steps(self, trainer: Trainer) -> None:
-        """`UserError` if the Trainer's settings do not fit the phases."""
+        """`UserError` if the Trainer's settings do not fit the phases, or the text."""
         steps, overfit = sum(phase.steps for phase in self.phases), trainer.overfit_batches  # type: ignore[attr-defined]
         if self.phases and trainer.max_steps != steps:
             raise invalid("max_steps", trainer.max_steps, f"must be {steps}, the steps of the phases")
         if self.phases and overfit:
             raise invalid("overfit_batches", overfit, "is for a training without phases")
+        every, by_epoch = trainer.val_check_interval, trainer.check_val_every_n_epoch is not None
+        batches = steps * trainer.accumulate_grad_batches or len(self.train_sequences) // (
+            self.batch_size * trainer.world_size
+        )
+        if isinstance(every, int) and by_epoch and trainer.limit_val_batches and every > batches:
+            allowed = (
+                f"must be at most {batches}, the batches of an epoch; check_val_every_n_epoch: null counts over epochs"
+            )
+            raise invalid("trainer.val_check_interval", every, allowed)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The held-out sequences, always the same in the same order."""

@@ -114,6 +114,13 @@ def fails(
         (["--evaluation.cloze", "1"], ["cloze = 1", "at least 2"]),
         (["--trainer", "{acelerator: cpu}"], ["trainer.acelerator: there is no such field"]),
         (["--trainer", "{max_steps: 3}"], ["trainer.max_steps: there is no such field"]),
+        (["--trainer", "{limit_train_batches: 0}"], ["trainer.limit_train_batches: there is no such field"]),
+        (["-c", "{trainer: [cpu]}"], ["trainer = ['cpu']: must be a mapping"]),
+        (["-c", "{evaluation: false}"], ["evaluation = False: must be a mapping"]),
+        (["-c", "{stage1: [steps]}"], ["stage1 = ['steps']: must be a mapping"]),
+        (["-c", "{stage2: {options: [train]}}"], ["stage2.options = ['train']: must be a mapping"]),
+        (["-c", "{stage2: {warmup-steps: 3}}"], ["stage2.warmup-steps: there is no such field"]),
+        (["--targets.S.window", ""], ["targets.S.window: must have a value"]),
         (["--trainer", "{accelerator: abacus}"], ["trainer", "abacus", "cpu"]),
         (["--trainer", "{accelerator: tpu}"], ["trainer.accelerator = 'tpu'", "cpu, cuda, gpu, mps, npu"]),
         (["--trainer", "{accelerator: tpu}", "--dry-run"], ["trainer.accelerator = 'tpu'"]),
@@ -243,6 +250,14 @@ def fit(teacher_folder: Make, tiny_corpus: str, tmp_path: Path, monkeypatch: pyt
         (["--ckpt_path", "last"], ["ckpt_path = 'last'", "dirpath"]),
         (["--ckpt_path", "best"], ["ckpt_path = 'best'", "dirpath"]),
         (["--trainer.max_steps", "0"], ["trainer.max_steps = 0", "would train nothing"]),
+        (["--trainer.accumulate_grad_batches", "-1"], ["accumulate_grad_batches = -1", "at least 1"]),
+        (["--trainer.val_check_interval", "9999"], ["val_check_interval = 9999: must be at most ", "of an epoch"]),
+        (["--data.batch_size", "5000"], ["batch_size = 5000", "need 5000 training sequences"]),
+        (["--seed_everything", "-1"], ["seed_everything = -1", "from 0"]),
+        (["-c", "{trainer: null}"], ["trainer = None: must be a mapping"]),
+        (["-c", "{data: null}"], ["data = None: must be a mapping"]),
+        (["-c", "{model: [x]}"], ["must name a class of the kind DistillationModule"]),
+        (["--model.init_args.teacher", "null"], ["model.init_args.teacher: must be given"]),
         (["--ckpt_path", "s3://bucket/last.ckpt"], ["ckpt_path = 's3://bucket/last.ckpt': is an address"]),
         (["--trainer.default_root_dir", "gs://bucket"], ["default_root_dir = 'gs://bucket': is an address"]),
         (
@@ -356,7 +371,8 @@ def test_fit_resumes_and_validates(
     keep = ("--trainer.callbacks+", "ResumableCheckpoint", "--trainer.callbacks.dirpath", "kept")
     assert fit(*keep) == 0
     assert [file.name for file in (tmp_path / "kept").glob("*.ckpt")] == ["last-00000002.ckpt"]
-    assert fit(*keep, "--trainer.max_steps", "3", "--ckpt_path", "last") == 0
+    quiet = ("--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "0")
+    assert fit(*keep, *quiet, "--trainer.max_steps", "3", "--ckpt_path", "last") == 0
     last = tmp_path / "kept" / "last-00000003.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 3
     assert fit("--ckpt_path", last, command="validate") == 0

@@ -208,7 +208,7 @@ def test_one_layer_of_a_mixture_with_a_trunk_of_another_dtype(
     before, left = models(), []
     monkeypatch.setattr(pipeline, "release_memory", lambda: left.append(models() - before))
     stage = {"steps": 1, "learning_rate": 1e-3}
-    trainer = {"accelerator": "cpu", "precision": "bf16-mixed"}
+    trainer = {"accelerator": "cpu", "precision": "bf16-mixed", "enable_progress_bar": False}
     path = recipe(
         teacher="shape:tiny-qwen3-moe",
         data={"source": tiny_corpus, "seq_len": 64, "batch_size": 2, "val_sequences": 5},

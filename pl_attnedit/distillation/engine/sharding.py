@@ -66,7 +66,9 @@ def shard(pairs: Pairs, mesh: DeviceMesh, precision: str, *, gather_once: bool) 
         fully_shard(pairs.embeddings, mesh=mesh, reshard_after_forward=True)
         fully_shard(pairs.heads, mesh=mesh, reshard_after_forward=True)
     fully_shard(pairs, mesh=mesh, reshard_after_forward=False)
-    if gather_once:  # the backward pass reads no weights: FSDP2 would gather layers ahead of it and keep them until its end
+    if (
+        gather_once
+    ):  # the backward pass reads no weights: FSDP2 would gather layers ahead of it and keep them until its end
         for unit in pairs.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_unshard_in_backward(False)
