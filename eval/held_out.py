@@ -16,7 +16,7 @@ from pl_attnedit.callbacks import check_checkpoint
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data.chat import render
 from pl_attnedit.data.lookups import check_judged
-from pl_attnedit.data.sources import BUILTIN, Document, bytes_hash, document_hash, open_source
+from pl_attnedit.data.sources import BUILTIN, Document, bytes_hash, document_hash, open_source, wording_hash
 from pl_attnedit.data.tokens import check_texts, load_tokenizer
 from pl_attnedit.errors import invalid
 from pl_attnedit.modeling.trained_on import TrainedOn
@@ -95,11 +95,12 @@ def held_out_texts(teacher: str, text: str, trained: TrainedOn, seq_len: int = 5
 
 
 def is_trained(document: Document, trained: TrainedOn) -> bool:
-    """Whether the student was trained on the document, however its lines end and whatever white space is around it, or on a
-    text that the document goes on from: the end of a text file is another document when the file has grown."""
+    """Whether the student was trained on the document in whatever form (`wording_hash`; of older students' records: however
+    its lines end and whatever white space is around it), or on a text that the document goes on from: the end of a text
+    file is another document when the file has grown."""
     if not len(trained.documents):
         return False
-    hashes = [document_hash(document)]
+    hashes = [document_hash(document), wording_hash(document)]
     if isinstance(document, str):
         plain = document.replace("\r\n", "\n").strip()
         hashes += [bytes_hash(plain.replace("\n", end).encode()) for end in ("\n", "\r\n")]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pl_attnedit.attention import GatedDeltaNetConfig, GateSWAConfig, LayerStatistics, MLAConfig, TargetConfig, init_of
 from pl_attnedit.data.encoding import encode
 from pl_attnedit.data.lookups import LOOKUPS, check_judged
-from pl_attnedit.data.sources import document_hash, open_source
+from pl_attnedit.data.sources import open_source, wording_hash
 from pl_attnedit.distillation.metrics import Fidelity
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.eval.progress import Progress
@@ -97,7 +97,7 @@ def bench_init(
     text = sequences("calibration", calibration, tokenizer, calibration_sequences, seq_len, shuffle=True)
     needed = any(init_of(row.target, row.init).needs_text for row in chosen)
     source = open_source(calibration.removeprefix(LOOKUPS))  # `lookups:` has pieces of it
-    known = {document_hash(document) for document in source.documents()} if needed else ()
+    known = {wording_hash(document) for document in source.documents()} if needed else ()
     asked = sequences("heldout", heldout, tokenizer, heldout_sequences, seq_len, known=known).to(teacher.device)
     progress = progress or Progress()
     progress.say(f"statistics of {text.numel():,} tokens")
@@ -143,7 +143,7 @@ def sequences(
         for document in documents:
             if not isinstance(document, str):
                 raise invalid(field, path, "must hold plain text, not conversations")
-            if document_hash(document) in known:
+            if wording_hash(document) in known:
                 continue
             [ids] = encode(tokenizer, [document], ends=True)
             start = rng.randrange(max(len(ids) - seq_len, 0) + 1) if shuffle else 0

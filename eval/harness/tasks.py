@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pl_attnedit.data.encoding import encode
 from pl_attnedit.data.files import encodable, find_files, json_rows
-from pl_attnedit.data.sources import document_hash
+from pl_attnedit.data.sources import document_hash, wording_hash
 from pl_attnedit.errors import invalid
 from pl_attnedit.files import json_text, write_atomically
 from pl_attnedit.modeling.trained_on import TrainedOn
@@ -151,7 +151,9 @@ def build_bigbench_tasks(
         questions = [_question(file, place, row) for place, row in json_rows("bigbench", file)]
         total = len(questions)
         if trained is not None:
-            known = trained.has(np.array([document_hash(question["question"]) for question in questions], np.uint64))
+            texts = [question["question"] for question in questions]
+            of_each = [[document_hash(text), wording_hash(text)] for text in texts]
+            known = map(any, trained.has(np.array(of_each, np.uint64)))
             questions = [question for question, is_known in zip(questions, known) if not is_known]
         if len(questions) < total:
             log.warning(

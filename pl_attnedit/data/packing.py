@@ -26,12 +26,13 @@ class Corpus:
         hashes = np.concatenate([store.hashes for store in stores])
         starts = np.concatenate([store.starts[:-1] for store in stores])
         lengths = np.concatenate([np.diff(store.starts) for store in stores])
+        wordings = np.concatenate([store.wordings for store in stores])
         token_hashes = np.concatenate([store.token_hashes for store in stores])
         source = np.repeat(np.arange(len(stores)), [len(store.hashes) for store in stores])
         # hashes (D,) uint64; source (D,): which of the stores; starts, lengths (D,): where in it, in tokens
         self.hashes, chosen = np.unique(hashes, return_index=True)
         self.source, self.starts, self.lengths = source[chosen], starts[chosen], lengths[chosen]
-        self.token_hashes = token_hashes[chosen]
+        self.wordings, self.token_hashes = wordings[chosen], token_hashes[chosen]
 
     def __len__(self) -> int:
         return len(self.hashes)

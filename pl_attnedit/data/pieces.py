@@ -31,7 +31,7 @@ def check_pieces(source: Sources, train: Corpus, held_out: Corpus, val_source: s
     """`UserError` if documents that `lookups:` takes pieces of are held out."""
     for one, base in _lookups(source):
         store = train.stores[_unweighted(source).index(base)]
-        if shared := int(np.isin(store.hashes, held_out.hashes).sum()):
+        if shared := int(np.isin(store.wordings, held_out.wordings).sum()):
             allowed = f"holds {shared} documents of {base.name}, and {one.name} has pieces of it"
             raise invalid("val_source", val_source, allowed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,6 +132,24 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def wording_hash(document: Document) -> int:
+    """64-bit hash of what a document says: the same whatever its white space, line ends and way to write accents, and in a
+    conversation whether content comes in parts and empty fields are there."""
+    said = _wording([document, document.options] if isinstance(document, Conversation) else document)
+    return bytes_hash((said if isinstance(said, str) else json.dumps(said, sort_keys=True, default=str)).encode())
+
+
+def _wording(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(unicodedata.normalize("NFC", value.replace("\ufeff", "")).split())
+    if isinstance(value, dict):
+        said = {name: _wording(item) for name, item in value.items()}
+        return {name: item for name, item in said.items() if item not in (None, "", [], {})}
+    if isinstance(value, list) and value and all(isinstance(one, dict) and one.get("type") == "text" for one in value):
+        return _wording("\n".join(str(one.get("text")) for one in value))
+    return [_wording(item) for item in value] if isinstance(value, list) else value
 
 
 def bytes_hash(content: bytes) -> int:

@@ -97,7 +97,10 @@ class PackedText:
             documents, val_documents = split_documents(train, self.val_sequences, self.seq_len)
         else:
             held_out = self._corpus(self.val_source)
-            documents, val_documents = np.flatnonzero(~np.isin(train.hashes, held_out.hashes)), np.arange(len(held_out))
+            documents, val_documents = np.arange(len(train)), np.arange(len(held_out))
+        shared = np.isin(train.wordings[documents], held_out.wordings[val_documents])
+        documents = documents[~shared]
+        if self.val_source is not None:
             if not len(documents):
                 allowed = (
                     f"holds all {len(train)} documents of source, so none is left to train on: name other text, or"
@@ -106,8 +109,8 @@ class PackedText:
                     "val_source", str(self.val_source), f"{allowed} leave it out to hold out a part of source"
                 )
             check_pieces(self.source, train, held_out, str(self.val_source))
-            if shared := len(train) - len(documents):
-                log.warning("source: left out %d of %d documents, which val_source holds, too", shared, len(train))
+        if shared.any():
+            log.warning("source: left out %d of %d documents, which are held out, too", shared.sum(), len(train))
         self._split = train, documents
         packed = self.packed(self.seq_len)
         self._hold_out(held_out, val_documents)
@@ -141,7 +144,8 @@ class PackedText:
             UserError: what is left is less than one sequence.
         """
         packed = self.held_out
-        known = trained.has(packed.corpus.hashes[packed.documents])
+        corpus, documents = packed.corpus, packed.documents
+        known = trained.has(corpus.hashes[documents]) | trained.has(corpus.wordings[documents])
         if not known.any():
             return 0
         name = str(self.source if self.val_source is None else self.val_source)
@@ -162,7 +166,7 @@ class PackedText:
         self.setup()
         assert self._split is not None
         corpus, documents = self._split
-        return TrainedOn(corpus.hashes[documents])  # sorted and unique
+        return TrainedOn(np.union1d(corpus.hashes[documents], corpus.wordings[documents]))
 
     def _check_held_out(self) -> None:
         """`UserError` if no held-out token is supervised."""

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pl_attnedit.cache import build_once, cache_root
 from pl_attnedit.data.chat import check_chat, mark_answers, render
 from pl_attnedit.data.encoding import TooLongError, bare, encode
-from pl_attnedit.data.sources import Document, OpenSource, bytes_hash, document_hash
+from pl_attnedit.data.sources import Document, OpenSource, bytes_hash, document_hash, wording_hash
 from pl_attnedit.errors import invalid
 from pl_attnedit.shapes import SHAPE_PREFIX
 from pl_attnedit.teachers.sources.resolve import (
@@ -34,7 +34,7 @@ from pl_attnedit.teachers.sources.resolve import (
 )
 
 # Part of the cache key: raise it when documents would be tokenised differently.
-VERSION = 5
+VERSION = 6
 # Documents are handed to the tokenizer, which spreads them over the cores, until they have this many characters: bounded
 # memory for books, enough work for many cores. Its Encodings take some 100 bytes per token.
 BATCH_CHARACTERS = 4_000_000
@@ -76,6 +76,11 @@ class TokenStore:
     def hashes(self) -> np.ndarray:
         """Hash of each document's content, shape (D,), uint64."""
         return np.load(self.path / "hashes.npy", mmap_mode="r")
+
+    @cached_property
+    def wordings(self) -> np.ndarray:
+        """Hash of what each document says (`wording_hash`), shape (D,), uint64."""
+        return np.load(self.path / "wordings.npy", mmap_mode="r")
 
     @cached_property
     def token_hashes(self) -> np.ndarray:
@@ -191,7 +196,7 @@ def tokenize(sources: Sequence[OpenSource], tokenizer: PreTrainedTokenizerBase, 
 
     Plain text begins as the tokenizer begins it (`encode`), a conversation as its template does; EOS is appended where they
     do not end with it. With ``loss_on="answers"`` the tokens of the answers in conversations are marked, and all
-    tokens of plain text beside them. Documents stream through; memory grows by 16 bytes per document.
+    tokens of plain text beside them. Documents stream through; memory grows by 32 bytes per document.
 
     Raises:
         UserError: a source that cannot be read or has no document, no conversation for ``answers``.
@@ -212,7 +217,7 @@ def _stored(source: OpenSource, tokenizer: PreTrainedTokenizerBase, digest: str,
 
 
 def _write(folder: Path, source: OpenSource, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> None:
-    starts, hashes, token_hashes = array("q", [0]), array("Q"), array("Q")
+    starts, hashes, wordings, token_hashes = array("q", [0]), array("Q"), array("Q"), array("Q")
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "int32"
     chat = False
     shown: Any = {"unit": " documents", "delay": 2, "mininterval": 5, "leave": False, "disable": False}
@@ -230,12 +235,14 @@ def _write(folder: Path, source: OpenSource, tokenizer: PreTrainedTokenizerBase,
             except TooLongError as error:
                 raise invalid("source", source.name, f"document {len(hashes) + len(batch)}: {error}") from error
             hashes.extend(map(document_hash, batch))
+            wordings.extend(map(wording_hash, batch))
     if not hashes:
         raise invalid("source", source.name, "holds no documents with text")
     if not (loss_on == "answers" and chat):
         (folder / "answers.bool").unlink()
     np.save(folder / "starts.npy", np.array(starts, dtype=np.int64))
     np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
+    np.save(folder / "wordings.npy", np.array(wordings, dtype=np.uint64))
     np.save(folder / "token_hashes.npy", np.array(token_hashes, dtype=np.uint64))
 
 

@@ -1,7 +1,7 @@
 """Which documents a student was trained on. It is saved with the student, so that the student is evaluated on others.
 
-A document is identified by the 64-bit hash of its text (`pl_attnedit.data.sources.document_hash`). The calibration text is
-part of the training text.
+A document is identified by the 64-bit hashes of its text and of its wording (`document_hash` and `wording_hash` of
+`pl_attnedit.data.sources`). The calibration text is part of the training text.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pl_attnedit.data import TextDataModule, sources
 from pl_attnedit.data.lookups import CHARACTERS_PER_GROUP, FORMS, LIST_BEGINNINGS, LONG, WORDS, lookup_documents
-from pl_attnedit.data.sources import Source, open_source
+from pl_attnedit.data.sources import Source, document_hash, open_source, wording_hash
 from pl_attnedit.errors import UserError
 from pl_attnedit.eval.harness import retrieval
 
@@ -77,7 +77,8 @@ def test_nothing_that_it_has_pieces_of_is_judged_on(tmp_path: Path, tokenizer: P
     share = data.train_sequences.per_epoch()[1] / len(data.train_sequences)
     assert share == pytest.approx(0.1, abs=0.01)
     trained = [*open_source(base).documents(), *open_source(lookups).documents()]
-    assert len(data.training_documents.documents) == len(set(map(str, trained)))
+    identities = {of(each) for each in trained for of in (document_hash, wording_hash)}
+    assert set(data.training_documents.documents.tolist()) == identities
 
 
 def test_other_columns_of_the_same_file_are_another_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

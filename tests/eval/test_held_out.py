@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +35,7 @@ from pl_attnedit.conversion.trainers import save_student
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.data import text as data_text
 from pl_attnedit.data.chat import Conversation
-from pl_attnedit.data.sources import OpenSource, Source, document_hash
+from pl_attnedit.data.sources import OpenSource, Source, document_hash, wording_hash
 from pl_attnedit.eval import held_out
 from pl_attnedit.eval.held_out import held_out_texts, is_trained, trained_on
 from pl_attnedit.export import export
@@ -81,9 +83,8 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
             hashes = np.array([document_hash(text) for text in source.documents()], np.uint64)
             starts = np.cumsum([0, *(lengths[key] for key in hashes.tolist())])
             tokens = np.broadcast_to(np.uint16(0), starts[-1])
-            stores.append(
-                SimpleNamespace(hashes=hashes, token_hashes=hashes, starts=starts, tokens=tokens, answers=None)
-            )
+            same = dict.fromkeys(("hashes", "wordings", "token_hashes"), hashes)
+            stores.append(SimpleNamespace(**same, starts=starts, tokens=tokens, answers=None))
         return stores
 
     def decoded(data: TextDataModule) -> list[str]:
@@ -305,6 +306,44 @@ def test_a_text_file_that_has_grown(tiny_tokenizer: Any, tmp_path: Path) -> None
 def test_line_ends_and_white_space_make_no_other_text(known: str, asked: str) -> None:
     assert is_trained(asked, TrainedOn(np.array([document_hash(known)], np.uint64)))
     assert not is_trained(asked, TrainedOn(np.array([document_hash("b")], np.uint64)))
+
+
+FORMS = [
+    lambda text: text + "\n",
+    lambda text: text.replace("\n\n", " \r\n"),
+    lambda text: "\ufeff" + unicodedata.normalize("NFD", text).replace(" ", "\u00a0"),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["line feed", "line ends", "accents"])
+def test_the_same_text_in_another_form_is_not_held_out(
+    form: Callable[[str], str], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [f"Café {seed}.\n\n" + document(seed, 60) for seed in range(40)]
+    for name, some in {
+        "rows": rows,
+        "others": [form(row) for row in rows[:10]],
+        "both": [*rows, *map(form, rows)],
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in some))
+    made = partial(TextDataModule, tiny_tokenizer, seq_len=32, val_sequences=4)
+    data = made(str(tmp_path / "rows.jsonl"), val_source=str(tmp_path / "others.jsonl"))
+    assert len(data.train_sequences.documents) == 30
+    trained = data.training_documents
+    assert [is_trained(form(row), trained) for row in rows] == [False] * 10 + [True] * 30
+    both = made(str(tmp_path / "both.jsonl"))
+    asked = both.held_out_texts()
+    assert asked
+    assert not any(is_trained(text, both.training_documents) for text in asked)
+    assert both.leave_out(TrainedOn(np.array([wording_hash(asked[0])], np.uint64))) == 1
+
+
+def test_the_same_conversation_in_another_form() -> None:
+    plain = Conversation([{"role": "user", "content": "a  b"}, {"role": "assistant", "content": "c"}])
+    parts = [{"role": one["role"], "content": [{"type": "text", "text": one["content"] + "\n"}]} for one in plain]
+    assert wording_hash(Conversation(parts, {"tools": []})) == wording_hash(plain)
+    assert wording_hash(Conversation(plain, {"tools": [{"name": "f"}]})) != wording_hash(plain)
+    assert wording_hash(Conversation(plain[:1])) != wording_hash(plain)
 
 
 def test_long_runs_of_spaces_are_looked_through_once() -> None:
