@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers import EDITED_PREFIX
+from pl_attnedit.teachers.base import WINDOW_TYPE
 from pl_attnedit.teachers.multimodal import auto_class, is_multimodal, text_config, text_of, whole_class
 
 ADAPTER_FILE = "adapter_config.json"
@@ -104,6 +105,11 @@ def check_model(name: str, config: PreTrainedConfig) -> None:
         raise invalid(
             "rope_parameters", rope, "has a factor, but no rope_type that says what for: linear, yarn, llama3"
         )
+    window, types = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or [WINDOW_TYPE]
+    if window is not None and window < 1 and WINDOW_TYPE in types:
+        raise invalid("sliding_window", window, f"which config.json of {name} says, must be null or at least 1")
+    if not config.return_dict:
+        raise invalid("return_dict", False, f"which config.json of {name} says, must be true")
     try:
         with torch.device("meta"):
             model = model_class._from_config(config)
@@ -158,6 +164,13 @@ def without_reports() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def check_numbers(name: str, model: Any) -> None:
+    """`UserError` for a weight with nan or infinity, which training would come to know as a loss of nan."""
+    for weight, values in model.named_parameters():
+        if values.numel() and not all(bound.isfinite() for bound in values.detach().aminmax()):  # quick; nan stays nan
+            raise invalid("teacher", name, f"its weight {weight} holds nan or infinity")
 
 
 def tensor_problem(info: Mapping[str, Any]) -> str | None:

@@ -31,6 +31,7 @@ from pl_attnedit.teachers.sources.checks import (
     check_adapter,
     check_fields,
     check_model,
+    check_numbers,
     check_weights,
     reading_config,
 )
@@ -123,6 +124,7 @@ def load_teacher(name: str, dtype: str | torch.dtype = "auto", device: str | tor
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise invalid("teacher", name, f"cannot be loaded: {' '.join(str(error).split())}") from error
+    check_numbers(name, model)
     if (tokenizer.pad_token_id or 0) >= model.config.get_text_config().vocab_size:
         tokenizer.pad_token = tokenizer.eos_token  # padding only; the model has no embedding for the other token
     use_own_windows(getattr(model, "model", None))

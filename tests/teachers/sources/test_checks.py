@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -125,6 +126,14 @@ def test_weights_that_are_not_the_model(folder: Path, spoil: Callable[[Path], No
         assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(folder: Path, number: float) -> None:
+    """Also of a token that no text has."""
+    weights(lambda tensors: tensors["model.embed_tokens.weight"][-1].fill_(number))(folder)
+    with pytest.raises(UserError, match=r"its weight model\.embed_tokens\.weight holds nan or infinity"):
+        load_teacher(str(folder))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -162,6 +171,8 @@ def test_weights_that_are_the_model(folder: Path, change: Callable[[Path], None]
         (config(hidden_act="nonsense"), "makes no model: KeyError"),
         (config(_attn_implementation=3), "makes no model: AttributeError"),
         (config(dtype="int8"), "dtype = 'torch.int8'"),
+        (config(return_dict=False), "return_dict = False"),
+        (config(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=0), "sliding_window = 0"),
         (config(architectures=["FooForCausalLM"]), "says FooForCausalLM, .*run as LlamaForCausalLM"),
         (config(auto_map={"AutoModelForCausalLM": "modeling.FooForCausalLM"}), "says FooForCausalLM"),
         (config(attention_edit={"letters": "SF"}), "is a converted model already"),
