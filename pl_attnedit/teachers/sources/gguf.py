@@ -18,9 +18,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pl_attnedit.errors import UserError, invalid
 from pl_attnedit.teachers.sources.checks import LOADING, check_model, tensor_problem, without_reports
-from pl_attnedit.teachers.sources.gguf_tokenizer import exact_tokenizer
+from pl_attnedit.teachers.sources.gguf_tokenizer import ends_of, exact_tokenizer
 
-CONVERTER = 4  # version of the conversion, part of the cache key
+CONVERTER = 5  # version of the conversion, part of the cache key
 FREQUENCIES = "rope_freqs.weight"  # by what RoPE's frequencies are divided: Llama 3.1's scaling
 _THETA = 10000.0  # where a file does not say rope.freq_base
 
@@ -99,6 +99,7 @@ def convert(file: Path, target: Path) -> None:
         del model.config.quantization_config
     if (theta := (getattr(model.config, "rope_parameters", None) or {}).get("rope_theta")) is not None:
         model.config.rope_theta = theta  # older readers ignore rope_parameters and silently take 10000
+    model.generation_config.eos_token_id = ends_of(reader)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 

@@ -57,10 +57,17 @@ def exact_tokenizer(tokenizer: Any, reader: GGUFReader) -> PreTrainedTokenizerBa
         key.removeprefix(prefix): field.contents() for key, field in reader.fields.items() if key.startswith(prefix)
     }
     if further:
-        tokenizer.chat_template = {"default": tokenizer.chat_template, **further}
+        default = {"default": tokenizer.chat_template} if tokenizer.chat_template else {}
+        tokenizer.chat_template = {**default, **further}
     _surround(tokenizer, "bos", bool(fields.get("add_bos_token", not bpe or pre in _WORDS_WHOLE)))
     _surround(tokenizer, "eos", bool(fields.get("add_eos_token")))
     return tokenizer
+
+
+def ends_of(reader: GGUFReader) -> list[int] | None:
+    """The tokens at which an answer ends: of a text (eos), a turn (eot) or a message (eom); None where none is named."""
+    named = (reader.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
+    return sorted({int(field.contents()) for field in named if field is not None}) or None
 
 
 def _cut(backend: Any, pre: str | None) -> None:

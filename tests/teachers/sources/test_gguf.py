@@ -216,6 +216,20 @@ def test_templates_and_tokens_of_a_chat(tmp_path: Path, backend: Tokenizer, mode
     assert tokenizer("a<tool>b").input_ids.count(319) == 1
 
 
+def test_a_template_for_tools_alone(tmp_path: Path, backend: Tokenizer, model: Any) -> None:
+    only = lambda writer: writer.add_string("tokenizer.chat_template.tool_use", "tools")  # noqa: E731
+    write_gguf(tmp_path / "tiny.gguf", model, backend, only)
+    _, tokenizer = load_teacher(str(tmp_path / "tiny.gguf"))
+    assert tokenizer.get_chat_template(None, tools=[{"name": "tide"}]) == "tools"
+
+
+def test_an_answer_ends_with_the_turn(tmp_path: Path, backend: Tokenizer, model: Any) -> None:
+    write_gguf(tmp_path / "tiny.gguf", model, backend, says(tokenizer__ggml__eot_token_id=2))
+    read, tokenizer = load_teacher(str(tmp_path / "tiny.gguf"))
+    assert read.generation_config.eos_token_id == [0, 2]
+    assert tokenizer.eos_token_id == 0
+
+
 def test_digits_alone(tmp_path: Path, backend: Tokenizer, model: Any) -> None:
     """SmolLM's merges were learned from text whose digits stand alone."""
     write_gguf(tmp_path / "tiny.gguf", model, backend)
