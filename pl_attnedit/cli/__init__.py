@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 
 from pl_attnedit.cli.messages import farewell, message_of
+from pl_attnedit.errors import UserError
 from pl_attnedit.files import no_room
 
 COMMANDS: dict[str, str] = {
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # of a process that was started without one
+            sys.stdout.flush()
     except OSError as error:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for Python's own flush at the end
         if isinstance(error, BrokenPipeError):  # of `| head`, which has seen enough
@@ -62,6 +64,7 @@ def _run(arguments: list[str]) -> int:
     try:
         if {"-h", "--help"} & set(rest):  # does not wait for torch
             return _main_of(name)(rest)
+        _check_names(rest)
         return _until_a_signal(name, rest)
     except SystemExit as left:  # of --help and of argparse's own errors
         return left.code if isinstance(left.code, int) else int(left.code is not None)
@@ -72,6 +75,17 @@ def _run(arguments: list[str]) -> int:
         in_one_line = " ".join(message.splitlines())
         print(f"pl-attnedit {name}: error: {in_one_line}", file=sys.stderr)
         return 2
+
+
+def _check_names(arguments: list[str]) -> None:
+    """MLflow, tokenizers and safetensors take no other names, and some find that out after a training."""
+    try:
+        for each in (*arguments, os.getcwd()):
+            each.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{each!r}: must be UTF-8, as all names of files and folders") from error
+    except FileNotFoundError as error:
+        raise UserError("the working folder is no longer there") from error
 
 
 def _main_of(name: str) -> Callable[[list[str]], int]:

@@ -84,7 +84,7 @@ def connect(tracking_uri: str | None = None, *, create: bool = True) -> MlflowCl
             _open_sqlite(uri, create)
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
-    except (*UNREACHABLE, OSError) as error:
+    except (*UNREACHABLE, OSError, ImportError) as error:  # an import of a driver that is not installed
         if (message := no_room(error, uri)) is not None:
             raise UserError(f"tracking_uri: {message}") from error
         reason = str(error).splitlines()[0][:300]
@@ -117,7 +117,7 @@ def _make_sqlite(uri: str, final: Path) -> None:
     finds a database that is half made."""
     final.parent.mkdir(parents=True, exist_ok=True)
     # MLflow keeps the file open, which some file systems do not let be removed
-    with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix=".mlflow.", dir=final.parent, ignore_cleanup_errors=True) as folder:
         new = Path(folder) / final.name
         address = make_url(uri).set(database=str(new)).render_as_string(hide_password=False)
         MlflowClient(address).search_experiments(max_results=1)

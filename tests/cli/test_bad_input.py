@@ -469,6 +469,24 @@ def test_output_of_a_command_that_nobody_takes(
             stdout.close()
 
 
+def test_names_that_are_no_utf8_and_a_folder_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = os.fsdecode(b"gr\xf6")
+    assert main(["doctor", "-c", name]) == 2
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    assert main(["doctor"]) == 2
+    assert [line.partition(": must be UTF-8")[1] for line in capsys.readouterr().err.splitlines()] == [
+        ": must be UTF-8"
+    ] * 2
+    (tmp_path / name).rmdir()
+    assert main(["doctor"]) == 2
+    assert "the working folder is no longer there" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdout", None)  # as of `1>&-`
+    assert main(["--version"]) == 0
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

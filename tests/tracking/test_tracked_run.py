@@ -82,6 +82,17 @@ def test_a_file_that_is_no_database_and_an_unknown_scheme_are_errors(tmp_path: P
         connect("ftp://x")
 
 
+def test_a_driver_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyodbc", None)
+    with pytest.raises(UserError, match=r"tracking_uri = 'mssql://x/y'.*pyodbc"):
+        connect("mssql://x/y")
+
+
+def test_a_database_of_any_name_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    connect(f"sqlite:///{tmp_path}/a%23b.db")
+    assert [file.name for file in tmp_path.iterdir()] == ["a#b.db"]
+
+
 def test_an_unknown_run_is_an_error(database: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run_id = '0123'.*must be a run of sqlite"):
         TrackedRun("0123", tmp_path, tracking_uri=database)
