@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from pl_attnedit.data.encoding import chat_template
+from pl_attnedit.data.encoding import apply_template
 from pl_attnedit.errors import invalid
 from pl_attnedit.eval.harness.retrieval import WORDS
 from pl_attnedit.eval.harness.tasks import Function, write_task
@@ -223,8 +223,7 @@ def _as_chat(instruction: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         return f"{instruction}\n\n"
     chat = [{"role": "user", "content": instruction}]
-    template = chat_template(tokenizer)
-    return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True))
+    return apply_template(tokenizer, chat, add_generation_prompt=True)
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

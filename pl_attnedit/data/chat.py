@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from pl_attnedit.data.encoding import chat_template
+from pl_attnedit.data.encoding import apply_template, chat_template, same_choices
 from pl_attnedit.errors import UserError, invalid
 
 # Further columns that `apply_chat_template` takes: lists of dicts, and a dict of keyword arguments.
@@ -22,6 +22,7 @@ OF_A_CHAT = ("tools", "documents", "chat_template_kwargs")
 _MARK = "\ue000"
 _PART = re.compile(r"""\{['"](?:type|text)['"]: """)  # how a template that expects text prints a content part
 _TAKEN = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -102,7 +103,7 @@ def _render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, answ
     text = template(chat)
     if not answers:
         return Rendered(text, [])
-    if _GENERATION.search(template.source):
+    if _GENERATION.search(_COMMENT.sub("", template.source)):
         return Rendered(text, template.marked(chat))
     spans = []
     for i, message in enumerate(chat):
@@ -136,8 +137,7 @@ class _Template:
         self.arguments = conversation.arguments(self.source)
 
     def __call__(self, chat: list[dict[str, Any]], **arguments: Any) -> str:
-        apply: Any = self.tokenizer.apply_chat_template
-        return str(apply(chat, chat_template=self.source, tokenize=False, **self.arguments, **arguments))
+        return apply_template(self.tokenizer, chat, self.source, **self.arguments, **arguments)
 
     def attempt(self, chat: list[dict[str, Any]], **arguments: Any) -> str:
         """'' where the template does not take it."""
@@ -168,9 +168,10 @@ class _Template:
     def marked(self, chat: list[dict[str, Any]]) -> list[tuple[int, int]]:
         """The character ranges that a template with ``{% generation %}`` marks."""
         variables = {**self.tokenizer.special_tokens_map, **self.arguments}
-        rendered: Any = render_jinja_template(
-            [chat], chat_template=self.source, return_assistant_tokens_mask=True, **variables
-        )
+        with same_choices():
+            rendered: Any = render_jinja_template(
+                [chat], chat_template=self.source, return_assistant_tokens_mask=True, **variables
+            )
         return list(rendered[1][0])
 
 

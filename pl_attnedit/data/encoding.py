@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -156,6 +158,24 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
     """The template that makes data out of conversations: the tokenizer's own, in which it is always `TEMPLATE_DAY`."""
     template = str(tokenizer.get_chat_template(None, tools=tools))
     return _CLOCK + template if "strftime_now" in template else template
+
+
+@contextmanager
+def same_choices() -> Iterator[None]:
+    """A chat template may choose at random, as by Jinja's `random`: within, it chooses the same each time."""
+    state = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def apply_template(tokenizer: Any, chat: Any, template: str | None = None, **arguments: Any) -> str:
+    """The chat as text, by default in `chat_template`; a function of the chat alone. arguments: of `apply_chat_template`."""
+    with same_choices():
+        found = template or chat_template(tokenizer)
+        return str(tokenizer.apply_chat_template(chat, chat_template=found, tokenize=False, **arguments))
 
 
 def _framed(ids: list[int], before: Sequence[int], after: Sequence[int], eos: int | None) -> list[int]:

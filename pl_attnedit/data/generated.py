@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pl_attnedit.data.encoding import beginning, chat_template, encode
+from pl_attnedit.data.encoding import apply_template, beginning, encode
 from pl_attnedit.data.files import text_lines
 from pl_attnedit.data.sources import document_hash
 from pl_attnedit.data.tokens import check_vocabulary, tokenizer_digest
@@ -134,10 +134,7 @@ class TeacherWriter:
     def _template(self) -> tuple[str, str]:
         """What the chat template puts before and after the user's message."""
         chat = [{"role": "user", "content": _MARK}]
-        template = chat_template(self.tokenizer)
-        rendered = str(
-            self.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
-        )
+        rendered = apply_template(self.tokenizer, chat, add_generation_prompt=True)
         before, _, after = rendered.partition(_MARK)
         return before, after
 

@@ -70,6 +70,25 @@ def test_answers_are_found(with_template: Any, template: str, answers: list[str]
     assert text.index("Say assistant.") < spans[0][0]  # the word in the question is not mistaken for the answer
 
 
+def test_a_template_that_chooses_at_random(with_template: Any) -> None:
+    """It chooses the same each time: else no two caches had the same tokens, and no answer could be told."""
+    chosen = "{{ range(99999) | random }}\n"
+    for template in (
+        chosen + PLAIN,
+        PLAIN.replace("{% for message in messages %}", "{% for message in messages %}" + chosen),
+    ):
+        tokenizer = with_template(template)
+        text, spans = render(CHAT, tokenizer, answers=True)
+        assert render(CHAT, tokenizer, answers=True) == (text, spans)
+        assert [text[start:end] for start, end in spans] == [
+            f"{m['content']}<|im_end|>" for m in CHAT if m["role"] == "assistant"
+        ]
+
+
+def test_marks_in_a_comment_are_none(with_template: Any) -> None:
+    assert render(CHAT, with_template("{# no {% generation %}\nhere #}" + PLAIN), answers=True).answers
+
+
 def test_marks_of_a_template_are_those_of_transformers(with_template: Any) -> None:
     tokenizer = with_template(MARKED)
     text, spans = render(CHAT, tokenizer, answers=True)
