@@ -7,6 +7,7 @@ from pl_attnedit.callbacks.process_watch import ProcessWatch
 from pl_attnedit.callbacks.progress import Progress
 from pl_attnedit.callbacks.progressive_unfreezing import ProgressiveUnfreezing
 from pl_attnedit.callbacks.teacher_forcing import TeacherForcing
+from pl_attnedit.callbacks.temperature_scaling import TemperatureScaling
 from pl_attnedit.callbacks.throughput import Throughput
 from pl_attnedit.checkpoints.io import AtomicCheckpointIO
 
@@ -19,6 +20,7 @@ __all__ = [
     "ProgressiveUnfreezing",
     "ResumableCheckpoint",
     "TeacherForcing",
+    "TemperatureScaling",
     "Throughput",
     "check_checkpoint",
     "latest_checkpoint",

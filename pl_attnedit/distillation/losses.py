@@ -42,6 +42,16 @@ def kl_divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor) ->
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
 
+def sampling_excess(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much less likely to the teacher a token is that the student samples than one that the teacher samples: the mean
+    difference in nats, (...), and how fast it falls as the student's logits grow by a factor; logits (..., vocabulary)."""
+    teacher, logits = teacher_logits.float().log_softmax(-1), student_logits.float()
+    student = logits.softmax(-1)
+    likelihood = (student * teacher).sum(-1)
+    excess = (teacher.exp() * teacher).sum(-1) - likelihood
+    return excess, (student * logits * teacher).sum(-1) - (student * logits).sum(-1) * likelihood
+
+
 def chunk_terms(
     student: torch.Tensor,
     teacher: torch.Tensor,

@@ -14,9 +14,15 @@ import pytest
 import torch
 import yaml
 from fixtures_stages import LATENT, subprocess_environment
+from transformers import AutoModelForCausalLM
 
 import pl_attnedit
+from pl_attnedit.callbacks.temperature_scaling import NEAR
 from pl_attnedit.cli import main
+from pl_attnedit.data import TextDataModule
+from pl_attnedit.distillation.losses import sampling_excess
+
+SCALING = {"class_path": "pl_attnedit.callbacks.TemperatureScaling", "init_args": {"tokens": 256}}
 
 
 @pytest.mark.parametrize(
@@ -37,11 +43,11 @@ def test_a_conversion_by_two_processes(
         "name": "tiny",
         "teacher": teacher_folder(),
         "targets": {"S": LATENT},
-        "pattern": "SSFS",
+        "pattern": "FFFS",
         "calibration_tokens": 128,
         "data": {"source": tiny_corpus, "seq_len": 32, "batch_size": 2, "val_sequences": 5},
         "stage1": {"steps": steps, "learning_rate": 1e-3},
-        "stage2": {"steps": 3, "learning_rate": 1e-3, "options": {"train": "all"}},
+        "stage2": {"steps": 3, "learning_rate": 1e-3, "options": {"train": "all"}, "callbacks": [SCALING]},
         "evaluation": {"documents": 2, "cloze": 2, "continuation_tokens": 2},
         "trainer": {"accelerator": "cpu", "devices": 2, "strategy": strategy},
     }
@@ -60,7 +66,11 @@ def test_a_conversion_by_two_processes(
     assert len(re.findall("== stage2", done.stderr)) == 1  # rank 0 alone speaks
     assert not list(folder.glob(".*.tmp"))
     student = pl_attnedit.load(folder / "student")
-    assert student(torch.ones(1, 20, dtype=torch.long)).logits.isfinite().all()
+    teacher = AutoModelForCausalLM.from_pretrained(recipe["teacher"])
+    batches = TextDataModule(recipe["teacher"], **recipe["data"]).calibration_batches(256)
+    with torch.no_grad():
+        excess = [sampling_excess(student(**batch).logits, teacher(**batch).logits)[0] for batch in batches]
+    assert abs(torch.stack(excess).mean()) < 1.1 * NEAR
     monkeypatch.chdir(tmp_path)
     assert main(["convert", "-c", str(path)]) == 0
     assert "done before" in capsys.readouterr().err
