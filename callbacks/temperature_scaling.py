@@ -44,7 +44,7 @@ class TemperatureScaling(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.factor, self.step = state_dict["factor"], state_dict["step"]
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.check(pl_module)
         if not hasattr(getattr(trainer, "datamodule", None), "calibration_batches"):
             raise UserError("callbacks: TemperatureScaling needs a TextDataModule to find the factor on")

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 import pl_attnedit.strategies  # noqa: F401  # makes our strategies known
 from pl_attnedit.attention import init_of
-from pl_attnedit.callbacks import ProgressiveUnfreezing, TeacherForcing
+from pl_attnedit.callbacks import ProgressiveUnfreezing, TeacherForcing, TemperatureScaling
 from pl_attnedit.conversion.recipe import Recipe, StageRecipe
 from pl_attnedit.distillation import STAGES, DistillationModule
 from pl_attnedit.distillation.engine.forward_check import check_forward
@@ -40,7 +40,7 @@ def check_recipe(recipe: Recipe) -> tuple[PreTrainedConfig, EditPlan]:
         for callback in stage.callbacks:
             if isinstance(callback, ProgressiveUnfreezing):
                 callback.check(module, plan.letters)
-            elif isinstance(callback, TeacherForcing):
+            elif isinstance(callback, TeacherForcing | TemperatureScaling):
                 callback.check(module)
         for phase in stage.phases:
             if phase.seq_len > (limit := config.max_position_embeddings):

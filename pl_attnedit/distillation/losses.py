@@ -58,57 +58,41 @@ def chunk_terms(
     student_head: torch.Tensor,
     teacher_head: torch.Tensor,
     weight: Any,
-    reverse: float = 0.0,
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the KL over some tokens, and its gradient for the student's products with its head, (tokens, vocabulary).
 
     student and teacher (tokens, hidden); heads (vocabulary, hidden); weight (tokens, 1) float32, 0 for what does not count;
-    reverse: see `ChunkedKL`; finish makes logits of the products, if they are none yet.
+    finish makes logits of the products, if they are none yet.
     """
     student_logits, teacher_logits = student @ student_head.T, teacher @ teacher_head.T
     if finish is not None:
         student_logits, gradient_of = torch.func.vjp(finish, student_logits)  # type: ignore[misc]
         teacher_logits = finish(teacher_logits)
-    loss, gradient = divergence(student_logits, teacher_logits, reverse)
+    kl, gradient = kl_and_gradient(student_logits, teacher_logits)
     gradient = gradient.mul_(weight).to(student_logits.dtype)
-    return (loss * weight).sum(), gradient if finish is None else gradient_of(gradient)[0].to(student.dtype)
+    return (kl * weight).sum(), gradient if finish is None else gradient_of(gradient)[0].to(student.dtype)
 
 
-def divergence(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, reverse: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1 - reverse) KL(teacher || student) + reverse KL(student || teacher), (tokens, 1), and its gradient for the student's
-    logits, (tokens, vocabulary); logits likewise, results float32."""
+def kl_and_gradient(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(teacher || student), (tokens, 1), and its gradient for the student's logits, (tokens, vocabulary); logits likewise,
+    results float32."""
     student_log = student_logits.float().log_softmax(-1)
     teacher_log = teacher_logits.float().log_softmax(-1)
     teacher_probability = teacher_log.exp()
-    log_ratio = teacher_log.sub_(student_log)
-    if not reverse:
-        loss = log_ratio.mul_(teacher_probability).sum(-1, keepdim=True)
-        return loss, student_log.exp_().sub_(teacher_probability)
-    student_probability = student_log.exp_()
-    forward_kl = (teacher_probability * log_ratio).sum(-1, keepdim=True)
-    reverse_kl = -(student_probability * log_ratio).sum(-1, keepdim=True)
-    reverse_gradient = log_ratio.add_(reverse_kl).mul_(student_probability).neg_()
-    gradient = (1 - reverse) * (student_probability - teacher_probability) + reverse * reverse_gradient
-    return (1 - reverse) * forward_kl + reverse * reverse_kl, gradient
+    kl = teacher_log.sub_(student_log).mul_(teacher_probability).sum(-1, keepdim=True)
+    return kl, student_log.exp_().sub_(teacher_probability)
 
 
 def chunk_terms_in_cache(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    student_head: torch.Tensor,
-    teacher_head: torch.Tensor,
-    weight: Any,
-    reverse: float = 0.0,
+    student: torch.Tensor, teacher: torch.Tensor, student_head: torch.Tensor, teacher_head: torch.Tensor, weight: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`chunk_terms`, a few tokens at a time after the matrix products: what a CPU has just written is in its cache still."""
     student_logits, teacher_logits = student @ student_head.T, teacher @ teacher_head.T
     loss, few = torch.zeros((), device=student.device), 16
     for logits, theirs, part in zip(student_logits.split(few), teacher_logits.split(few), weight.split(few)):
-        terms, gradient = divergence(logits, theirs, reverse)
-        loss += (terms * part).sum()
+        kl, gradient = kl_and_gradient(logits, theirs)
+        loss += (kl * part).sum()
         logits.copy_(gradient.mul_(part))
     return loss, student_logits
 
@@ -165,7 +149,7 @@ class _ChunkedKL(torch.autograd.Function):
 
 
 class ChunkedKL:
-    """Mean KL(teacher || student) in nats over the tokens that count, from last hidden states; in part the other way round.
+    """Mean forward KL(teacher || student) in nats over the tokens that count, from last hidden states.
 
     Equals the mean of `kl_divergence` on full logits.
 
@@ -175,8 +159,8 @@ class ChunkedKL:
         compiled: whether the passes over a chunk's logits are fused by torch.compile.
     """
 
-    def __init__(self, chunk: int | None = None, *, reverse: float = 0.0, compiled: bool = False) -> None:
-        self.chunk, self.reverse = chunk, reverse
+    def __init__(self, chunk: int | None = None, *, compiled: bool = False) -> None:
+        self.chunk = chunk
         self.terms = compile_whole(chunk_terms) if compiled else None
 
     def __call__(
@@ -206,6 +190,5 @@ class ChunkedKL:
         terms = self.terms or (chunk_terms_in_cache if student.device.type == "cpu" else chunk_terms)
         if finish := getattr(student_head, "finish", None):
             terms = partial(self.terms or chunk_terms, finish=finish)
-        terms = partial(terms, reverse=self.reverse)
         total = _ChunkedKL.apply(student, teacher, student_head.weight, teacher_head.weight, weight, chunk, terms)
         return total / max(counted, 1)

@@ -17,15 +17,13 @@ Trainable = Literal["attention", "layers", "all"]
 
 
 class ModelDistillation(DistillationModule):
-    """KL(teacher || student) at temperature 1, mean over the tokens that count, on the student's own path.
+    """Forward KL(teacher || student) at temperature 1, mean over the tokens that count, on the student's own path.
 
     All further arguments are `DistillationModule`'s.
 
     Args:
         train: "attention" = the new attention modules; the trunk stays shared with the teacher. "layers" = all decoder
             layers and the final norm, "all" = also embeddings and lm_head. `ProgressiveUnfreezing` can delay parts.
-        reverse_share: share of KL(student || teacher) in the loss; the rest is KL(teacher || student). It takes back what
-            the student gives to tokens that the teacher finds unlikely, of which sampled text has some.
         feature_weight: weight of the feature matching term, the mean over layers of 1 - cosine between the hidden states
             of student and teacher; 0 = off.
         activation_checkpointing: keep only each layer's input and recompute the layer in the backward pass: less memory, a
@@ -38,7 +36,6 @@ class ModelDistillation(DistillationModule):
         self,
         *args: Any,
         train: Trainable = "attention",
-        reverse_share: float = 0.0,
         feature_weight: float = 0.0,
         activation_checkpointing: bool = False,
         **kwargs: Any,
@@ -46,10 +43,8 @@ class ModelDistillation(DistillationModule):
         super().__init__(*args, **kwargs)
         if train not in get_args(Trainable):
             raise invalid("train", train, f"must be one of {', '.join(get_args(Trainable))}")
-        if not 0 <= reverse_share <= 1:
-            raise invalid("reverse_share", reverse_share, "must be between 0 and 1")
         check_least("feature_weight", feature_weight, 0)
-        self.save_hyperparameters("train", "reverse_share", "feature_weight", "activation_checkpointing")
+        self.save_hyperparameters("train", "feature_weight", "activation_checkpointing")
         self.train_parts = train
 
     def prepare_training(self) -> None:
@@ -63,7 +58,7 @@ class ModelDistillation(DistillationModule):
 
     @cached_property
     def kl(self) -> ChunkedKL:
-        return ChunkedKL(reverse=self.hparams["reverse_share"], compiled=self.compiled)
+        return ChunkedKL(compiled=self.compiled)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Finds the positions that count on the host, where it needs no synchronisation with the GPU."""
@@ -71,8 +66,7 @@ class ModelDistillation(DistillationModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         loss, parts = self.take_step(batch)
-        divergence = "train/mixed_kl" if self.hparams["reverse_share"] else "train/kl"
-        for name, part in zip((divergence, "train/feature"), parts):
+        for name, part in zip(("train/kl", "train/feature"), parts):
             self.log(name, part.detach(), sync_dist=True)
         self.log_place()
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
