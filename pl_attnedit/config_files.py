@@ -207,7 +207,9 @@ class ConfigFile(ActionConfigFile):
         if values.lstrip().startswith("{"):  # a mapping itself, as a study gives it
             _check_groups(load_yaml(values))
         else:
-            read_yaml(values, "config", *self.kinds)
+            content = read_yaml(values, "config", *self.kinds)
+            if not Path(values).expanduser().is_file():  # a pipe, as of `-c <(...)`, can be read once
+                values = yaml.safe_dump(content, default_flow_style=True, width=float("inf"))
         super().__call__(parser, cfg, values, option_string)
 
 

@@ -44,7 +44,7 @@ def in_one_line(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     kept = dict.fromkeys(line.removeprefix("- ") for line in lines if not line.startswith(_NOISE))
     if len(kept) == 1 and (classes := re.findall(r"Not a valid subclass of (\w+)", message)):
-        kept |= {f"must name a class of the kind {classes[0]}, as its class_path": None}
+        kept |= {f"must be a mapping that describes a {classes[0]}": None}
     text = re.sub(r"(?<!:)\n", ", or ", "\n".join(kept or lines)).replace("\n", " ")
     for pattern, words in _PLAINER:
         text = re.sub(pattern, words, text)

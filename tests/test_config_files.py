@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,15 @@ def test_a_file_of_another_system(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + yaml.safe_dump(RECIPE).replace("\n", "\r\n").encode())
     assert read_yaml(path, "config", "recipe") == RECIPE
     assert recipe_parser().parse_args(["-c", str(path)]).name == "layers"
+
+
+def test_a_config_of_a_pipe() -> None:
+    """`-c <(...)`, which can be read once."""
+    read, write = os.pipe()
+    with open(write, "w") as pipe:
+        yaml.safe_dump(RECIPE, pipe)
+    assert recipe_parser().parse_args(["-c", f"/dev/fd/{read}"]).targets == RECIPE["targets"]
+    os.close(read)
 
 
 def test_files_given_to_another_command(tmp_path: Path, layers: Any, capsys: Any) -> None:

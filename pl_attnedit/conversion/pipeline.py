@@ -79,11 +79,11 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
     if not trainer.is_global_zero:
         Conversion(recipe, data, folder, None, plain).follow()
         return None
+    teacher = teacher_fingerprint(recipe.teacher)
+    folder.keep_to({"teacher": teacher, "text": data.fingerprint})
     if folder.done("report") and recipe.register is None:
         Conversion.say(f"{recipe.name}: done before")
         return read_summary(folder.path)
-    teacher = teacher_fingerprint(recipe.teacher)
-    folder.keep_to({"teacher": teacher, "text": data.fingerprint})
     kinds = {target.type for target in plan.targets.values()}
     tags = {
         "teacher": recipe.teacher,

@@ -257,7 +257,7 @@ def fit(teacher_folder: Make, tiny_corpus: str, tmp_path: Path, monkeypatch: pyt
         (["--seed_everything", "-1"], ["seed_everything = -1", "from 0"]),
         (["-c", "{trainer: null}"], ["trainer = None: must be a mapping"]),
         (["-c", "{data: null}"], ["data = None: must be a mapping"]),
-        (["-c", "{model: [x]}"], ["must name a class of the kind DistillationModule"]),
+        (["-c", "{model: [x]}"], ["must be a mapping that describes a DistillationModule"]),
         (["--model.init_args.teacher", "null"], ["model.init_args.teacher: must be given"]),
         (["--ckpt_path", "s3://bucket/last.ckpt"], ["ckpt_path = 's3://bucket/last.ckpt': is an address"]),
         (["--trainer.default_root_dir", "gs://bucket"], ["default_root_dir = 'gs://bucket': is an address"]),

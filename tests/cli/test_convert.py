@@ -98,6 +98,10 @@ def test_from_a_recipe_to_a_report_and_again(
 
     assert main(["convert", "-c", str(path), "--stage1.steps", "5"]) == 2
     assert "another recipe (stage1 differ)" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(TextDataModule, "fingerprint", "of another text")
+        assert main(["convert", "-c", str(path)]) == 2
+    assert "was begun with another text" in capsys.readouterr().err
     assert content(tmp_path) == before
 
     model = str(folder / "student")
