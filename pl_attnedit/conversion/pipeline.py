@@ -28,6 +28,7 @@ from pl_attnedit.conversion.trainers import check_machine, save_student, stage_t
 from pl_attnedit.data import TextDataModule
 from pl_attnedit.distillation import STAGES, DistillationModule
 from pl_attnedit.distillation.validation import TeacherHidden
+from pl_attnedit.errors import UserError
 from pl_attnedit.eval.evaluation_log import log_evaluation
 from pl_attnedit.eval.report.card import write_card
 from pl_attnedit.eval.report.page import write_report
@@ -81,6 +82,8 @@ def convert(recipe: Recipe, data_options: dict[str, Any], plain: dict[str, Any])
         return None
     teacher = teacher_fingerprint(recipe.teacher)
     folder.keep_to({"teacher": teacher, "text": data.fingerprint})
+    if folder.done("report") and not (path / RESULTS["stage2"]).is_dir():
+        raise UserError(f"{path / RESULTS['stage2']}: is gone; remove {path} to begin anew, or give another --name")
     if folder.done("report") and recipe.register is None:
         Conversion.say(f"{recipe.name}: done before")
         return read_summary(folder.path)

@@ -102,6 +102,10 @@ def test_from_a_recipe_to_a_report_and_again(
         patch.setattr(TextDataModule, "fingerprint", "of another text")
         assert main(["convert", "-c", str(path)]) == 2
     assert "was begun with another text" in capsys.readouterr().err
+    (folder / "student").rename(folder / "elsewhere")
+    assert main(["convert", "-c", str(path)]) == 2
+    assert "student: is gone" in capsys.readouterr().err
+    (folder / "elsewhere").rename(folder / "student")
     assert content(tmp_path) == before
 
     model = str(folder / "student")
