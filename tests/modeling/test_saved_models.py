@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ def test_weights_survive_bit_for_bit(
             with torch.no_grad():
                 got, expected = loaded(make_ids(1, 12)).logits, student(make_ids(1, 12)).logits
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_a_pickled_student_is_the_same(teacher: PreTrainedModel, make_ids: Ids) -> None:
+    student = trained(teacher)
+    again = pickle.loads(pickle.dumps(student))
+    assert [type(each) for each in again.modules()] == [type(each) for each in student.modules()]
+    assert torch.equal(again(make_ids(1, 12)).logits, student(make_ids(1, 12)).logits)
 
 
 def test_shards_and_device_map(make_teacher: Teachers, tmp_path: Path) -> None:

@@ -92,6 +92,10 @@ class GateSWA(Target):
         made._around = None
         return made
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled (as by `torch.save` of a model) by the two classes it is made of: by its name it is not found."""
+        return (_blank, type(self).__bases__, *super().__reduce_ex__(protocol)[2:])
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         call = by_keyword(self, args, kwargs)
         mask, cache, layer = call.get("attention_mask"), call.get("past_key_values"), None
@@ -182,3 +186,8 @@ class GateSWA(Target):
 @lru_cache(maxsize=64)
 def _joined(cls: type[GateSWA], attention: type[nn.Module]) -> type[GateSWA]:
     return type(cls.__name__, (cls, attention), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _blank(cls: type[GateSWA], attention: type[nn.Module]) -> GateSWA:
+    joined: Any = _joined(cls, attention)  # type: ignore[arg-type]
+    return joined.__new__(joined)
