@@ -39,13 +39,13 @@ def attend_as_teacher(
 
 
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | OwnWindow | None, **options: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
     sink, softcap = options.get("s_aux"), options.get("softcap")
-    if not isinstance(mask, OwnWindow) and sink is None and softcap is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    if not isinstance(attention_mask, OwnWindow) and sink is None and softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    output = attend_as_teacher(query, key, value, mask, scale, sink, softcap)
+    output = attend_as_teacher(query, key, value, attention_mask, scale, sink, softcap)
     return output.unflatten(-1, (query.shape[1], -1)), None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,8 +13,10 @@ from any_family import ROWS
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pl_attnedit import GateSWAConfig, edit_model
+from pl_attnedit.attention import interface
 from pl_attnedit.attention.kernels import windowed
 from pl_attnedit.attention.own_windows import NAME, use_own_windows, with_blocks
 from pl_attnedit.distillation.engine import operations
@@ -44,6 +47,13 @@ def loss(model: Any, **batch: torch.Tensor) -> torch.Tensor:
     """Of the tokens that are no padding."""
     logits = model(**batch, use_cache=False).logits
     return logits[batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()].float().logsumexp(-1).sum()
+
+
+@pytest.mark.parametrize("name", [NAME, interface.NAME])
+def test_arguments_may_be_named(name: str) -> None:
+    """As AFMoE names the mask."""
+    expected, found = (inspect.signature(ALL_ATTENTION_FUNCTIONS[each]).parameters for each in ("sdpa", name))
+    assert list(found)[:5] == list(expected)[:5]
 
 
 @pytest.mark.parametrize("row", WITH_WINDOWS)

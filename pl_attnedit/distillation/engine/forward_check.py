@@ -68,9 +68,11 @@ def _attention(target: Any, attention: Any, entered: Tensor, call: Call) -> Tens
     ours = isinstance(target, GateSWA)
     gate = 0.5 if ours and target.target.gate != "none" else 1.0  # as at the start; the projection makes up for it
 
-    def scores(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
+    def scores(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any) -> Tensor:
         known = (given.get("s_aux"), given.get("softcap")) if ours else ()
-        output = attend_as_teacher(query, key, value, mask, given.get("scaling") or target.spec.scaling, *known)
+        output = attend_as_teacher(
+            query, key, value, attention_mask, given.get("scaling") or target.spec.scaling, *known
+        )
         return gate * output.unflatten(-1, (query.shape[1], -1))
 
     projection = output_projection(attention)
