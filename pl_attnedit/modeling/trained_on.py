@@ -36,9 +36,9 @@ class TrainedOn:
         return TrainedOn(documents, self.complete and other.complete)
 
     def has(self, hashes: np.ndarray) -> np.ndarray:
-        """For each of these documents whether it is in the record, bool."""
+        """For each of these hashes whether it is in the record, bool, of the same shape."""
         if not len(self.documents):
-            return np.zeros(len(hashes), bool)
+            return np.zeros(hashes.shape, bool)
         place = np.searchsorted(self.documents, hashes).clip(max=len(self.documents) - 1)
         return self.documents[place] == hashes
 
