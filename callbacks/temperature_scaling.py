@@ -64,8 +64,9 @@ class TemperatureScaling(Callback):
             return
         norm, self.factor, self.step = final_norm(pl_module.student.model), 1.0, trainer.global_step
         before = [parameter.clone() for parameter in norm.parameters()]
+        batches = trainer.datamodule.calibration_batches(self.tokens)  # type: ignore[attr-defined]
         for _ in range(PASSES):
-            excess, slope = trainer.strategy.broadcast(self._measure(trainer, pl_module))
+            excess, slope = trainer.strategy.broadcast(_measure(trainer, pl_module, batches))
             if abs(excess) < NEAR:
                 break
             growth = min(max(1 + excess / slope, 0.5), 2.0)
@@ -81,14 +82,15 @@ class TemperatureScaling(Callback):
         if trainer.logger is not None:
             trainer.logger.log_metrics({"train/temperature": 1 / self.factor}, trainer.global_step)
 
-    def _measure(self, trainer: Trainer, module: Any) -> list[float]:
-        """Means over the tokens of `sampling_excess`."""
-        found = []
-        for batch in trainer.datamodule.calibration_batches(self.tokens):  # type: ignore[attr-defined]
-            batch = {name: value.to(module.device) for name, value in batch.items()}
-            with trainer.precision_plugin.val_step_context():
-                found.append(module.pairs(partial(_excess, module), batch))
-        return torch.cat(found, 1).mean(1).tolist()
+
+def _measure(trainer: Trainer, module: Any, batches: list[dict[str, Tensor]]) -> list[float]:
+    """Means over the tokens of `sampling_excess`."""
+    found = []
+    for batch in batches:
+        batch = {name: value.to(module.device) for name, value in batch.items()}
+        with trainer.precision_plugin.val_step_context():
+            found.append(module.pairs(partial(_excess, module), batch))
+    return torch.cat(found, 1).mean(1).tolist()
 
 
 def _excess(module: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -155,7 +155,6 @@ class ChunkedKL:
 
     Args:
         chunk: tokens whose logits exist at a time; default `tokens_of_a_chunk`.
-        reverse: share of KL(student || teacher) in it.
         compiled: whether the passes over a chunk's logits are fused by torch.compile.
     """
 

@@ -67,9 +67,8 @@ def shard(pairs: Pairs, mesh: DeviceMesh, precision: str, *, gather_once: bool) 
         fully_shard(pairs.heads, mesh=mesh, reshard_after_forward=True)
     fully_shard(pairs, mesh=mesh, reshard_after_forward=False)
     pairs.register_forward_hook(_release_without_gradients)
-    if (
-        gather_once
-    ):  # the backward pass reads no weights: FSDP2 would gather layers ahead of it and keep them until its end
+    if gather_once:
+        # the backward pass reads no weights: FSDP2 would gather layers ahead of it and keep them until its end
         for unit in pairs.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_unshard_in_backward(False)
