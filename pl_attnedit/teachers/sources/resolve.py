@@ -121,10 +121,11 @@ def load_teacher(name: str, dtype: str | torch.dtype = "auto", device: str | tor
             model: Any = random_model(shape, dtype=made_in, device=device)  # type: ignore[arg-type]
         else:
             model = read_model(path, dtype=dtype, device=device)
-            check_numbers(name, model)  # random ones of a shape are numbers
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise invalid("teacher", name, f"cannot be loaded: {' '.join(str(error).split())}") from error
+    if shape is None:  # random weights are numbers
+        check_numbers(name, model)
     if (tokenizer.pad_token_id or 0) >= model.config.get_text_config().vocab_size:
         tokenizer.pad_token = tokenizer.eos_token  # padding only; the model has no embedding for the other token
     use_own_windows(getattr(model, "model", None))
